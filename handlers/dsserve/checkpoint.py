@@ -1,0 +1,88 @@
+"""The list of weight files that `deepspeed.checkpoint` names, for models that were made on the meta device.
+
+Finds .bin files only: DeepSpeed's own checkpoint loading reads them with torch.load and knows no safetensors.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dsserve.errors import LoadError
+
+_SINGLE = "pytorch_model.bin"
+_INDEX = "pytorch_model.bin.index.json"
+
+
+def find_weight_files(model_path: Path) -> list[Path]:
+    """The .bin files that make up the model, in a fixed order; training_args.bin and its like are none of them.
+
+    Raises:
+        LoadError: no weights, a broken index, or a shard that the index names and that is missing.
+    """
+    index = model_path / _INDEX
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise LoadError(f"{_INDEX}: not a weight index ({error!r}); download the model again") from None
+    else:
+        names = [_SINGLE]
+    missing = [name for name in names if not (model_path / name).is_file()]
+    if missing:
+        raise LoadError(
+            f"deepspeed.checkpoint: {', '.join(missing)} not found in {model_path}; only .bin weights can be listed "
+            "there: leave `checkpoint` out and load the model with from_pretrained, or save it as .bin"
+        )
+    return [model_path / name for name in names]
+
+
+def write_checkpoint_list(files: list[Path], destination: Path) -> None:
+    """Writes DeepSpeed's checkpoint description. Call it on one rank alone; the file appears complete or not at all."""
+    content = {"type": "ds_model", "checkpoints": [str(file) for file in files], "version": 1.0}
+    temporary = destination.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(content), encoding="utf-8")
+    temporary.replace(destination)
+
+
+def restore_buffers(model: torch.nn.Module) -> None:
+    """Gives the non-persistent buffers of a meta model their values; no checkpoint holds them (rotary inv_freq).
+
+    Each module that owns one is built anew from the model's config on the CPU, and the buffers are taken from it.
+
+    Raises:
+        LoadError: a module that cannot be built from the config alone.
+    """
+    for path, module in _modules_with_meta_buffers(model):
+        try:
+            with torch.device("cpu"):
+                fresh: Any = type(module)(config=getattr(module, "config", None) or model.config)
+        except Exception as error:
+            raise LoadError(
+                f"deepspeed.checkpoint: the buffers of {path} are in no checkpoint and cannot be made from the config "
+                f"({error!r:.120}); load the model with from_pretrained instead of the meta device"
+            ) from None
+        for name in module._non_persistent_buffers_set:
+            setattr(module, name, getattr(fresh, name))
+
+
+def _modules_with_meta_buffers(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
+    for path, module in model.named_modules():
+        buffers = [module._buffers.get(name) for name in module._non_persistent_buffers_set]
+        if any(buffer is not None and buffer.is_meta for buffer in buffers):
+            yield path, module
+
+
+def check_nothing_on_meta(model: torch.nn.Module) -> None:
+    """Raises LoadError, naming the tensors, if a parameter or buffer has still no values."""
+    empty = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
+    if empty:
+        raise LoadError(
+            f"after loading, {len(empty)} tensor(s) have no values ({', '.join(empty[:5])}); set deepspeed.checkpoint "
+            "to load a model made on the meta device, or load it with from_pretrained"
+        )

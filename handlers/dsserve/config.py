@@ -1,0 +1,116 @@
+"""The `handler:` section of model-config.yaml, typed and checked, and the one truth for the TP size.
+
+Does not read the `deepspeed:` section (`ds_config`) and does not look at weights (`hf_model`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from dsserve.errors import LoadError
+
+YAML_FILE = "model-config.yaml"
+
+# Keys of upstream's DeepSpeed example, and what took their place.
+_UPSTREAM_KEYS = {
+    "model_name": "`handler.model_path` (a folder or a hub id)",
+    "max_length": "`handler.max_new_tokens` (output only) and `handler.max_model_len` (prompt + output)",
+    "manual_seed": "the request parameter `seed`",
+    "low_cpu_mem_usage": "nothing: leave it out",
+    "dtype": "`deepspeed.dtype`",
+    "torch_dtype": "`deepspeed.dtype`",
+    "tp_size": "`torchrun.nproc-per-node`",
+    "checkpoint": "`deepspeed.checkpoint`",
+    "micro_batch_size": "`batchSize`",
+    "batch_size": "`batchSize`",
+}
+
+
+class HandlerConfig(BaseModel):
+    """What `DeepSpeedHandler` reads from `handler:`. Lengths are in tokens; `None` means "derived at load"."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+
+    model_path: str = Field(min_length=1, description="folder (absolute, or relative to the model folder) or hub id")
+    revision: str | None = Field(None, description="revision of a hub id")
+    trust_remote_code: bool = Field(False, description="run model code that comes with the weights")
+    max_model_len: int | None = Field(None, ge=2, description="prompt + output; default: the model's own context")
+    max_new_tokens: int = Field(256, ge=1, description="for requests that name none")
+    max_new_tokens_limit: int | None = Field(
+        None, ge=1, description="ceiling of max_new_tokens; default: max_model_len"
+    )
+    num_scheduler_steps: int = Field(4, ge=1, le=64, description="most decode steps in one call of the handler")
+    pack_weights: Literal["auto"] | bool = Field("auto", description="prepacked oneDNN weights (CPU only)")
+    num_threads: int | None = Field(None, ge=1, description="CPU threads of a rank; default: cores // ranks")
+    warmup: bool = Field(True, description="run every prefill and decode shape once at load")
+
+    @model_validator(mode="after")
+    def _default_within_limit(self) -> HandlerConfig:
+        if self.max_new_tokens_limit is not None and self.max_new_tokens > self.max_new_tokens_limit:
+            raise ValueError(
+                f"max_new_tokens {self.max_new_tokens} is above max_new_tokens_limit {self.max_new_tokens_limit}"
+            )
+        return self
+
+
+def read_handler_config(yaml_config: Mapping[str, Any]) -> HandlerConfig:
+    """Reads and checks the `handler:` section.
+
+    Raises:
+        LoadError: the section is missing, a key is unknown (upstream's keys are answered with the new name),
+            or a value has the wrong type or range.
+    """
+    section = yaml_config.get("handler")
+    if not isinstance(section, Mapping):
+        raise LoadError(
+            f"{YAML_FILE}: section `handler:` is missing; write `handler: {{model_path: <folder or hub id>}}`"
+        )
+    for old, new in _UPSTREAM_KEYS.items():
+        if old in section:
+            raise LoadError(f"{YAML_FILE}: handler.{old} is not a key of this handler; use {new} instead")
+    try:
+        return HandlerConfig.model_validate(dict(section))
+    except ValidationError as error:
+        raise LoadError(f"{YAML_FILE}: {describe(error, 'handler', list(HandlerConfig.model_fields))}") from None
+
+
+def describe(error: ValidationError, section: str, allowed: list[str]) -> str:
+    """One line for pydantic's first complaint: the key, what is wrong, and for an unknown key the allowed ones."""
+    first = error.errors()[0]
+    key = ".".join([section, *(str(part) for part in first["loc"] if not str(part).startswith("literal["))])
+    if first["type"] == "extra_forbidden":
+        return f"{key} is unknown; allowed: {', '.join(sorted(allowed))}"
+    if first["type"] == "missing":
+        return f"{key} is missing; add it"
+    return f"{key}: {first['msg']} (found {first['input']!r:.80})"
+
+
+def check_tp_size(yaml_config: Mapping[str, Any], tp_size: int | None, world_size: int) -> int:
+    """Returns the size of the TP group: `torchrun: nproc-per-node` states it, everything else must agree.
+
+    Args:
+        yaml_config: model-config.yaml.
+        tp_size: `tensor_parallel.tp_size` of the `deepspeed` section, None where it is left out.
+        world_size: torchrun's WORLD_SIZE, 1 without torchrun.
+
+    Raises:
+        LoadError: the sizes differ; the message names all of them.
+    """
+    torchrun = yaml_config.get("torchrun") or {}
+    nproc = torchrun.get("nproc-per-node", torchrun.get("nproc_per_node"))
+    device_ids = yaml_config.get("deviceIds")
+    stated = {
+        "deepspeed.tensor_parallel.tp_size": tp_size,
+        "torchrun.nproc-per-node": nproc,
+        "len(deviceIds)": len(device_ids) if isinstance(device_ids, list) else None,
+    }
+    if any(size is not None and size != world_size for size in stated.values()):
+        found = ", ".join(f"{name} = {'not set' if size is None else size}" for name, size in stated.items())
+        raise LoadError(
+            f"{YAML_FILE}: the sizes of the TP group disagree: {found}; {world_size} rank(s) were started. "
+            "Set torchrun.nproc-per-node, leave tp_size out, and give as many deviceIds (or none)"
+        )
+    return world_size

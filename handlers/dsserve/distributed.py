@@ -1,0 +1,185 @@
+"""Ranks, devices, the process group and its sum: what a rank must do before and beside DeepSpeed.
+
+Prepares the environment that DeepSpeed reads when it is imported, starts the process group once, and removes the
+shared-memory segments that DeepSpeed leaves. Does not shard anything (`ds_engine`) and decides nothing about
+requests (`generation`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import glob
+import io
+import logging
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+
+from dsserve.errors import LoadError
+
+logger = logging.getLogger(__name__)
+
+GROUP_TIMEOUT_S = 600
+# What DeepSpeed 0.19.8 maps for each rank: 2 small and 2 large buffers (csrc/cpu/comm/shm.cpp).
+_SHM_SEGMENT_BYTES = 66 * 2**20
+_SHM_OP = "deepspeed_shm_comm"
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class RankInfo:
+    """This process among torchrun's: numbers from its environment; a process without torchrun is rank 0 of 1."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    local_world_size: int
+
+    @classmethod
+    def from_env(cls) -> RankInfo:
+        def read(name: str, default: int) -> int:
+            return int(os.environ.get(name, default))
+
+        world_size = read("WORLD_SIZE", 1)
+        return cls(read("RANK", 0), read("LOCAL_RANK", 0), world_size, read("LOCAL_WORLD_SIZE", world_size))
+
+    @property
+    def is_leader(self) -> bool:
+        return self.rank == 0
+
+
+def select_device(device_type: str | None, rank: RankInfo) -> torch.device:
+    """The rank's own device: `cuda:<local rank>`, or the CPU where there is no GPU or `deviceType: cpu` asks for it.
+
+    Raises:
+        LoadError: `deviceType: gpu` where fewer GPUs are visible than ranks run.
+    """
+    wants_cpu = device_type == "cpu" or os.environ.get("DS_ACCELERATOR") == "cpu"
+    visible = 0 if wants_cpu else torch.cuda.device_count()
+    if visible == 0 and device_type != "gpu":
+        return torch.device("cpu")
+    if visible < rank.local_world_size:
+        raise LoadError(
+            f"model-config.yaml: {rank.local_world_size} rank(s) need as many GPUs, {visible} visible; lower "
+            "torchrun.nproc-per-node, or set deviceType: cpu"
+        )
+    return torch.device("cuda", rank.local_rank)
+
+
+def prepare_environment(device: torch.device, rank: RankInfo, num_threads: int | None = None) -> None:
+    """Sets what DeepSpeed and OpenMP read; must run before DeepSpeed is imported.
+
+    LOCAL_SIZE: DeepSpeed's shared-memory all-reduce crashes without it, and torchrun sets only LOCAL_WORLD_SIZE.
+    Threads: with more threads than cores the ranks' spinning all-reduce makes a step about 100 times slower.
+    """
+    os.environ.setdefault("LOCAL_SIZE", str(rank.local_world_size))
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        cores = len(os.sched_getaffinity(0))
+        torch.set_num_threads(num_threads or max(1, cores // rank.local_world_size))
+    else:
+        torch.cuda.set_device(device)
+        # TorchServe's base handler allows TF32, which is not fp32.
+        torch.set_float32_matmul_precision("highest")
+
+
+def die_with_parent() -> None:
+    """Asks the kernel to kill this rank when torchrun dies, so that it cannot live on as an orphan (Linux)."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
+def init_process_group(rank: RankInfo) -> None:
+    """Starts the process group and hands it to DeepSpeed, once. Without torchrun (one rank) there is none."""
+    if rank.world_size == 1 or torch.distributed.is_initialized():
+        return
+    import deepspeed
+
+    on_cpu = os.environ.get("DS_ACCELERATOR") == "cpu"
+    # CPU tensors (plans) travel over gloo also where the model's own travel over NCCL.
+    backend = "gloo" if on_cpu else "cpu:gloo,cuda:nccl"
+    torch.distributed.init_process_group(backend, timeout=timedelta(seconds=GROUP_TIMEOUT_S))
+    if on_cpu:
+        _agree_on_shared_memory(rank)
+    # DeepSpeed's op builder prints to stdout, which TorchServe parses.
+    with contextlib.redirect_stdout(io.StringIO()):
+        deepspeed.init_distributed(verbose=False)
+    torch.distributed.barrier()
+    _unlink_shared_memory(rank)
+
+
+def _agree_on_shared_memory(rank: RankInfo) -> None:
+    """Switches DeepSpeed's shared-memory all-reduce off on all ranks if one of them cannot have it."""
+    import deepspeed
+
+    reasons: list[str | None] = [None] * rank.world_size
+    torch.distributed.all_gather_object(reasons, _why_no_shared_memory(rank))
+    reason = next((text for text in reasons if text), None)
+    if reason:
+        deepspeed.ops.__compatible_ops__[_SHM_OP] = False
+        if rank.is_leader:
+            logger.warning("[dsserve] all-reduce over gloo, about 3 times slower: %s", reason)
+
+
+def _why_no_shared_memory(rank: RankInfo) -> str | None:
+    """Why DeepSpeed's shared-memory all-reduce cannot be used here; None where it can."""
+    missing = [tool for tool in ("g++", "ninja") if shutil.which(tool) is None]
+    if missing:
+        return f"{' and '.join(missing)} not found on PATH, so DeepSpeed's CPU op cannot be compiled"
+    if rank.local_world_size != rank.world_size:
+        return "the ranks are on several hosts"
+    filesystem = os.statvfs("/dev/shm")
+    free, needed = filesystem.f_bavail * filesystem.f_frsize, rank.local_world_size * _SHM_SEGMENT_BYTES
+    if free < needed:  # a full /dev/shm would kill the process with SIGBUS
+        return f"/dev/shm has {free >> 20} MiB free and the all-reduce needs {needed >> 20} MiB"
+    return None
+
+
+def _unlink_shared_memory(rank: RankInfo) -> None:
+    """Removes this rank's segment by name: every rank has mapped it, and DeepSpeed would leave 66 MiB behind."""
+    address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+    for path in glob.glob(f"/dev/shm/deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{rank.rank}"):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+
+
+def uses_shared_memory() -> bool:
+    """Whether DeepSpeed's shared-memory all-reduce is loaded in this process."""
+    return hasattr(torch.ops.deepspeed, "inference_all_reduce_")
+
+
+def all_reduce(tensor: torch.Tensor) -> torch.Tensor:
+    """Sums `tensor` over all ranks, in place, the way DeepSpeed's layers do. fp32, fp16 or bf16."""
+    from deepspeed.comm import comm
+
+    comm.cdb.inference_all_reduce(tensor, torch.distributed.ReduceOp.SUM)
+    return tensor
+
+
+@contextlib.contextmanager
+def count_all_reduces() -> Any:
+    """Counts the block's all-reduces, those of DeepSpeed's layers and ours: yields a list, the count at [0]."""
+    from deepspeed.comm import comm
+
+    counter = [0]
+    original: Callable[..., Any] | None = getattr(comm.cdb, "inference_all_reduce", None)
+    if original is None:
+        yield counter
+        return
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        counter[0] += 1
+        return original(*args, **kwargs)
+
+    comm.cdb.inference_all_reduce = counted
+    try:
+        yield counter
+    finally:
+        del comm.cdb.inference_all_reduce

@@ -1,0 +1,124 @@
+"""`get_ds_engine`: a loaded model in, a DeepSpeed inference engine out, sharded over the ranks and checked.
+
+Reads the `deepspeed:` section of model-config.yaml, calls `deepspeed.init_inference` (AutoTP or kernel injection) and
+compares the logits before and after. Does not generate (`generation`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from ts.context import Context
+
+from dsserve import checkpoint
+from dsserve.config import YAML_FILE
+from dsserve.distributed import RankInfo, init_process_group, prepare_environment, select_device
+from dsserve.errors import LoadError
+from dsserve.hf_model import model_dtype
+from dsserve.self_check import SelfCheck
+
+logger = logging.getLogger(__name__)
+
+
+def get_ds_engine(model: Any, ctx: Context) -> Any:
+    """Shards `model` as the `deepspeed:` section of model-config.yaml says.
+
+    Args:
+        model: a Hugging Face model on the CPU, whole in every rank, or on the meta device with `deepspeed.checkpoint`.
+        ctx: TorchServe's context of the load.
+
+    Returns:
+        DeepSpeed's `InferenceEngine`; `engine.module` is what a handler keeps. `engine.self_check` holds the reference
+        logits, None where the check is off or the model came on the meta device or is no causal language model.
+
+    Raises:
+        LoadError: settings that cannot work, or logits that changed.
+    """
+    rank = RankInfo.from_env()
+    device = select_device((ctx.model_yaml_config or {}).get("deviceType"), rank)
+    if not torch.distributed.is_initialized():
+        prepare_environment(device, rank)
+        init_process_group(rank)
+    # Imported here: it imports DeepSpeed, which reads the environment prepared above.
+    from dsserve.ds_config import read_deepspeed_settings
+
+    model_dir = Path(ctx.system_properties["model_dir"])
+    settings = read_deepspeed_settings(ctx.model_yaml_config or {}, model_dir, rank.world_size, model_dtype(model))
+    on_meta = any(parameter.is_meta for parameter in model.parameters())
+    check = SelfCheck.capture(model, settings.dtype) if settings.self_check and _can_check(model, on_meta) else None
+    init = dict(settings.init)
+    if settings.checkpoint:
+        init["checkpoint"] = _prepare_checkpoint(model, ctx, settings.checkpoint, rank, model_dir, on_meta)
+    started = time.perf_counter()
+    engine = _init_inference(model, init, settings.dtype, settings.tp_size)
+    checkpoint.check_nothing_on_meta(engine.module)
+    engine.self_check = check
+    _report(engine, rank, settings.tp_size, time.perf_counter() - started)
+    if check:
+        _verify(engine, check, rank, device)
+    return engine
+
+
+def _can_check(model: Any, on_meta: bool) -> bool:
+    """Only what maps token ids to logits can be compared; a meta model has no reference."""
+    return not on_meta and hasattr(model, "get_output_embeddings") and model.get_output_embeddings() is not None
+
+
+def _prepare_checkpoint(model: Any, ctx: Context, name: str, rank: RankInfo, model_dir: Path, on_meta: bool) -> str:
+    """Writes the list of weight files on rank 0 alone and returns its path on every rank."""
+    model_path = (ctx.model_yaml_config.get("handler") or {}).get("model_path")
+    if not model_path:
+        raise LoadError(f"{YAML_FILE}: deepspeed.checkpoint needs handler.model_path, the folder of the weights")
+    files = checkpoint.find_weight_files(model_dir / model_path)
+    destination = model_dir / name
+    if rank.is_leader:
+        checkpoint.write_checkpoint_list(files, destination)
+    if rank.world_size > 1:
+        torch.distributed.barrier()
+    if on_meta:
+        checkpoint.restore_buffers(model)
+    return str(destination)
+
+
+def _init_inference(model: Any, init: dict[str, Any], dtype: torch.dtype, tp_size: int) -> Any:
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    config = {**init, "dtype": dtype}
+    config["tensor_parallel"] = {**init.get("tensor_parallel", {}), "tp_size": tp_size}
+    try:
+        # DeepSpeed prints AutoTP's findings to stdout, which TorchServe parses.
+        with contextlib.redirect_stdout(io.StringIO()):
+            return deepspeed.init_inference(model, config=config)
+    except (AssertionError, ValueError, NotImplementedError) as error:
+        raise LoadError(f"DeepSpeed refuses {type(model).__name__}: {error}") from error
+
+
+def _report(engine: Any, rank: RankInfo, tp_size: int, seconds: float) -> None:
+    logger.info("[dsserve] rank %d of %d: sharded by DeepSpeed in %.1f s", rank.rank, tp_size, seconds)
+    for name, shape in shard_shapes(engine.module).items():
+        logger.info("[dsserve] rank %d: %s %s", rank.rank, name, shape)
+
+
+def shard_shapes(module: torch.nn.Module) -> dict[str, list[int]]:
+    """Name -> shape of the linear weights of the first layer, this rank's shard `[out, in]`."""
+    shapes = {}
+    for name, child in module.named_modules():
+        weight = getattr(child, "weight", None)
+        if ".0." in name and isinstance(weight, torch.Tensor) and weight.dim() == 2:
+            shapes[name] = list(weight.shape)
+    return shapes
+
+
+@torch.inference_mode()
+def _verify(engine: Any, check: SelfCheck, rank: RankInfo, device: torch.device) -> None:
+    logits = engine.module(input_ids=check.token_ids[None].to(device), use_cache=False).logits[0]
+    relative = check.verify(logits, "DeepSpeed's sharding")
+    if rank.is_leader:
+        logger.info("[dsserve] self-check: logits differ by %.1e from the unsharded model's", relative)

@@ -1,0 +1,137 @@
+"""Makes the engine of one rank from a sharded module: limits, memory, packed weights, proof, warm-up.
+
+Refuses at load, with the reason, what the engine could not do exactly. Does not load or shard the model.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import psutil
+import torch
+
+from dsserve.config import YAML_FILE, HandlerConfig
+from dsserve.distributed import RankInfo
+from dsserve.errors import LoadError
+from dsserve.generation.detokenizer import TextStream
+from dsserve.generation.engine import Engine
+from dsserve.generation.model_runner import ModelRunner
+from dsserve.generation.request import Limits
+from dsserve.generation.warmup import verify_runner, warm_up
+from dsserve.hf_model import LoadedModel
+from dsserve.packing import can_pack, pack_weights
+
+logger = logging.getLogger(__name__)
+
+
+def read_limits(config: HandlerConfig, max_position: int | None, model_config: Any) -> Limits:
+    """Context and output limits in tokens, from the settings and the model.
+
+    Raises:
+        LoadError: a context that the model does not have, or one that sliding-window layers would cut.
+    """
+    length = config.max_model_len or max_position
+    if length is None:
+        raise LoadError(f"{YAML_FILE}: the model's config names no context length; set handler.max_model_len")
+    if max_position is not None and length > max_position:
+        raise LoadError(
+            f"{YAML_FILE}: handler.max_model_len {length} is above the model's context of {max_position}; lower it"
+        )
+    window = _sliding_window(model_config)
+    if window is not None and length > window:
+        raise LoadError(
+            f"{YAML_FILE}: the model attends to the last {window} tokens in some layers, which this engine serves only "
+            f"up to that length; set handler.max_model_len: {window}"
+        )
+    limit = config.max_new_tokens_limit or length - 1
+    return Limits(length, min(config.max_new_tokens, limit, length - 1), min(limit, length - 1))
+
+
+def _sliding_window(model_config: Any) -> int | None:
+    text_config = model_config.get_text_config()
+    layer_types = getattr(text_config, "layer_types", None)
+    if layer_types is not None and not any("sliding" in kind or "chunked" in kind for kind in layer_types):
+        return None
+    if getattr(text_config, "use_sliding_window", True) is False:
+        return None
+    return getattr(text_config, "sliding_window", None)
+
+
+def check_kv_memory(
+    model_config: Any, slots: int, limits: Limits, dtype: torch.dtype, rank: RankInfo, device: torch.device
+) -> int:
+    """Bytes that this rank's KV slots can grow to.
+
+    Raises:
+        LoadError: more than what is free, with the numbers.
+    """
+    text_config = model_config.get_text_config()
+    heads = getattr(text_config, "num_key_value_heads", None) or text_config.num_attention_heads
+    head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
+    local_heads = -(-heads // rank.world_size)
+    needed = 2 * text_config.num_hidden_layers * slots * local_heads * limits.max_model_len * head_dim * dtype.itemsize
+    if device.type == "cuda":
+        free, sharers = torch.cuda.mem_get_info(device)[0], 1
+    else:
+        free, sharers = psutil.virtual_memory().available, rank.local_world_size
+    if needed * sharers > free:
+        raise LoadError(
+            f"{YAML_FILE}: {slots} requests of {limits.max_model_len} tokens need {needed * sharers / 2**30:.1f} GiB "
+            f"of KV cache, {free / 2**30:.1f} GiB are free; lower batchSize or handler.max_model_len"
+        )
+    return needed
+
+
+def build_engine(
+    ds_engine: Any, loaded: LoadedModel, config: HandlerConfig, slots: int, rank: RankInfo, device: torch.device
+) -> tuple[Engine, Limits]:
+    """The engine of this rank, proven and warm, and what requests may ask of it.
+
+    Args:
+        ds_engine: what `get_ds_engine` returned; its self-check is repeated through the KV slots.
+        slots: most live requests, TorchServe's `batchSize`.
+
+    Raises:
+        LoadError: see `read_limits`, `check_kv_memory` and `SelfCheck.verify`.
+    """
+    module = ds_engine.module
+    limits = read_limits(config, loaded.max_position, module.config)
+    dtype = next(module.parameters()).dtype
+    needed = check_kv_memory(module.config, slots, limits, dtype, rank, device)
+    packed = _pack(module, config, device)
+    runner = ModelRunner(module, slots, limits.max_model_len, device)
+    if ds_engine.self_check is not None:
+        error = verify_runner(runner, ds_engine.self_check)
+        if rank.is_leader:
+            logger.info("[dsserve] self-check: the engine's logits differ by %.1e", error)
+    if config.warmup:
+        all_reduces = warm_up(runner, rank.is_leader)
+        if rank.is_leader:
+            layers = module.config.get_text_config().num_hidden_layers
+            logger.info("[dsserve] all-reduces in a decode step: %d for %d layers", all_reduces, layers)
+    if rank.is_leader:
+        logger.info(
+            "[dsserve] %d slots of %d tokens, KV cache up to %.2f GiB a rank, %d packed matmuls, %d thread(s) a rank",
+            slots, limits.max_model_len, needed / 2**30, packed, torch.get_num_threads(),
+        )  # fmt: skip
+
+    def make_text(request: Any) -> TextStream:
+        return TextStream(loaded.tokenizer, request.stop)
+
+    return Engine(runner, rank, make_text, loaded.eos_ids), limits
+
+
+def _pack(module: Any, config: HandlerConfig, device: torch.device) -> int:
+    wanted = config.pack_weights
+    if device.type != "cpu":
+        if wanted is True:
+            raise LoadError(f"{YAML_FILE}: handler.pack_weights: true needs a CPU; set it to auto")
+        return 0
+    if wanted is False:
+        return 0
+    if can_pack(module):
+        return pack_weights(module)
+    if wanted is True:
+        raise LoadError(f"{YAML_FILE}: handler.pack_weights: this torch has no packed oneDNN linear; set it to auto")
+    return 0

@@ -1,0 +1,68 @@
+"""Compares a model's logits before and after DeepSpeed has changed it, so that wrong sharding never serves a request.
+
+The reference is the model itself as transformers runs it, in the dtype it is served in. Does not check speed and
+does not compare with other weights.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dsserve.errors import LoadError
+
+LENGTH = 24
+# Largest ||out - ref|| / ||ref|| over all positions that rounding explains.
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+@dataclass(frozen=True)
+class SelfCheck:
+    """Tokens and what the untouched model made of them.
+
+    Attributes:
+        token_ids: `[T]`, int64, on the CPU; the same on all ranks.
+        logits: `[T, V]`, fp32, on the CPU.
+        dtype: the dtype that the model is served in.
+    """
+
+    token_ids: torch.Tensor
+    logits: torch.Tensor
+    dtype: torch.dtype
+
+    @classmethod
+    @torch.inference_mode()
+    def capture(cls, model: Any, dtype: torch.dtype) -> SelfCheck:
+        """Runs `LENGTH` fixed tokens through the whole model, where it lies; converts it to `dtype` first."""
+        model.to(dtype)
+        vocabulary = model.get_input_embeddings().weight.shape[0]
+        token_ids = torch.randint(vocabulary, (LENGTH,), generator=torch.Generator().manual_seed(0))
+        logits = model(input_ids=token_ids[None].to(model.device), use_cache=False).logits[0]
+        return cls(token_ids, logits.float().cpu(), dtype)
+
+    def error(self, logits: torch.Tensor) -> float:
+        """`||logits - reference|| / ||reference||` for the last positions, logits `[at most T, V]`.
+
+        Infinite where they are not finite."""
+        reference = self.logits[-logits.shape[0] :]
+        difference = torch.linalg.vector_norm(logits.float().cpu() - reference)
+        relative = (difference / torch.linalg.vector_norm(reference)).item()
+        return relative if math.isfinite(relative) else math.inf
+
+    def verify(self, logits: torch.Tensor, what: str) -> float:
+        """Returns the relative error of logits `[at most T, V]`, the last positions' ones.
+
+        Raises:
+            LoadError: it is above the dtype's tolerance.
+        """
+        relative, limit = self.error(logits), TOLERANCE[self.dtype]
+        if not relative <= limit:
+            raise LoadError(
+                f"self-check failed: {what} changed the logits by {relative:.2e} (limit {limit:.0e} in "
+                f"{str(self.dtype).removeprefix('torch.')}); this architecture is not served exactly this way. "
+                "deepspeed.self_check: false in model-config.yaml switches the check off, not the fault"
+            )
+        return relative

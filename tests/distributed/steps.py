@@ -1,0 +1,79 @@
+"""What the ranks do in the tests of this folder. Runs under torchrun, by `tests.ranks.run_ranks`."""
+
+from __future__ import annotations
+
+import glob
+import os
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from dsserve.distributed import RankInfo, count_all_reduces, uses_shared_memory
+from dsserve.ds_engine import get_ds_engine, shard_shapes
+from dsserve.generation.model_runner import ModelRunner
+from dsserve.generation.plan import Plan, PlanChannel
+from dsserve.generation.warmup import verify_runner
+from dsserve.packing import pack_weights
+from tests.contexts import make_context
+
+
+def make_engine(path: str, dtype: str) -> Any:
+    """The real model, sharded; the model is loaded whole first, as a handler does."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval()
+    return get_ds_engine(model, make_context(path, {"deepspeed": {"dtype": dtype}}))
+
+
+def logits_and_shards(path: str) -> dict[str, Any]:
+    """Error of the sharded logits against transformers, shard shapes, all-reduces of one forward pass."""
+    token_ids = torch.randint(49152, (1, 48), generator=torch.Generator().manual_seed(1))
+    reference = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        expected = reference(token_ids).logits
+        module = make_engine(path, "fp32").module
+        with count_all_reduces() as count:
+            found = module(token_ids).logits
+    return {
+        "error": (found - expected).abs().max().item(),
+        "largest": expected.abs().max().item(),
+        "shapes": shard_shapes(module),
+        "all_reduces": count[0],
+        "layers": module.config.num_hidden_layers,
+        "shared_memory": uses_shared_memory(),
+        "left_in_shm": glob.glob(f"/dev/shm/deepspeed_allreduce_buffer_*_{os.environ['MASTER_PORT']}_*"),
+    }
+
+
+def engine_errors(path: str, dtype: str) -> dict[str, float]:
+    """Relative error of the logits through KV slots, ragged, with and without packed weights."""
+    engine = make_engine(path, dtype)
+    plain = verify_runner(ModelRunner(engine.module, 4, 256, torch.device("cpu")), engine.self_check)
+    pack_weights(engine.module)
+    packed = verify_runner(ModelRunner(engine.module, 4, 256, torch.device("cpu")), engine.self_check)
+    return {"plain": plain, "packed": packed}
+
+
+def carry_plans(path: str) -> list[list[int]]:
+    """Rank 0 sends plans of several lengths; every rank returns what it holds."""
+    make_engine(path, "fp32")
+    rank = RankInfo.from_env()
+    channel = PlanChannel(rank.rank, rank.world_size)
+    plans = [Plan(last=True), Plan((1, 0), (5, 6, 49151), ((7,) * 300, (1, 2)), False), Plan(tokens=(3,) * 55)]
+    carried = []
+    for plan in plans:
+        if rank.is_leader:
+            channel.send(plan)
+        carried.append((plan if rank.is_leader else channel.receive()).encode())
+    return carried
+
+
+def load_error(path: str, yaml_config: dict[str, Any], settings: dict[str, Any] | None = None) -> str:
+    """The LoadError's text of a configuration that cannot work."""
+    from dsserve.errors import LoadError
+
+    model = AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval()
+    try:
+        get_ds_engine(model, make_context(path, yaml_config))
+    except LoadError as error:
+        return str(error)
+    return ""

@@ -1,0 +1,73 @@
+"""Two real ranks, the real SmolLM2: DeepSpeed's sharding, our KV slots and the plan channel are exact."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.ranks import run_ranks
+
+STEPS = "tests.distributed.steps"
+
+
+@pytest.fixture(scope="module")
+def facts(smollm2: Path) -> list[dict]:
+    return run_ranks(f"{STEPS}:logits_and_shards", path=str(smollm2))
+
+
+def test_logits_are_transformers(facts: list[dict]) -> None:
+    for rank in facts:
+        assert rank["largest"] > 5
+        assert rank["error"] < 1e-3
+
+
+def test_nine_heads_are_split_six_to_three(facts: list[dict]) -> None:
+    first, second = (rank["shapes"] for rank in facts)
+    attention, mlp = "model.layers.0.self_attn", "model.layers.0.mlp"
+    assert [first[f"{attention}.q_proj"], second[f"{attention}.q_proj"]] == [[384, 576], [192, 576]]
+    assert [first[f"{attention}.k_proj"], second[f"{attention}.k_proj"]] == [[128, 576], [64, 576]]
+    assert [first[f"{attention}.o_proj"], second[f"{attention}.o_proj"]] == [[576, 384], [576, 192]]
+    assert [first[f"{mlp}.down_proj"], second[f"{mlp}.down_proj"]] == [[576, 768], [576, 768]]
+
+
+def test_two_all_reduces_a_layer_and_one_for_the_logits(facts: list[dict]) -> None:
+    assert all(rank["all_reduces"] == 2 * rank["layers"] + 1 for rank in facts)
+
+
+def test_no_shared_memory_is_left_by_name(facts: list[dict]) -> None:
+    assert all(rank["left_in_shm"] == [] for rank in facts)
+
+
+def test_without_a_compiler_gloo_gives_the_same_logits(smollm2: Path, tmp_path: Path) -> None:
+    """An empty PATH beside the interpreter's folder hides g++; the ranks must agree on gloo and stay exact."""
+    hidden = {"PATH": str(tmp_path)}
+    for rank in run_ranks(f"{STEPS}:logits_and_shards", path=str(smollm2), env=hidden):
+        assert rank["shared_memory"] is False
+        assert rank["error"] < 1e-3
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [("fp32", 1e-5), ("bf16", 3e-2)])
+def test_kv_slots_and_packed_weights_keep_the_logits(smollm2: Path, dtype: str, limit: float) -> None:
+    for rank in run_ranks(f"{STEPS}:engine_errors", path=str(smollm2), dtype=dtype):
+        assert rank["plain"] < limit
+        assert rank["packed"] < limit
+
+
+def test_all_ranks_hold_the_same_plans(smollm2: Path) -> None:
+    first, second = run_ranks(f"{STEPS}:carry_plans", path=str(smollm2))
+    assert first == second and len(first) == 3
+
+
+@pytest.mark.parametrize(
+    ("yaml_config", "words"),
+    [
+        ({"deepspeed": {"tp": {"tp_size": 4}}, "torchrun": {"nproc-per-node": 2}}, ["tp_size = 4", "= 2", "deviceIds"]),
+        ({"deepspeed": {"dtype": "bf16"}, "deviceIds": [0]}, ["tp_size", "nproc-per-node", "len(deviceIds) = 1"]),
+        ({"deepspeed": {"config": "missing.json"}}, ["missing.json", "--extra-files"]),
+    ],
+)
+def test_bad_configurations_end_with_one_line_on_every_rank(smollm2: Path, yaml_config: dict, words: list[str]) -> None:
+    for message in run_ranks(f"{STEPS}:load_error", path=str(smollm2), yaml_config=yaml_config):
+        assert message and "\n" not in message
+        assert all(word in message for word in words)
