@@ -45,7 +45,7 @@ class PackedLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., in]` -> `[..., out]`."""
         bias = None if self._row_parallel else self._bias
-        output = torch.ops.mkldnn._linear_pointwise(x, self._packed, bias, "none", [], "")
+        output = torch.ops.mkldnn._linear_pointwise.default(x, self._packed, bias, "none", [], "")
         if not self._row_parallel:
             return output
         all_reduce(output)

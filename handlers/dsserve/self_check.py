@@ -34,13 +34,13 @@ class SelfCheck:
     dtype: torch.dtype
 
     @classmethod
-    @torch.inference_mode()
     def capture(cls, model: Any, dtype: torch.dtype) -> SelfCheck:
         """Runs `LENGTH` fixed tokens through the whole model, where it lies; converts it to `dtype` first."""
         model.to(dtype)
         vocabulary = model.get_input_embeddings().weight.shape[0]
         token_ids = torch.randint(vocabulary, (LENGTH,), generator=torch.Generator().manual_seed(0))
-        logits = model(input_ids=token_ids[None].to(model.device), use_cache=False).logits[0]
+        with torch.no_grad():  # parameters converted in inference mode could not be used outside it
+            logits = model(input_ids=token_ids[None].to(model.device), use_cache=False).logits[0]
         return cls(token_ids, logits.float().cpu(), dtype)
 
     def error(self, logits: torch.Tensor) -> float:

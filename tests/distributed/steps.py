@@ -77,3 +77,19 @@ def load_error(path: str, yaml_config: dict[str, Any], settings: dict[str, Any] 
     except LoadError as error:
         return str(error)
     return ""
+
+
+def meta_checkpoint_error(path: str) -> dict[str, Any]:
+    """A model made on the meta device, its .bin weights listed by `deepspeed.checkpoint`: error of the logits."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(path)
+    reference = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    deepspeed = {"dtype": "fp32", "checkpoint": "checkpoints.json"}
+    engine = get_ds_engine(model, make_context(path, {"deepspeed": deepspeed, "handler": {"model_path": "."}}))
+    token_ids = torch.arange(40)[None]
+    with torch.inference_mode():
+        error = (engine.module(token_ids).logits - reference(token_ids).logits).abs().max().item()
+    return {"error": error, "files": sorted(os.listdir(path))}

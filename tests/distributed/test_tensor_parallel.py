@@ -71,3 +71,21 @@ def test_bad_configurations_end_with_one_line_on_every_rank(smollm2: Path, yaml_
     for message in run_ranks(f"{STEPS}:load_error", path=str(smollm2), yaml_config=yaml_config):
         assert message and "\n" not in message
         assert all(word in message for word in words)
+
+
+def test_a_meta_model_loads_its_bin_weights_and_is_exact(tmp_path: Path) -> None:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=96, intermediate_size=128, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=3,
+        vocab_size=100, tie_word_embeddings=False,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    config.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    (tmp_path / "training_args.bin").write_bytes(b"foreign")
+    for rank in run_ranks(f"{STEPS}:meta_checkpoint_error", path=str(tmp_path)):
+        assert rank["error"] < 1e-5
+        assert rank["files"] == ["checkpoints.json", "config.json", "pytorch_model.bin", "training_args.bin"]

@@ -20,19 +20,19 @@ class Window:
 
     Attributes:
         prefill_row: the row that is filled, None while decoding.
-        rows: `[n]` 0..n-1, the live rows (decode).
-        positions: `[n]` where each row's new token goes (decode).
+        cells: `[n]` where each live row's new token goes: row * max_len + position (decode).
         kv_len: how many positions attention reads (decode).
     """
 
     prefill_row: int | None = None
-    rows: torch.Tensor | None = None
-    positions: torch.Tensor | None = None
+    cells: Any = None
     kv_len: int = 0
 
 
 class SlotLayer(CacheLayerMixin):
-    """Keys and values of one layer, `[slots, kv_heads of this rank, max_len, head_dim]`, zeros at first.
+    """Keys and values of one layer, `[slots, max_len, kv_heads of this rank, head_dim]`, zeros at first.
+
+    A token's heads lie together, so writing a step's tokens is one copy of whole cells.
 
     The number of heads is taken from the first keys that come: under uneven shards the config's number is not the
     rank's. Zeros, not `empty`: masked positions are multiplied by 0, and 0 * NaN is NaN. On the CPU untouched pages
@@ -49,7 +49,7 @@ class SlotLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         def zeros(like: torch.Tensor) -> torch.Tensor:
-            return like.new_zeros(self._slots, like.shape[1], self._max_len, like.shape[3])
+            return like.new_zeros(self._slots, self._max_len, like.shape[1], like.shape[3])
 
         self.keys, self.values = zeros(key_states), zeros(value_states)
         self.is_initialized = True
@@ -63,18 +63,20 @@ class SlotLayer(CacheLayerMixin):
         window = self._window
         if window.prefill_row is not None:
             length = key_states.shape[2]
-            self.keys[window.prefill_row, :, :length] = key_states[0]
-            self.values[window.prefill_row, :, :length] = value_states[0]
+            self.keys[window.prefill_row, :length] = key_states[0].transpose(0, 1)
+            self.values[window.prefill_row, :length] = value_states[0].transpose(0, 1)
             return key_states, value_states
-        live = key_states.shape[0]
-        self.keys[window.rows, :, window.positions] = key_states[:, :, 0]
-        self.values[window.rows, :, window.positions] = value_states[:, :, 0]
-        return self.keys[:live, :, : window.kv_len], self.values[:live, :, : window.kv_len]
+        return self._append(self.keys, key_states), self._append(self.values, value_states)
+
+    def _append(self, stored: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        """Writes a token a row, `[n, kv_heads, 1, head_dim]`; returns the view `[n, kv_heads, kv_len, head_dim]`."""
+        stored.flatten(0, 1).index_copy_(0, self._window.cells, new[:, :, 0])
+        return stored[: new.shape[0], : self._window.kv_len].transpose(1, 2)
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copies the first `length` positions of one row to another."""
-        self.keys[target, :, :length] = self.keys[source, :, :length]
-        self.values[target, :, :length] = self.values[source, :, :length]
+        self.keys[target, :length] = self.keys[source, :length]
+        self.values[target, :length] = self.values[source, :length]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return query_length, 0

@@ -1,0 +1,83 @@
+"""Token ids to text, piece by piece: whole characters only, and nothing of a stop string.
+
+A tokenizer's pieces cannot be decoded one by one: a character may span several tokens, and sentencepiece drops the
+space before the first one. So a short window is decoded twice, without and with the new tokens, and the difference is
+the new text (the way of TGI and vLLM). Does not decide when a text ends by length or end-of-text token (`scheduler`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+_REPLACEMENT = "\ufffd"
+# A character of UTF-8 has at most 4 bytes: more tokens that still end in U+FFFD hold broken bytes for good.
+_MAX_PENDING = 8
+
+
+class TextStream:
+    """The text of one request while it grows. `push` costs the same for the first and the last token.
+
+    Args:
+        tokenizer: a transformers tokenizer; special tokens give no text.
+        stop: strings that end the text; they and what follows are cut.
+    """
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
+        self.stopped = False
+        self._tokenizer = tokenizer
+        self._stop = tuple(stop)
+        self._window: list[int] = []  # decoded together; the first `_read` of them have given their text already
+        self._read = 0
+        self._held = ""  # text that may be the beginning of a stop string
+
+    def push(self, token: int) -> str:
+        """Takes the next token and returns the text that is safe to send, often none.
+
+        Sets `stopped` once a stop string is complete; the text returned then ends before it.
+        """
+        self._window.append(token)
+        before = self._decode(self._window[: self._read])
+        whole = self._decode(self._window)
+        pending = len(self._window) - self._read
+        if whole.endswith(_REPLACEMENT) and pending < _MAX_PENDING:
+            return ""
+        text = whole[len(before) :]
+        self._window = self._window[self._read :]
+        self._read = len(self._window)
+        return self._release(text)
+
+    def flush(self) -> str:
+        """The rest at the end of the text, incomplete characters as U+FFFD."""
+        text = self._decode(self._window)[len(self._decode(self._window[: self._read])) :]
+        self._window, self._read = [], 0
+        released = self._release(text)
+        if self.stopped:
+            return released
+        held, self._held = self._held, ""
+        return released + held
+
+    def _decode(self, tokens: list[int]) -> str:
+        return self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def _release(self, text: str) -> str:
+        """Adds `text` to what is held, and gives out all that can no longer belong to a stop string."""
+        if not self._stop:
+            return text
+        held = self._held + text
+        starts = [position for stop in self._stop if (position := held.find(stop)) >= 0]
+        if starts:
+            self.stopped, self._held = True, ""
+            return held[: min(starts)]
+        keep = max(_overlap(held, stop) for stop in self._stop)
+        cut = len(held) - keep
+        self._held = held[cut:]
+        return held[:cut]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that begins `stop`, shorter than `stop`."""
+    for length in range(min(len(stop) - 1, len(text)), 0, -1):
+        if text.endswith(stop[:length]):
+            return length
+    return 0

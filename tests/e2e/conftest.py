@@ -1,0 +1,92 @@
+"""A real TorchServe with two torchrun ranks and the real SmolLM2, on ports and in folders of its own."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from scripts import server
+from scripts.package import Choice, package
+from scripts.run_dir import HOST, Ports, Record, RunDir
+
+
+def free_ports() -> Ports:
+    """Five ports in a row (the record's pattern) that nobody uses now."""
+    while True:
+        with socket.socket() as probe:
+            probe.bind((HOST, 0))
+            ports = Ports(probe.getsockname()[1])
+        if ports.inference < 65000 and not ports.taken():
+            return ports
+
+
+@dataclass(frozen=True)
+class Served:
+    """One running model."""
+
+    run: RunDir
+    record: Record
+
+    @property
+    def url(self) -> str:
+        return f"http://{HOST}:{self.record.port}/predictions/{self.record.name}"
+
+    def ask(self, body: Any, timeout_s: float = 120) -> httpx.Response:
+        """POSTs a JSON body."""
+        return httpx.post(self.url, json=body, timeout=timeout_s)
+
+    def text(self, body: Any) -> str:
+        """The generated text of a request that must succeed."""
+        response = self.ask(body)
+        assert response.status_code == 200, response.text
+        return response.json()["text"]
+
+    def events(self, body: Any) -> list[str]:
+        """The payloads of a stream's events, `[DONE]` included."""
+        with httpx.stream("POST", self.url, json={**body, "stream": True}, timeout=120) as response:
+            assert response.status_code == 200
+            assert response.headers["content-type"].startswith("text/event-stream")
+            raw = "".join(response.iter_text())
+        assert raw.endswith("\n\n")
+        blocks = raw[:-2].split("\n\n")
+        assert all(block.startswith("data: ") and "\n" not in block for block in blocks)
+        return [block.removeprefix("data: ") for block in blocks]
+
+    def worker_log(self) -> str:
+        return self.run.model_log.read_text(encoding="utf-8")
+
+
+def serve(folder: Path, name: str, archive: Path) -> Served:
+    """Starts a server and waits until it is ready; stops it again where it never is."""
+    run = RunDir(folder)
+    record = server.start(run, name, archive, free_ports())
+    try:
+        server.wait_until_ready(run, record, lambda _: None)
+    except BaseException:
+        server.stop(run)
+        raise
+    return Served(run, record)
+
+
+@pytest.fixture(scope="session")
+def fp32(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """SmolLM2 in fp32 over two ranks, as `make deploy DTYPE=fp32` serves it."""
+    folder = tmp_path_factory.mktemp("fp32")
+    archive = package("smollm2", str(smollm2), Choice(tp="2", device="cpu", dtype="fp32"), model_store=folder / "store")
+    served = serve(folder / "run", "smollm2", archive)
+    yield served
+    killed = server.stop(served.run)
+    assert killed == 0, "processes had to be killed at the end"
+
+
+def parse(events: list[str]) -> list[dict[str, Any]]:
+    """The JSON events before `[DONE]`."""
+    assert events[-1] == "[DONE]"
+    return [json.loads(event) for event in events[:-1]]
