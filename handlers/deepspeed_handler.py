@@ -12,9 +12,10 @@ from typing import Any
 
 from dsserve.base_handler import BaseDeepSpeedHandler
 from dsserve.config import read_handler_config
+from dsserve.distributed import end_rank
 from dsserve.ds_engine import get_ds_engine
 from dsserve.errors import LoadError
-from dsserve.generation.build import build_engine
+from dsserve.generation.build import build_engine, check_engine_choice
 from dsserve.hf_model import load_model
 from dsserve.protocol.batch import LiveBatch
 from dsserve.settings import check_server_settings
@@ -45,6 +46,7 @@ class DeepSpeedHandler(BaseDeepSpeedHandler):
         logger.info("[dsserve] rank %d of %d: loading on %s", self.rank.rank, self.rank.world_size, self.device)
         loaded = load_model(config, self.model_dir)
         logger.info("[dsserve] rank %d: loaded in %.1f s", self.rank.rank, time.perf_counter() - started)
+        check_engine_choice(ctx, self.rank.world_size)
         ds_engine = get_ds_engine(loaded.model, ctx)
         self.model = ds_engine.module
         self._engine, limits = build_engine(ds_engine, loaded, config, slots, self.rank, self.device)
@@ -54,7 +56,12 @@ class DeepSpeedHandler(BaseDeepSpeedHandler):
 
     def handle(self, data: list[dict[str, Any]], context: Any) -> list[Any]:
         """One call: all live requests in `data`, one item a row back."""
-        if not self.rank.is_leader:
+        try:
+            if self.rank.is_leader:
+                return self._batch.serve(data, context)
             self._engine.follow()
             return [b""] * len(data)
-        return self._batch.serve(data, context)
+        except Exception as error:
+            # The ranks no longer agree on what comes next, and a rank that waits for another waits for ever.
+            end_rank(error)
+            raise

@@ -15,6 +15,7 @@ import logging
 import os
 import shutil
 import signal
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -94,6 +95,15 @@ def die_with_parent() -> None:
     """Asks the kernel to kill this rank when torchrun dies, so that it cannot live on as an orphan (Linux)."""
     libc = ctypes.CDLL(None, use_errno=True)
     libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
+def end_rank(error: Exception) -> None:
+    """Ends this process at once, so that TorchServe fails the worker's requests and starts all ranks anew."""
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    # The message of an exception may hold a user's text: the type and the place are what can be logged.
+    logger.critical("[dsserve] %s at %s:%d; ending the rank", type(error).__name__, where.filename, where.lineno or 0)
+    logging.shutdown()
+    os._exit(1)
 
 
 def init_process_group(rank: RankInfo) -> None:

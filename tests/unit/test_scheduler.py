@@ -120,3 +120,15 @@ def test_rows_stay_dense_and_every_request_ends_once_or_was_cancelled(script: li
     assert not book.has_work
     assert len(ended) == len(set(ended))
     assert set(names) == set(ended) | cancelled
+
+
+def test_a_text_that_cannot_be_decoded_fails_alone() -> None:
+    class Broken(Letters):
+        def push(self, token: int) -> str:
+            raise RuntimeError
+
+    book = Scheduler(4, lambda r: Broken() if r.request_id == "bad" else Letters(), frozenset({EOS}))  # type: ignore
+    book.add(request("bad"))
+    book.add(request("good", new=2))
+    assert [event.failed for event in step(book)] == [True, False]
+    assert [(event.request_id, event.finish_reason) for event in step(book)] == [("good", "length")]

@@ -6,6 +6,7 @@ Refuses at load, with the reason, what the engine could not do exactly. Does not
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -23,6 +24,22 @@ from dsserve.hf_model import LoadedModel
 from dsserve.packing import can_pack, pack_weights
 
 logger = logging.getLogger(__name__)
+
+
+def check_engine_choice(ctx: Any, world_size: int) -> None:
+    """Refuses kernel injection before anything is sharded: this engine drives AutoTP modules only.
+
+    Raises:
+        LoadError: `replace_with_kernel_inject: true`, or settings that `read_deepspeed_settings` refuses.
+    """
+    from dsserve.ds_config import read_deepspeed_settings
+
+    model_dir = Path(ctx.system_properties["model_dir"])
+    if read_deepspeed_settings(ctx.model_yaml_config, model_dir, world_size, torch.float32).kernel_inject:
+        raise LoadError(
+            "replace_with_kernel_inject: true is not served by DeepSpeedHandler yet; set it to false (AutoTP) in "
+            f"ds-config.json or {YAML_FILE}"
+        )
 
 
 def read_limits(config: HandlerConfig, max_position: int | None, model_config: Any) -> Limits:

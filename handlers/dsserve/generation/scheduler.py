@@ -5,6 +5,7 @@ Pure bookkeeping on token ids and text: no model, no collective, no HTTP, so it 
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from dsserve.generation.plan import Plan
 from dsserve.generation.request import FinishReason, GenerationRequest, Usage
 from dsserve.generation.sampler import Sampler
 
+logger = logging.getLogger(__name__)
+
 # New prompts enter a step up to this many tokens (at least one prompt), so that a burst of arrivals does not hold
 # the first token of the first one, and the rows that run, until the last one is read.
 PREFILL_TOKENS_A_STEP = 512
@@ -21,12 +24,16 @@ PREFILL_TOKENS_A_STEP = 512
 
 @dataclass(frozen=True)
 class TokenEvent:
-    """What one step gave one request: new text, and at the end the reason and the token counts."""
+    """What one step gave one request: new text, and at the end the reason and the token counts.
+
+    `failed`: the request could not go on, for a fault of ours that concerns no other request.
+    """
 
     request_id: str
     text: str
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
+    failed: bool = False
 
 
 class Sequence:
@@ -129,7 +136,12 @@ class Scheduler:
 
     def accept(self, sequence: Sequence, token: int) -> TokenEvent:
         """Enters a sequence's next token; at its end the row is freed in the next step."""
-        event = sequence.accept(token, self._eos_ids)
-        if event.finish_reason:
-            self._leaving.add(sequence.request.request_id)
+        request_id = sequence.request.request_id
+        try:
+            event = sequence.accept(token, self._eos_ids)
+        except Exception as error:  # must not keep rank 0 from sending the plan that the others wait for
+            logger.error("[dsserve] %s: %s while decoding text", request_id, type(error).__name__)
+            event = TokenEvent(request_id, "", failed=True)
+        if event.finish_reason or event.failed:
+            self._leaving.add(request_id)
         return event

@@ -24,6 +24,8 @@ from dsserve.protocol.schema import parse_body
 
 logger = logging.getLogger(__name__)
 
+_INTERNAL = "internal_error"
+
 
 @dataclass
 class _Row:
@@ -78,6 +80,10 @@ class LiveBatch:
         except RequestError as error:
             logger.info("[dsserve] %s: refused with %d (%s)", request_id, error.status, error.kind)
             raise
+        except Exception as error:  # an exception that left `handle` would cut every stream of the worker
+            # Its message may hold the user's text, so only its type is logged.
+            logger.error("[dsserve] %s: %s while reading the request", request_id, type(error).__name__)
+            raise RequestError("the request could not be read", status=500, kind=_INTERNAL) from None
         self._rows[request_id] = _Row(make_reply(body))
         self._engine.admit(request)
         logger.info(
@@ -90,6 +96,10 @@ class LiveBatch:
     def _take(self, event: TokenEvent) -> None:
         row = self._rows.get(event.request_id)
         if row is None:
+            return
+        if event.failed:
+            row.frame += row.reply.fail(RequestError("the server failed on this request", status=500, kind=_INTERNAL))
+            row.done = True
             return
         if event.finish_reason is None or event.usage is None:
             row.frame += row.reply.delta(event.text)

@@ -26,6 +26,10 @@ class Reply(ABC):
     def finish(self, text: str, finish_reason: FinishReason, usage: Usage) -> bytes:
         """What is sent at the end; `text` is the last piece."""
 
+    def fail(self, error: RequestError) -> bytes:
+        """What is sent when the request breaks after its status went out: the error object in place of the reply."""
+        return error_body(error)
+
 
 class PlainReply(Reply):
     """The generated text and nothing else, at the end."""
@@ -64,6 +68,9 @@ class SseReply(Reply):
     def finish(self, text: str, finish_reason: FinishReason, usage: Usage) -> bytes:
         last = _json({"text": "", "finish_reason": finish_reason, "usage": usage.body()})
         return self.delta(text) + _event(last) + _event(b"[DONE]")
+
+    def fail(self, error: RequestError) -> bytes:
+        return _event(error_body(error)) + _event(b"[DONE]")
 
 
 def make_reply(body: GenerateBody | str) -> Reply:

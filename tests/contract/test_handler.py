@@ -1,0 +1,91 @@
+"""`DeepSpeedHandler` as TorchServe's own loader loads it: one class, one rank, the real model, in process."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ts.context import RequestProcessor
+from ts.utils.util import list_classes_from_module
+
+import deepspeed_handler
+from dsserve.errors import LoadError
+from tests.contexts import make_context
+
+
+def config(model_path: str, **changes: Any) -> dict[str, Any]:
+    base: dict[str, Any] = {
+        "continuousBatching": True,
+        "parallelType": "tp",
+        "minWorkers": 1,
+        "maxWorkers": 1,
+        "deviceType": "cpu",
+        "deepspeed": {"dtype": "fp32"},
+        "handler": {"model_path": model_path, "max_model_len": 256, "warmup": False},
+    }
+    return {**base, **changes}
+
+
+def test_torchserve_finds_exactly_one_class() -> None:
+    assert list_classes_from_module(deepspeed_handler) == [deepspeed_handler.DeepSpeedHandler]
+
+
+def test_one_rank_alone_generates(smollm2: Path) -> None:
+    handler = deepspeed_handler.DeepSpeedHandler()
+    handler.initialize(make_context(smollm2, config("."), batch_size=2))
+    ctx = make_context(smollm2, {})
+    row: dict[str, Any] = {"body": {"prompt": "The capital of France is", "max_new_tokens": 4}}
+    ctx.request_ids, text = {0: "a"}, b""
+    while not text:
+        ctx.request_processor = [RequestProcessor({"body": {"content-type": "application/json"}})]
+        text, row = handler.handle([row], ctx)[0], {}
+    assert b"Paris" in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"handler": {"model_path": "no/such/folder"}}, ["model_path", "no/such/folder"]),
+        ({"handler": {"model_path": "empty"}}, ["model_path", "config.json"]),
+        ({"handler": {"model_path": "unweighted"}}, ["model_path", "no weights"]),
+        ({"handler": {"model_path": ".", "max_model_len": 9000}}, ["max_model_len", "9000", "8192"]),
+        ({"handler": {"model_path": ".", "max_length": 50}}, ["max_length", "max_new_tokens"]),
+        ({"deepspeed": {"config": "gone.json"}}, ["gone.json"]),
+        ({"deepspeed": {"dtype": "fp32", "replace_with_kernel_inject": True}}, ["replace_with_kernel_inject", "false"]),
+        ({"continuousBatching": False}, ["continuousBatching"]),
+        ({"torchrun": {"nproc-per-node": 2}}, ["nproc-per-node", "tp_size", "deviceIds"]),
+        ({"deviceType": "gpu"}, ["GPU", "deviceType"]),
+    ],
+)
+def test_a_load_that_cannot_work_is_one_line_in_the_log(
+    smollm2: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, changes: dict[str, Any], words: list[str]
+) -> None:
+    for item in smollm2.iterdir():
+        (tmp_path / item.name).symlink_to(item)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "unweighted").mkdir()
+    (tmp_path / "unweighted" / "config.json").symlink_to(smollm2 / "config.json")
+    with caplog.at_level(logging.ERROR), pytest.raises(LoadError):
+        deepspeed_handler.DeepSpeedHandler().initialize(make_context(tmp_path, config(".", **changes)))
+    lines = [record.getMessage() for record in caplog.records if "LoadError" in record.getMessage()]
+    assert len(lines) == 1 and "\n" not in lines[0]
+    for word in words:
+        assert word in lines[0]
+
+
+def test_an_engine_that_breaks_ends_the_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[Exception] = []
+    monkeypatch.setattr(deepspeed_handler, "end_rank", ended.append)
+    handler = deepspeed_handler.DeepSpeedHandler()
+    handler.rank = type("Rank", (), {"is_leader": False})()  # type: ignore[assignment]
+
+    class Broken:
+        def follow(self) -> None:
+            raise RuntimeError("device is gone")
+
+    handler._engine = Broken()  # type: ignore[assignment]
+    with pytest.raises(RuntimeError, match="device is gone"):
+        handler.handle([{}], None)
+    assert len(ended) == 1

@@ -1,0 +1,171 @@
+"""Rank 0's side of TorchServe's continuous-batching contract, with TorchServe's own context and encoder."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+from ts.context import RequestProcessor
+from ts.protocol.otf_message_handler import create_predict_response
+
+from dsserve.generation.request import GenerationRequest, Limits, Usage
+from dsserve.generation.scheduler import TokenEvent
+from dsserve.protocol.batch import LiveBatch
+from tests.contexts import make_context
+
+
+class FakeEngine:
+    """Writes down what it is asked, and says what the test tells it to say."""
+
+    def __init__(self) -> None:
+        self.admitted: list[GenerationRequest] = []
+        self.evicted: list[str] = []
+        self.script: list[list[TokenEvent]] = []
+        self.calls = 0
+
+    def admit(self, request: GenerationRequest) -> None:
+        self.admitted.append(request)
+
+    def evict(self, request_id: str) -> None:
+        self.evicted.append(request_id)
+
+    def run(self, max_steps: int) -> list[TokenEvent]:
+        self.calls += 1
+        return self.script.pop(0) if self.script else []
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    words = Tokenizer(models.WordLevel({"[UNK]": 0, "hello": 1, "world": 2}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]")
+
+
+class Worker:
+    """What TorchServe's `Service.predict` does around the handler, for rank 0."""
+
+    def __init__(self) -> None:
+        self.engine = FakeEngine()
+        self.batch = LiveBatch(self.engine, make_tokenizer(), Limits(64, 16, 32), max_steps=4)  # type: ignore[arg-type]
+        self.ctx = make_context(".", {})
+
+    def call(self, rows: dict[str, dict[str, Any]], events: list[TokenEvent] | None = None) -> dict[str, Any]:
+        """One call with these rows; returns for each id (bytes, status, content type, ts_stream_next)."""
+        self.engine.script = [events or []]
+        self.ctx.request_ids = dict(enumerate(rows))
+        self.ctx.stopping_criteria = None
+        self.ctx.request_processor = [
+            RequestProcessor({"body": {"content-type": "application/json"}} if row else {}) for row in rows.values()
+        ]
+        items = self.batch.serve(list(rows.values()), self.ctx)
+        assert len(items) == len(rows)
+        create_predict_response(items, self.ctx.request_ids, "Prediction success", 200, self.ctx)
+        return {
+            name: (
+                bytes(items[index]),
+                self.ctx.get_response_status(index)[0],
+                self.ctx.get_response_content_type(index),
+                self.ctx.get_response_headers(index).get("ts_stream_next"),
+            )
+            for index, name in enumerate(rows)
+        }
+
+
+def body(**parameters: Any) -> dict[str, Any]:
+    return {"body": {"prompt": "hello world", **parameters}}
+
+
+def done(name: str, text: str = "", reason: Any = "stop") -> TokenEvent:
+    return TokenEvent(name, text, reason, Usage(2, 3))
+
+
+@pytest.fixture
+def worker() -> Worker:
+    return Worker()
+
+
+def test_a_stream_has_first_middle_and_last_frames(worker: Worker) -> None:
+    first = worker.call({"a": body(stream=True)}, [TokenEvent("a", "one")])["a"]
+    assert first == (b'data: {"text":"one"}\n\n', 200, "text/event-stream; charset=utf-8", "true")
+    middle = worker.call({"a": {}}, [TokenEvent("a", "two"), TokenEvent("a", "three")])["a"]
+    assert middle[0] == b'data: {"text":"two"}\n\ndata: {"text":"three"}\n\n' and middle[3] == "true"
+    last = worker.call({"a": {}}, [done("a", "four")])["a"]
+    assert last[3] == "false" and last[0].endswith(b"data: [DONE]\n\n")
+
+
+def test_a_stream_that_ends_in_its_first_call_is_a_plain_reply(worker: Worker) -> None:
+    item, status, content_type, stream_next = worker.call({"a": body(stream=True)}, [done("a", "all")])["a"]
+    assert stream_next is None and status == 200 and content_type.startswith("text/event-stream")
+    assert item.startswith(b'data: {"text":"all"}') and item.endswith(b"[DONE]\n\n")
+
+
+def test_a_json_reply_is_empty_frames_and_then_the_whole(worker: Worker) -> None:
+    first = worker.call({"a": body()}, [TokenEvent("a", "one ")])["a"]
+    assert first == (b"", 200, "application/json", "true")
+    last = worker.call({"a": {}}, [done("a", "two", "length")])["a"]
+    assert last[3] == "false"
+    assert json.loads(last[0]) == {
+        "text": "one two",
+        "finish_reason": "length",
+        "usage": {"prompt_tokens": 2, "completion_tokens": 3, "total_tokens": 5},
+    }
+
+
+def test_refused_rows_cost_their_neighbours_nothing(worker: Worker) -> None:
+    rows = {"bad": body(top_p=7), "good": body(stream=True), "none": {}}
+    replies = worker.call(rows, [TokenEvent("good", "x")])
+    assert replies["bad"][1] == 400 and replies["bad"][3] is None
+    assert json.loads(replies["bad"][0])["error"]["param"] == "top_p"
+    assert replies["none"][1] == 400
+    assert replies["good"] == (b'data: {"text":"x"}\n\n', 200, "text/event-stream; charset=utf-8", "true")
+    assert [request.request_id for request in worker.engine.admitted] == ["good"]
+
+
+def test_a_call_of_nothing_but_refused_rows_still_runs_the_engine(worker: Worker) -> None:
+    """The engine's step is the collective without which other ranks lose calls."""
+    worker.call({"bad": {}})
+    assert worker.engine.calls == 1
+
+
+def test_a_client_that_is_missing_is_evicted_once(worker: Worker) -> None:
+    worker.call({"a": body(stream=True), "b": body(stream=True)}, [TokenEvent("a", "x"), TokenEvent("b", "y")])
+    worker.call({"b": {}}, [TokenEvent("b", "z")])
+    assert worker.engine.evicted == ["a"]
+    worker.call({"b": {}}, [done("b")])
+    worker.call({"c": body()})
+    assert worker.engine.evicted == ["a"]
+
+
+def test_late_events_of_a_client_that_left_are_dropped(worker: Worker) -> None:
+    worker.call({"a": body(stream=True), "b": body()}, [TokenEvent("a", "x")])
+    reply = worker.call({"b": {}}, [TokenEvent("a", "late"), TokenEvent("b", "z")])["b"]
+    assert reply[0] == b""
+
+
+def test_rows_may_change_places_between_calls(worker: Worker) -> None:
+    worker.call({"a": body(stream=True), "b": body(stream=True)}, [TokenEvent("a", "x"), TokenEvent("b", "y")])
+    replies = worker.call({"b": {}, "a": {}}, [TokenEvent("a", "1"), TokenEvent("b", "2")])
+    assert (replies["a"][0], replies["b"][0]) == (b'data: {"text":"1"}\n\n', b'data: {"text":"2"}\n\n')
+
+
+def test_a_tokenizer_that_fails_on_one_prompt_refuses_only_that_request(worker: Worker) -> None:
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("broken")
+
+    tokenizer, worker.batch._tokenizer = worker.batch._tokenizer, fail
+    broken = worker.call({"a": body()})["a"]
+    assert broken[1] == 500 and json.loads(broken[0])["error"]["type"] == "internal_error"
+    worker.batch._tokenizer = tokenizer
+    assert worker.call({"b": body()}, [done("b", "x")])["b"][1] == 200
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_request_that_breaks_in_mid_stream_says_so_and_ends(worker: Worker, stream: bool) -> None:
+    worker.call({"a": body(stream=stream)}, [TokenEvent("a", "x")])
+    item, _, _, stream_next = worker.call({"a": {}}, [TokenEvent("a", "", failed=True)])["a"]
+    assert stream_next == "false"
+    payload = item.decode().removeprefix("data: ").split("\n\n")[0]
+    assert json.loads(payload)["error"]["type"] == "internal_error"
+    assert item.endswith(b"[DONE]\n\n") is stream
