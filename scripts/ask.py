@@ -1,0 +1,79 @@
+"""Ask the served model one question and print its answer, and the curl line that asks it again."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from typing import Any
+
+import typer
+
+from scripts.console import fail, say
+from scripts.prepare_model import DEMO_MODEL
+from scripts.run_dir import HOST
+from scripts.web import OK, Unreachable, request_json
+
+QUESTION = "What is the capital of France?"
+TIMEOUT_S = 120.0
+BAD_REQUEST = 400
+
+
+class AskError(Exception):
+    """No answer; the message says why."""
+
+
+def ask(url: str, question: str, max_new_tokens: int) -> tuple[str, dict[str, Any]]:
+    """The answer, and the JSON body that brought it: a chat message, or a plain prompt for a model without chat
+    template. Raises AskError."""
+    message = {"role": "user", "content": question}
+    body: dict[str, Any] = {"messages": [message], "max_new_tokens": max_new_tokens}
+    status, reply = post(url, body)
+    if status == BAD_REQUEST and error_of(reply).get("param") == "messages":
+        body = {"prompt": question, "max_new_tokens": max_new_tokens}
+        status, reply = post(url, body)
+    if status != OK or not isinstance(reply, dict) or "text" not in reply:
+        raise AskError(f"status {status}: {error_of(reply).get('message') or reply}")
+    return str(reply["text"]), body
+
+
+def post(url: str, body: dict[str, Any]) -> tuple[int, Any]:
+    try:
+        return request_json(url, body, TIMEOUT_S)
+    except Unreachable as error:
+        raise AskError(
+            f"no reply from {url} ({error}): start the server with `make deploy`, or see `make logs`"
+        ) from None
+
+
+def error_of(reply: Any) -> dict[str, Any]:
+    """The handler's error object, or what TorchServe itself replies; empty for a reply that is neither."""
+    if not isinstance(reply, dict):
+        return {}
+    error = reply.get("error", reply)
+    return error if isinstance(error, dict) else {}
+
+
+def curl_line(url: str, body: dict[str, Any]) -> str:
+    """A shell line that sends the same request."""
+    return f"curl {url} -H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body, ensure_ascii=False))}"
+
+
+def main(
+    question: str = typer.Argument(QUESTION),
+    name: str = typer.Option(DEMO_MODEL, help="name of the served model"),
+    port: int = typer.Option(8080, help="inference port"),
+    max_new_tokens: int = typer.Option(128, help="longest answer, in tokens"),
+) -> None:
+    """Ask one question."""
+    url = f"http://{HOST}:{port}/predictions/{name}"
+    try:
+        answer, body = ask(url, question, max_new_tokens)
+    except AskError as error:
+        fail(str(error))
+    say(f"\nquestion: {question}")
+    typer.echo(answer)
+    say(f"\nask again:\n  {curl_line(url, body)}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,125 @@
+"""Pack the handlers and one model's configuration into model-store/<name>.mar with torch-model-archiver.
+
+The weights stay where they are: the archive holds their path. TP, DEVICE and DTYPE are written into a copy of
+configs/<name>/ (or of configs/smollm2/, the template), each in its one place.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import typer
+import yaml
+
+from scripts.console import fail, say
+from scripts.machine import AUTO, MachineError, resolve_device, resolve_dtype, resolve_tp
+from scripts.prepare_model import DEMO_MODEL, ROOT, ModelError, prepare
+
+HANDLERS = "handlers"  # relative to ROOT: the archiver splits its list of files at commas
+CONFIGS = ROOT / "configs"
+MODEL_STORE = ROOT / "model-store"
+ENTRY = "deepspeed_handler.py"
+MODEL_CONFIG = "model-config.yaml"
+DS_CONFIG = "ds-config.json"
+NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+
+
+class PackageError(Exception):
+    """The archive could not be made; the message says how to mend it."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How to serve a model; `auto` stands for what the machine and the configuration suggest."""
+
+    tp: str = AUTO
+    device: str = AUTO
+    dtype: str = AUTO
+
+
+def render(config_dir: Path, model_path: str, choice: Choice) -> tuple[dict[str, Any], dict[str, Any]]:
+    """model-config.yaml and ds-config.json of `config_dir` with the path and the choice written in.
+
+    Raises MachineError for a choice this machine cannot honour, PackageError for a configuration without TP size.
+    """
+    model_config = yaml.safe_load((config_dir / MODEL_CONFIG).read_text(encoding="utf-8"))
+    ds_config = json.loads((config_dir / DS_CONFIG).read_text(encoding="utf-8"))
+    configured = (model_config.get("torchrun") or {}).get("nproc-per-node")
+    if not isinstance(configured, int):
+        raise PackageError(f"{config_dir.name}/{MODEL_CONFIG}: torchrun.nproc-per-node is missing: set it, e.g. to 2")
+    device = resolve_device(choice.device)
+    model_config["deviceType"] = device
+    if device == "cpu":
+        model_config.pop("deviceIds", None)
+    model_config["torchrun"]["nproc-per-node"] = resolve_tp(choice.tp, device, configured)
+    model_config.setdefault("handler", {})["model_path"] = model_path
+    ds_config["dtype"] = resolve_dtype(choice.dtype, device, ds_config.get("dtype", "bf16"))
+    return model_config, ds_config
+
+
+def package(name: str, model_path: str, choice: Choice, version: str = "1.0", model_store: Path = MODEL_STORE) -> Path:
+    """Write `model_store`/<name>.mar and return its path. Raises PackageError, MachineError."""
+    if not NAME_PATTERN.fullmatch(name):
+        raise PackageError(f"NAME={name} is not fit for a URL: use letters, digits, '_', '.' and '-'")
+    config_dir = CONFIGS / name if (CONFIGS / name).is_dir() else CONFIGS / DEMO_MODEL
+    model_config, ds_config = render(config_dir, model_path, choice)
+    model_store.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="dsserve-mar-") as scratch:
+        folder = Path(scratch)
+        (folder / MODEL_CONFIG).write_text(yaml.safe_dump(model_config, sort_keys=False), encoding="utf-8")
+        (folder / DS_CONFIG).write_text(json.dumps(ds_config, indent=2) + "\n", encoding="utf-8")
+        archive(name, version, folder, model_store)
+    say(
+        f"packed {name} {version}: {model_config['torchrun']['nproc-per-node']} ranks on {model_config['deviceType']}, "
+        f"{ds_config['dtype']}, weights from {model_path}"
+    )
+    return model_store / f"{name}.mar"
+
+
+def archive(name: str, version: str, config_dir: Path, model_store: Path) -> None:
+    """Run torch-model-archiver on the handlers and the two configuration files. Raises PackageError with its output."""
+    staging = config_dir / "staging"
+    staging.mkdir()
+    options = {
+        "--model-name": name,
+        "--version": version,
+        "--handler": f"{HANDLERS}/{ENTRY}",
+        "--extra-files": f"{HANDLERS},{config_dir / DS_CONFIG}",
+        "--config-file": config_dir / MODEL_CONFIG,
+        "--export-path": model_store,
+    }
+    command = [sys.executable, "-m", "model_archiver.model_packaging", "--force"]
+    command += [str(word) for pair in options.items() for word in pair]
+    # The archiver clears and fills <temporary folder>/<name>: give it one that nobody else uses.
+    environ = {**os.environ, "TMPDIR": str(staging)}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environ, check=False)
+    if done.returncode != 0:
+        raise PackageError(f"torch-model-archiver failed:\n{done.stderr.strip() or done.stdout.strip()}")
+
+
+def main(
+    name: str = typer.Option(DEMO_MODEL, help="name under which TorchServe serves the model"),
+    model: str = typer.Option(DEMO_MODEL, help="smollm2, a local Hugging Face folder, or a hub id"),
+    version: str = typer.Option("1.0", help="version of the served model"),
+    tp: str = typer.Option(AUTO, help="number of ranks"),
+    device: str = typer.Option(AUTO, help="auto, cpu or gpu"),
+    dtype: str = typer.Option(AUTO, help="bf16, fp16 or fp32"),
+    model_store: Path = typer.Option(MODEL_STORE, help="folder for the archive"),
+) -> None:
+    """Pack a model for TorchServe and print the archive's path."""
+    try:
+        typer.echo(package(name, prepare(model), Choice(tp, device, dtype), version, model_store.resolve()))
+    except (PackageError, MachineError, ModelError) as error:
+        fail(str(error))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,154 @@
+"""The folder in which one TorchServe lives: its configuration, logs, temporary files and the record of what runs.
+
+Everything that TorchServe would share with other servers on the host (pid file, sockets, logs) lies in here. Starts
+and stops nothing (`server`).
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+LOG4J_TEMPLATE = ROOT / "configs" / "torchserve" / "log4j2.xml"
+HOST = "127.0.0.1"
+RECORD = "server.json"
+# The path of a Unix socket holds at most 107 bytes; TorchServe puts `.ts.sock.9000` into its temporary folder.
+SOCKET_FOLDER_BYTES = 107 - len("/.ts.sock.00000")
+
+
+@dataclass(frozen=True)
+class Ports:
+    """The five ports of one server, all derived from the first."""
+
+    inference: int
+
+    @property
+    def management(self) -> int:
+        return self.inference + 1
+
+    @property
+    def metrics(self) -> int:
+        return self.inference + 2
+
+    @property
+    def grpc_inference(self) -> int:
+        return self.inference + 5
+
+    @property
+    def grpc_management(self) -> int:
+        return self.inference + 6
+
+    def all(self) -> list[int]:
+        return [self.inference, self.management, self.metrics, self.grpc_inference, self.grpc_management]
+
+    def taken(self) -> list[int]:
+        """Those on which something listens already."""
+        return [port for port in self.all() if not is_free(port)]
+
+
+def is_free(port: int) -> bool:
+    """Whether a server could listen on HOST:`port` now."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError:
+            return False
+    return True
+
+
+@dataclass(frozen=True)
+class Record:
+    """What `start` wrote down for `status`, `stop` and `logs`."""
+
+    pid: int
+    name: str
+    port: int
+    temp: str
+    started_at_s: float
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """One run directory. `path` must be absolute: it is also the mark by which the server's processes are known."""
+
+    path: Path
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    @property
+    def model_log(self) -> Path:
+        return self.logs / "model_log.log"
+
+    @property
+    def server_log(self) -> Path:
+        return self.logs / "ts_log.log"
+
+    @property
+    def console_log(self) -> Path:
+        return self.logs / "console.log"
+
+    @property
+    def config_file(self) -> Path:
+        return self.path / "config.properties"
+
+    @property
+    def log4j_file(self) -> Path:
+        return self.path / "log4j2.xml"
+
+    def create(self, properties: dict[str, str]) -> Path:
+        """Make the folder with empty logs and the configuration; return the (empty) temporary folder to use."""
+        shutil.rmtree(self.logs, ignore_errors=True)
+        self.logs.mkdir(parents=True)
+        self.config_file.write_text("".join(f"{key}={value}\n" for key, value in properties.items()), encoding="utf-8")
+        shutil.copyfile(LOG4J_TEMPLATE, self.log4j_file)
+        temp = self.path / "tmp"
+        if len(str(temp).encode()) > SOCKET_FOLDER_BYTES:
+            return Path(tempfile.mkdtemp(prefix="dsserve-"))
+        shutil.rmtree(temp, ignore_errors=True)
+        temp.mkdir()
+        return temp
+
+    def write_record(self, record: Record) -> None:
+        (self.path / RECORD).write_text(json.dumps(asdict(record)) + "\n", encoding="utf-8")
+
+    def read_record(self) -> Record | None:
+        """The record of the server started last, or None."""
+        try:
+            return Record(**json.loads((self.path / RECORD).read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return None
+
+    def clear(self, record: Record) -> None:
+        """Remove what a stopped server leaves: sockets, unpacked archives, the record. Logs stay."""
+        shutil.rmtree(record.temp, ignore_errors=True)
+        (self.path / RECORD).unlink(missing_ok=True)
+
+
+def server_properties(ports: Ports, name: str, archive: Path, device: str) -> dict[str, str]:
+    """config.properties for one model: loopback addresses only, no tokens, metrics for Prometheus."""
+    properties = {
+        "inference_address": f"http://{HOST}:{ports.inference}",
+        "management_address": f"http://{HOST}:{ports.management}",
+        "metrics_address": f"http://{HOST}:{ports.metrics}",
+        "grpc_inference_address": HOST,
+        "grpc_inference_port": str(ports.grpc_inference),
+        "grpc_management_address": HOST,
+        "grpc_management_port": str(ports.grpc_management),
+        "model_store": str(archive.parent),
+        "load_models": f"{name}={archive.name}",
+        "disable_token_authorization": "true",
+        "disable_system_metrics": "true",  # the collector needs packages of its own on GPU hosts, and breaks there
+        "metrics_mode": "prometheus",
+        "vmargs": "-Xms64m -Xmx1g -XX:+UseSerialGC",  # the cores belong to the ranks
+    }
+    if device == "cpu":
+        properties["number_of_gpu"] = "0"
+    return properties

@@ -1,0 +1,98 @@
+"""The archive holds the handlers and one configuration in which each choice stands once."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+
+from scripts import package as packaging
+from scripts.machine import MachineError
+from scripts.package import Choice, PackageError, package, render
+from scripts.prepare_model import ROOT
+from scripts.server import ServerError, read_archive
+
+SMOLLM2 = ROOT / "configs" / "smollm2"
+
+
+def test_the_choice_is_written_once() -> None:
+    model_config, ds_config = render(SMOLLM2, "/models/x", Choice(tp="3", device="cpu", dtype="fp32"))
+    assert model_config["torchrun"]["nproc-per-node"] == 3
+    assert model_config["deviceType"] == "cpu"
+    assert model_config["handler"]["model_path"] == "/models/x"
+    assert ds_config["dtype"] == "fp32"
+    assert "tensor_parallel" not in ds_config
+    assert "deviceIds" not in model_config
+    assert "dtype" not in model_config["deepspeed"]
+
+
+def test_all_other_settings_stay_as_committed() -> None:
+    committed = yaml.safe_load((SMOLLM2 / "model-config.yaml").read_text())
+    model_config, _ = render(SMOLLM2, committed["handler"]["model_path"], Choice(device="cpu"))
+    assert model_config == committed
+
+
+def test_device_ids_are_for_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model-config.yaml").write_text("torchrun: {nproc-per-node: 2}\ndeviceIds: [0, 1]\n")
+    (tmp_path / "ds-config.json").write_text("{}")
+    assert "deviceIds" not in render(tmp_path, "x", Choice(device="cpu"))[0]
+    monkeypatch.setattr("scripts.machine.count_gpus", lambda: 2)
+    assert render(tmp_path, "x", Choice(device="gpu"))[0]["deviceIds"] == [0, 1]
+
+
+def test_a_configuration_without_tp_size_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "model-config.yaml").write_text("minWorkers: 1\n")
+    (tmp_path / "ds-config.json").write_text("{}")
+    with pytest.raises(PackageError, match=r"torchrun\.nproc-per-node is missing"):
+        render(tmp_path, "x", Choice(device="cpu"))
+
+
+def test_the_archive(tmp_path: Path) -> None:
+    path = package("some-model", "/models/x", Choice(tp="2", device="cpu", dtype="fp32"), "2.1", tmp_path / "store")
+    assert path == tmp_path / "store" / "some-model.mar"
+    with zipfile.ZipFile(path) as archive:
+        names = set(archive.namelist())
+        manifest = json.loads(archive.read("MAR-INF/MANIFEST.json"))["model"]
+        assert archive.read("deepspeed_handler.py") == (ROOT / "handlers" / "deepspeed_handler.py").read_bytes()
+        assert json.loads(archive.read("ds-config.json"))["dtype"] == "fp32"
+    sources = {str(file.relative_to(ROOT / "handlers")) for file in (ROOT / "handlers").rglob("*.py")}
+    assert names == sources | {"ds-config.json", "model-config.yaml", "MAR-INF/MANIFEST.json"}
+    assert (manifest["modelName"], manifest["modelVersion"]) == ("some-model", "2.1")
+    assert manifest["handler"] == "deepspeed_handler.py"
+    assert read_archive(path)["handler"]["model_path"] == "/models/x"
+
+
+def test_packing_again_replaces_the_archive(tmp_path: Path) -> None:
+    package("m", "/models/x", Choice(tp="2", device="cpu"), model_store=tmp_path)
+    path = package("m", "/models/x", Choice(tp="1", device="cpu"), model_store=tmp_path)
+    assert read_archive(path)["torchrun"]["nproc-per-node"] == 1
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "../x", "-f", "a b", "a;b", "ü"])
+def test_a_name_unfit_for_urls_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(PackageError, match="not fit for a URL"):
+        package(name, "x", Choice(), model_store=tmp_path)
+
+
+def test_an_impossible_choice_packs_nothing(tmp_path: Path) -> None:
+    with pytest.raises(MachineError, match="TP=many"):
+        package("m", "x", Choice(tp="many", device="cpu"), model_store=tmp_path / "store")
+    assert not (tmp_path / "store").exists()
+
+
+def test_the_archivers_own_error_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packaging, "ENTRY", "no_such_file.py")
+    with pytest.raises(PackageError, match="no_such_file"):
+        package("m", "x", Choice(device="cpu"), model_store=tmp_path)
+
+
+def test_what_is_no_archive_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ServerError, match="make mar"):
+        read_archive(tmp_path / "none.mar")
+    (tmp_path / "bad.mar").write_bytes(b"not a zip file")
+    with pytest.raises(ServerError, match="no archive"):
+        read_archive(tmp_path / "bad.mar")
