@@ -43,7 +43,8 @@ class TextStream:
         if whole.endswith(_REPLACEMENT) and pending < _MAX_PENDING:
             return ""
         text = whole[len(before) :]
-        self._window = self._window[self._read :]
+        if text:  # tokens without text (special ones) stay in the window: nothing may follow them as a first word
+            self._window = self._window[self._read :]
         self._read = len(self._window)
         return self._release(text)
 
@@ -65,10 +66,11 @@ class TextStream:
         if not self._stop:
             return text
         held = self._held + text
-        starts = [position for stop in self._stop if (position := held.find(stop)) >= 0]
-        if starts:
+        # The one that is complete first counts, wherever the tokens' boundaries lie.
+        found = [(at + len(stop), at) for stop in self._stop if (at := held.find(stop)) >= 0]
+        if found:
             self.stopped, self._held = True, ""
-            return held[: min(starts)]
+            return held[: min(found)[1]]
         keep = max(_overlap(held, stop) for stop in self._stop)
         cut = len(held) - keep
         self._held = held[cut:]

@@ -33,15 +33,10 @@ def encode_prompt(body: GenerateBody, tokenizer: Any) -> list[int]:
     Raises:
         RequestError: 400.
     """
-    name = "prompt" if body.messages is None else "messages"
-    try:
-        if body.messages is None:
-            ids = tokenizer(body.prompt)["input_ids"]
-        else:
-            ids = tokenizer(_render(body, tokenizer), add_special_tokens=False)["input_ids"]
-    except (UnicodeEncodeError, TypeError):
-        # A lone surrogate is a str in Python and no text in Unicode.
-        raise RequestError(f"{name} holds text that is not valid Unicode (a lone surrogate)", param=name) from None
+    if body.messages is None:
+        name, ids = "prompt", tokenizer(body.prompt)["input_ids"]
+    else:
+        name, ids = "messages", tokenizer(_render(body, tokenizer), add_special_tokens=False)["input_ids"]
     if not ids:
         raise RequestError(f"{name} gives no tokens: send some text", param=name)
     return list(ids)

@@ -7,7 +7,17 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from dsserve.errors import RequestError
 
@@ -26,7 +36,18 @@ _OTHER_NAMES = {
 }
 _MAX_ECHO = 64
 
-StopString = Annotated[str, Field(min_length=1)]
+
+def _check_unicode(value: str) -> str:
+    """JSON can spell a lone surrogate, which no tokenizer takes."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise PydanticCustomError("string_unicode", "not valid Unicode") from None
+    return value
+
+
+Text = Annotated[str, AfterValidator(_check_unicode)]
+StopString = Annotated[Text, Field(min_length=1)]
 
 
 class Message(BaseModel):
@@ -35,7 +56,7 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     role: Literal["system", "user", "assistant"]
-    content: str
+    content: Text
 
 
 class GenerateBody(BaseModel):
@@ -43,7 +64,7 @@ class GenerateBody(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    prompt: str | None = Field(None, min_length=1)
+    prompt: Text | None = Field(None, min_length=1)
     messages: list[Message] | None = Field(None, min_length=1)
     max_new_tokens: StrictInt | None = Field(None, ge=1)
     temperature: float = Field(0.0, ge=0, le=2, allow_inf_nan=False)
@@ -98,6 +119,8 @@ def _explain(error: ValidationError) -> RequestError:
         return RequestError(f"{where}: unknown; a message holds `role` and `content`", param=name)
     if kind == "string_too_short":
         return RequestError(f"{where} must not be empty", param=name)
+    if kind == "string_unicode":
+        return RequestError(f"{where} is not valid Unicode: it holds a lone surrogate", param=name)
     if kind == "too_short":
         return RequestError(f"{where} must not be empty: give at least one", param=name)
     return RequestError(f"{where}: {first['msg']}", param=name)
