@@ -16,6 +16,7 @@ from typing import Any
 
 RECEIVE_BYTES = 65536
 DONE = b"[DONE]"
+LAST_CHUNK = b"\r\n0\r\n\r\n"
 
 
 class BenchError(Exception):
@@ -28,6 +29,10 @@ class Stream:
 
     sent_s: float
     pieces: list[tuple[float, bytes]] = field(default_factory=list)
+
+    def is_complete(self) -> bool:
+        """The last chunk of a chunked body is there, however it was cut into pieces."""
+        return b"".join(data for _, data in self.pieces[-len(LAST_CHUNK) :]).endswith(LAST_CHUNK)
 
 
 @dataclass(frozen=True)
@@ -51,14 +56,14 @@ def run_round(host: str, port: int, path: str, prompts: list[str], new_tokens: i
 
 
 def http_request(host: str, path: str, body: dict[str, Any]) -> bytes:
-    """The bytes of a POST whose connection the server closes at the end of the answer."""
+    """The bytes of a POST. TorchServe closes the connection after a whole reply, but not after a stream."""
     payload = json.dumps(body).encode()
     head = f"POST {path} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nConnection: close\r\n"
     return f"{head}Content-Length: {len(payload)}\r\n\r\n".encode() + payload
 
 
 def receive_all(host: str, port: int, requests: list[bytes], timeout_s: float) -> list[Stream]:
-    """Send all requests, then collect all answers until the server has closed every connection. Raises OSError."""
+    """Send all requests, then collect all answers to their last chunk or the end of the connection. Raises OSError."""
     selector = selectors.DefaultSelector()
     connections = [socket.create_connection((host, port), timeout=timeout_s) for _ in requests]
     try:
@@ -76,7 +81,7 @@ def receive_all(host: str, port: int, requests: list[bytes], timeout_s: float) -
                 data = key.fileobj.recv(RECEIVE_BYTES)  # type: ignore[union-attr]
                 if data:
                     key.data.pieces.append((time.perf_counter(), data))
-                else:
+                if not data or key.data.is_complete():
                     selector.unregister(key.fileobj)
         return streams
     finally:

@@ -106,6 +106,8 @@ def chunk(data: bytes) -> bytes:
     return f"{len(data):x}\r\n".encode() + data + b"\r\n"
 
 
+LAST = b"\n"
+LAST_PIECES = (b"0\r\n", b"\r", LAST)
 HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
 
 
@@ -115,18 +117,20 @@ def sse(tokens: int, finish: str = "length", delay_s: float = 0.0) -> Iterator[b
         time.sleep(delay_s)
         yield chunk(event({"text": "x"}))
     yield chunk(event({"text": "", "finish_reason": finish, "usage": {"completion_tokens": tokens}}) + event("[DONE]"))
-    yield b"0\r\n\r\n"
+    yield from LAST_PIECES
 
 
 @contextmanager
 def stream_server(pieces: Callable[[], Iterator[bytes]]) -> Iterator[int]:
-    """Answers each connection in a thread of its own, then closes it."""
+    """Answers each connection in a thread of its own; after a whole answer it waits for the client to close."""
 
     def answer(connection: socket.socket) -> None:
         with connection:
             connection.recv(65536)
             for piece in pieces():
                 connection.sendall(piece)
+            if piece == LAST:
+                connection.recv(1)
 
     def accept() -> None:
         while True:
