@@ -77,10 +77,11 @@ def select_device(device_type: str | None, rank: RankInfo) -> torch.device:
 def prepare_environment(device: torch.device, rank: RankInfo, num_threads: int | None = None) -> None:
     """Sets what DeepSpeed and OpenMP read; must run before DeepSpeed is imported.
 
-    LOCAL_SIZE: DeepSpeed's shared-memory all-reduce crashes without it, and torchrun sets only LOCAL_WORLD_SIZE.
+    LOCAL_SIZE: DeepSpeed's shared-memory all-reduce crashes unless it is the number of ranks, and torchrun sets only
+    LOCAL_WORLD_SIZE.
     Threads: with more threads than cores the ranks' spinning all-reduce makes a step about 100 times slower.
     """
-    os.environ.setdefault("LOCAL_SIZE", str(rank.local_world_size))
+    os.environ["LOCAL_SIZE"] = str(rank.local_world_size)
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         cores = len(os.sched_getaffinity(0))

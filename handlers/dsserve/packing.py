@@ -1,8 +1,8 @@
 """CPU only: DeepSpeed's sharded linear layers on oneDNN weights that are laid out once, at load.
 
 A plain matmul lays the weight out anew on every call; at one row that is half of its time. Columns that read the same
-input (q, k, v; gate, up) become one matmul. The sharding and its all-reduces stay DeepSpeed's. Where the private oneDNN
-operators are missing nothing is changed.
+input (q, k, v; gate, up) become one matmul. The layers' sharding and all-reduces stay DeepSpeed's, the LM head's is
+ours (`vocab_head`). Where the private oneDNN operators are missing nothing is changed.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from dsserve.distributed import all_reduce
+from dsserve.vocab_head import VocabParallelHead, gather_rows, split_vocabulary
 
 # Siblings that transformers' layers feed with the same tensor, in the order in which they are called.
 _FUSED_SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -38,6 +39,7 @@ class PackedLinear(nn.Module):
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, row_parallel: bool) -> None:
         super().__init__()
+        self.weight_bytes = weight.nbytes
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous())
         self._bias = None if bias is None else bias.detach()
         self._row_parallel = row_parallel
@@ -52,18 +54,6 @@ class PackedLinear(nn.Module):
         return output if self._bias is None else output.add_(self._bias)
 
 
-class _PackedHead(PackedLinear):
-    """DeepSpeed's row-parallel LM head: each rank reads its columns of the hidden state, the logits are summed."""
-
-    def __init__(self, head: Any) -> None:
-        super().__init__(head.weight, head.bias, head.is_tp_parallel)
-        self._start = sum(head._partition_sizes[: head.tp_index])
-        self._size = head._partition_sizes[head.tp_index]
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x.narrow(-1, self._start, self._size).contiguous())
-
-
 class _FusedColumns:
     """Several column-parallel layers as one matmul; computed when the first part is asked for, then handed out."""
 
@@ -71,13 +61,13 @@ class _FusedColumns:
         biases = [layer.bias for layer in layers]
         bias = None if biases[0] is None else torch.cat([b.detach() for b in biases])
         self._sizes = [layer.weight.shape[0] for layer in layers]
-        self._linear = PackedLinear(torch.cat([layer.weight.detach() for layer in layers]), bias, False)
+        self.linear = PackedLinear(torch.cat([layer.weight.detach() for layer in layers]), bias, False)
         self._input: torch.Tensor | None = None
         self._outputs: tuple[torch.Tensor, ...] = ()
 
     def part(self, index: int, x: torch.Tensor) -> torch.Tensor:
         if self._input is not x:
-            self._input, self._outputs = x, self._linear(x).split(self._sizes, dim=-1)
+            self._input, self._outputs = x, self.linear(x).split(self._sizes, dim=-1)
         output = self._outputs[index]
         if index == len(self._sizes) - 1:
             self._input, self._outputs = None, ()
@@ -99,39 +89,47 @@ class _FusedPart(nn.Module):
 def pack_weights(module: nn.Module) -> int:
     """Replaces the linear layers of a sharded module, in place, and returns how many matmuls are packed.
 
-    The original weights are dropped with their layers.
+    The original weights are dropped with their layers. All ranks must call it.
     """
-    count = 0
+    packed: list[PackedLinear] = []
     for parent in list(module.modules()):
         for names in _FUSED_SIBLINGS:
-            count += _fuse(parent, names)
-        for name, child in list(parent.named_children()):
-            packed = _pack(child)
-            if packed is not None:
-                setattr(parent, name, packed)
-                count += 1
-    return count
+            packed += _fuse(parent, names)
+        for name, child in _children(parent):
+            kind = _kind(child)
+            if kind in ("column", "row"):
+                packed.append(PackedLinear(child.weight, child.bias, kind == "row" and child.is_tp_parallel))
+                setattr(parent, name, packed[-1])
+    return len(packed) + _pack_head(module, sum(linear.weight_bytes for linear in packed))
 
 
-def _fuse(parent: nn.Module, names: tuple[str, ...]) -> int:
+def _pack_head(module: nn.Module, weight_bytes: int) -> int:
+    """Gives each rank that part of the LM head's rows which evens out the bytes that the ranks read in a step."""
+    for parent in list(module.modules()):
+        for name, head in _children(parent):
+            if _kind(head) == "head":
+                rows, columns = head.weight.shape[0], sum(head._partition_sizes)
+                start, stop = split_vocabulary(rows, columns * head.weight.element_size(), weight_bytes)
+                weight, bias = gather_rows(head, start, stop)
+                setattr(parent, name, VocabParallelHead(PackedLinear(weight, bias, False), start, rows))
+                return 1
+    return 0
+
+
+def _fuse(parent: nn.Module, names: tuple[str, ...]) -> list[PackedLinear]:
     layers: list[Any] = [getattr(parent, name, None) for name in names]
     if any(_kind(layer) != "column" for layer in layers):
-        return 0
+        return []
     if len({layer.bias is None for layer in layers}) != 1:
-        return 0
+        return []
     columns = _FusedColumns(layers)
     for index, name in enumerate(names):
         setattr(parent, name, _FusedPart(columns, index))
-    return 1
+    return [columns.linear]
 
 
-def _pack(child: Any) -> nn.Module | None:
-    kind = _kind(child)
-    if kind is None:
-        return None
-    if kind == "head":
-        return _PackedHead(child)
-    return PackedLinear(child.weight, child.bias, kind == "row" and child.is_tp_parallel)
+def _children(parent: nn.Module) -> list[tuple[str, Any]]:
+    return list(parent.named_children())
 
 
 def _kind(layer: Any) -> str | None:

@@ -44,13 +44,40 @@ def logits_and_shards(path: str) -> dict[str, Any]:
     }
 
 
-def engine_errors(path: str, dtype: str) -> dict[str, float]:
+def engine_errors(path: str, dtype: str) -> dict[str, Any]:
     """Relative error of the logits through KV slots, ragged, with and without packed weights."""
     engine = make_engine(path, dtype)
     plain = verify_runner(ModelRunner(engine.module, 4, 256, torch.device("cpu")), engine.self_check)
     pack_weights(engine.module)
     packed = verify_runner(ModelRunner(engine.module, 4, 256, torch.device("cpu")), engine.self_check)
-    return {"plain": plain, "packed": packed}
+    return {"plain": plain, "packed": packed, "head": type(engine.module.lm_head).__name__}
+
+
+def packed_prefill_error(path: str) -> float:
+    """Largest difference of logits, fp32, between prompts that are read in one pass and each alone, and likewise of the
+    token after: every number of prompts, beside rows that live already."""
+    runner = ModelRunner(make_engine(path, "fp32").module, 8, 64, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(3)
+    lengths = (1, 16, 7, 33, 2, 40, 5, 63)
+    prompts = tuple(tuple(torch.randint(49152, (n,), generator=generator).tolist()) for n in lengths)
+
+    def run(**plan: Any) -> torch.Tensor:
+        logits = runner.execute(Plan(**plan))
+        assert logits is not None
+        return logits
+
+    alone = []
+    for prompt in prompts:
+        alone.append((run(admit=(prompt,))[0], run(tokens=(9,))[0]))
+        runner.execute(Plan(evict=(0,)))
+    worst = 0.0
+    for split in range(1, len(prompts)):
+        first = torch.cat([run(admit=prompts[:split]), run(admit=prompts[split:])])
+        second = run(tokens=(9,) * len(prompts))
+        for row, (one, two) in enumerate(alone):
+            worst = max(worst, (first[row] - one).abs().max().item(), (second[row] - two).abs().max().item())
+        runner.execute(Plan(evict=tuple(reversed(range(len(prompts))))))
+    return worst
 
 
 def carry_plans(path: str) -> list[list[int]]:

@@ -52,10 +52,17 @@ def test_kv_slots_and_packed_weights_keep_the_logits(smollm2: Path, dtype: str, 
     for rank in run_ranks(f"{STEPS}:engine_errors", path=str(smollm2), dtype=dtype):
         assert rank["plain"] < limit
         assert rank["packed"] < limit
+        assert rank["head"] == "VocabParallelHead"
+
+
+def test_prompts_in_one_pass_have_the_logits_of_each_alone(smollm2: Path) -> None:
+    for error in run_ranks(f"{STEPS}:packed_prefill_error", path=str(smollm2)):
+        assert error < 1e-3
 
 
 def test_all_ranks_hold_the_same_plans(smollm2: Path) -> None:
-    first, second = run_ranks(f"{STEPS}:carry_plans", path=str(smollm2))
+    """Also with a LOCAL_SIZE from outside, with which DeepSpeed's all-reduce would crash."""
+    first, second = run_ranks(f"{STEPS}:carry_plans", path=str(smollm2), env={"LOCAL_SIZE": "7"})
     assert first == second and len(first) == 3
 
 

@@ -7,7 +7,7 @@ import torch
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from dsserve.generation.request import SamplingParams
-from dsserve.generation.sampler import Sampler
+from dsserve.generation.sampler import Sampler, choose_greedily
 
 LOGITS = torch.randn(200, generator=torch.Generator().manual_seed(7)) * 4
 
@@ -39,8 +39,11 @@ def draws(params: SamplingParams, count: int = 50) -> list[int]:
     return [sampler.choose(LOGITS) for _ in range(count)]
 
 
-def test_greedy_is_the_argmax() -> None:
-    assert draws(SamplingParams(), 3) == [int(LOGITS.argmax())] * 3
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_greedy_is_torchs_argmax_and_the_first_of_equals(dtype: torch.dtype) -> None:
+    logits = torch.randn(50, 3000, generator=torch.Generator().manual_seed(1)).to(dtype)
+    logits[7] = 1.0
+    assert choose_greedily(logits) == logits.argmax(dim=-1).tolist()
 
 
 def test_a_seed_repeats_and_another_differs() -> None:

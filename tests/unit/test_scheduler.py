@@ -34,8 +34,7 @@ def scheduler(slots: int = 4) -> Scheduler:
 
 
 def step(book: Scheduler, token: int = 65) -> list[TokenEvent]:
-    decoded, admitted = book.rows(book.plan(last=False))
-    return [book.accept(sequence, token) for sequence in decoded + admitted]
+    return [book.accept(sequence, token) for sequence in book.rows(book.plan(last=False))]
 
 
 def test_a_request_ends_by_length_with_its_counts() -> None:
@@ -69,7 +68,7 @@ def test_a_cancelled_row_is_evicted_and_the_last_row_moves_into_it() -> None:
     book.cancel("a")
     plan = book.plan(last=False)
     assert plan.evict == (0,)
-    assert [s.request.request_id for s in book.rows(plan)[0]] == ["c", "b"]
+    assert [s.request.request_id for s in book.rows(plan)] == ["c", "b"]
     assert len(plan.tokens) == 2
 
 
@@ -111,11 +110,11 @@ def test_rows_stay_dense_and_every_request_ends_once_or_was_cancelled(script: li
                 last = slots.pop()
                 if row < len(slots):
                     slots[row] = last
-            decoded, admitted = book.rows(plan)
-            assert [s.request.request_id for s in decoded] == slots
-            slots += [s.request.request_id for s in admitted]
-            assert len(slots) == book.running <= 4
-            events = [book.accept(s, 65) for s in decoded + admitted]
+            rows = book.rows(plan)
+            assert [s.request.request_id for s in rows[: len(plan.tokens)]] == slots
+            slots = [s.request.request_id for s in rows]
+            assert len(slots) == len(plan.tokens) + len(plan.admit) == book.running <= 4
+            events = [book.accept(s, 65) for s in rows]
             ended += [event.request_id for event in events if event.finish_reason]
     assert not book.has_work
     assert len(ended) == len(set(ended))

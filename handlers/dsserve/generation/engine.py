@@ -12,6 +12,7 @@ from dsserve.generation.detokenizer import TextStream
 from dsserve.generation.model_runner import ModelRunner
 from dsserve.generation.plan import Plan, PlanChannel
 from dsserve.generation.request import GenerationRequest
+from dsserve.generation.sampler import choose_greedily
 from dsserve.generation.scheduler import Scheduler, TokenEvent
 
 
@@ -72,13 +73,11 @@ class Engine:
     def _step(self, plan: Plan) -> list[TokenEvent]:
         self._channel.send(plan)
         logits = self._runner.execute(plan)
-        decoded, admitted = self._scheduler.rows(plan)
+        if logits is None:
+            return []
+        greedy = choose_greedily(logits)
         events = []
-        if logits.decode is not None:
-            greedy = logits.decode.argmax(dim=-1).tolist()
-            for row, sequence in enumerate(decoded):
-                token = greedy[row] if sequence.sampler.greedy else sequence.sampler.choose(logits.decode[row])
-                events.append(self._scheduler.accept(sequence, token))
-        for sequence, row_logits in zip(admitted, logits.prefill, strict=True):
-            events.append(self._scheduler.accept(sequence, sequence.sampler.choose(row_logits)))
+        for row, sequence in enumerate(self._scheduler.rows(plan)):
+            token = greedy[row] if sequence.sampler.greedy else sequence.sampler.choose(logits[row])
+            events.append(self._scheduler.accept(sequence, token))
         return events

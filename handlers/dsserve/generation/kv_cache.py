@@ -1,8 +1,8 @@
 """KV slots of our own behind transformers' Cache interface: one row a live request, rows dense from 0.
 
-Prefill writes one row and hands the model its own fresh keys (causal attention needs no mask); decoding writes one
-position in each live row and hands out views up to the longest one. Does not choose rows (`scheduler`) and knows no
-sliding windows.
+Both phases write each token to its own cell. Prefill hands the model its own fresh keys, which are all it may see;
+decoding hands out views of the live rows up to the longest one. Does not choose rows (`scheduler`) and knows no sliding
+windows.
 """
 
 from __future__ import annotations
@@ -19,14 +19,12 @@ class Window:
     """What the next forward pass reads and writes, shared by all layers.
 
     Attributes:
-        prefill_row: the row that is filled, None while decoding.
-        cells: `[n]` where each live row's new token goes: row * max_len + position (decode).
-        kv_len: how many positions attention reads (decode).
+        cells: `[n]` where the new tokens go: row * max_len + position. Tokens after the n-th are padding.
+        kv_len: how many positions of each row attention reads while decoding, None for prefill.
     """
 
-    prefill_row: int | None = None
     cells: Any = None
-    kv_len: int = 0
+    kv_len: int | None = None
 
 
 class SlotLayer(CacheLayerMixin):
@@ -60,18 +58,21 @@ class SlotLayer(CacheLayerMixin):
         """Stores `[B, kv_heads, T, head_dim]` and returns the keys and values that attention reads."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        window = self._window
-        if window.prefill_row is not None:
-            length = key_states.shape[2]
-            self.keys[window.prefill_row, :length] = key_states[0].transpose(0, 1)
-            self.values[window.prefill_row, :length] = value_states[0].transpose(0, 1)
+        self._write(self.keys, key_states)
+        self._write(self.values, value_states)
+        if self._window.kv_len is None:
             return key_states, value_states
-        return self._append(self.keys, key_states), self._append(self.values, value_states)
+        return self._read(self.keys, key_states.shape[0]), self._read(self.values, value_states.shape[0])
 
-    def _append(self, stored: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-        """Writes a token a row, `[n, kv_heads, 1, head_dim]`; returns the view `[n, kv_heads, kv_len, head_dim]`."""
-        stored.flatten(0, 1).index_copy_(0, self._window.cells, new[:, :, 0])
-        return stored[: new.shape[0], : self._window.kv_len].transpose(1, 2)
+    def _write(self, stored: torch.Tensor, new: torch.Tensor) -> None:
+        """Tokens lie in order, whether they are `[1, kv_heads, T, head_dim]` (prefill) or `[n, kv_heads, 1, ...]`."""
+        cells = self._window.cells
+        tokens = new.transpose(1, 2).flatten(0, 1)
+        stored.flatten(0, 1).index_copy_(0, cells, tokens[: cells.shape[0]])
+
+    def _read(self, stored: torch.Tensor, rows: int) -> torch.Tensor:
+        """The view `[rows, kv_heads, kv_len, head_dim]`."""
+        return stored[:rows, : self._window.kv_len].transpose(1, 2)
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copies the first `length` positions of one row to another."""

@@ -129,10 +129,9 @@ class Scheduler:
         self._running += admit
         return Plan(tuple(evict), tokens, tuple(s.request.prompt_ids for s in admit), last)
 
-    def rows(self, plan: Plan) -> tuple[list[Sequence], list[Sequence]]:
-        """The sequences whose logits the step gives: decoded rows, then admitted prompts."""
-        decoded = len(plan.tokens)
-        return self._running[:decoded], self._running[decoded:]
+    def rows(self, plan: Plan) -> list[Sequence]:
+        """The sequences whose logits the step gives: those it decodes, then those it admits."""
+        return self._running[: len(plan.tokens) + len(plan.admit)]
 
     def accept(self, sequence: Sequence, token: int) -> TokenEvent:
         """Enters a sequence's next token; at its end the row is freed in the next step."""

@@ -17,7 +17,8 @@ from dsserve.self_check import SelfCheck
 
 logger = logging.getLogger(__name__)
 
-# Two rows of different length side by side, so that ragged decoding is part of the check.
+# Two prompts of different length, read in one pass and then side by side, so that packed prefill and ragged decoding
+# are part of the check.
 _FIRST_LENGTHS = (5, 12)
 
 
@@ -29,17 +30,16 @@ def verify_runner(runner: ModelRunner, check: SelfCheck) -> float:
     """
     tokens = check.token_ids.tolist()
     lengths = _FIRST_LENGTHS[: min(len(_FIRST_LENGTHS), runner.slots)]
-    rows = [[logits] for length in lengths for logits in runner.execute(Plan(admit=(tuple(tokens[:length]),))).prefill]
+    steps = [runner.execute(Plan(admit=tuple(tuple(tokens[:length]) for length in lengths)))]
     for step in range(len(tokens) - max(lengths)):
-        plan = Plan(tokens=tuple(tokens[length + step] for length in lengths))
-        for row, logits in zip(rows, runner.execute(plan).decode_rows(), strict=True):
-            row.append(logits)
+        steps.append(runner.execute(Plan(tokens=tuple(tokens[length + step] for length in lengths))))
+    rows = torch.stack([logits for logits in steps if logits is not None], dim=1)  # [rows, steps, V]
     _clear(runner)
     worst = 0.0
     for length, row in zip(lengths, rows, strict=True):
-        last = length + len(row) - 1
+        last = length + row.shape[0] - 1
         part = SelfCheck(check.token_ids[:last], check.logits[:last], check.dtype)
-        worst = max(worst, part.verify(torch.stack(row), "the engine (KV slots, packed weights)"))
+        worst = max(worst, part.verify(row, "the engine (KV slots, packed weights)"))
     return worst
 
 
