@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from dsserve.distributed import all_reduce
-from dsserve.vocab_head import VocabParallelHead, gather_rows, split_vocabulary
+from dsserve.vocab_head import VocabParallelHead, gather_rows
 
 # Siblings that transformers' layers feed with the same tensor, in the order in which they are called.
 _FUSED_SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -39,7 +39,6 @@ class PackedLinear(nn.Module):
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, row_parallel: bool) -> None:
         super().__init__()
-        self.weight_bytes = weight.nbytes
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous())
         self._bias = None if bias is None else bias.detach()
         self._row_parallel = row_parallel
@@ -61,13 +60,13 @@ class _FusedColumns:
         biases = [layer.bias for layer in layers]
         bias = None if biases[0] is None else torch.cat([b.detach() for b in biases])
         self._sizes = [layer.weight.shape[0] for layer in layers]
-        self.linear = PackedLinear(torch.cat([layer.weight.detach() for layer in layers]), bias, False)
+        self._linear = PackedLinear(torch.cat([layer.weight.detach() for layer in layers]), bias, False)
         self._input: torch.Tensor | None = None
         self._outputs: tuple[torch.Tensor, ...] = ()
 
     def part(self, index: int, x: torch.Tensor) -> torch.Tensor:
         if self._input is not x:
-            self._input, self._outputs = x, self.linear(x).split(self._sizes, dim=-1)
+            self._input, self._outputs = x, self._linear(x).split(self._sizes, dim=-1)
         output = self._outputs[index]
         if index == len(self._sizes) - 1:
             self._input, self._outputs = None, ()
@@ -91,45 +90,38 @@ def pack_weights(module: nn.Module) -> int:
 
     The original weights are dropped with their layers. All ranks must call it.
     """
-    packed: list[PackedLinear] = []
+    count = 0
     for parent in list(module.modules()):
         for names in _FUSED_SIBLINGS:
-            packed += _fuse(parent, names)
-        for name, child in _children(parent):
-            kind = _kind(child)
-            if kind in ("column", "row"):
-                packed.append(PackedLinear(child.weight, child.bias, kind == "row" and child.is_tp_parallel))
-                setattr(parent, name, packed[-1])
-    return len(packed) + _pack_head(module, sum(linear.weight_bytes for linear in packed))
+            count += _fuse(parent, names)
+        for name, child in list(parent.named_children()):
+            packed = _pack(child)
+            if packed is not None:
+                setattr(parent, name, packed)
+                count += 1
+    return count
 
 
-def _pack_head(module: nn.Module, weight_bytes: int) -> int:
-    """Gives each rank that part of the LM head's rows which evens out the bytes that the ranks read in a step."""
-    for parent in list(module.modules()):
-        for name, head in _children(parent):
-            if _kind(head) == "head":
-                rows, columns = head.weight.shape[0], sum(head._partition_sizes)
-                start, stop = split_vocabulary(rows, columns * head.weight.element_size(), weight_bytes)
-                weight, bias = gather_rows(head, start, stop)
-                setattr(parent, name, VocabParallelHead(PackedLinear(weight, bias, False), start, rows))
-                return 1
-    return 0
-
-
-def _fuse(parent: nn.Module, names: tuple[str, ...]) -> list[PackedLinear]:
+def _fuse(parent: nn.Module, names: tuple[str, ...]) -> int:
     layers: list[Any] = [getattr(parent, name, None) for name in names]
     if any(_kind(layer) != "column" for layer in layers):
-        return []
+        return 0
     if len({layer.bias is None for layer in layers}) != 1:
-        return []
+        return 0
     columns = _FusedColumns(layers)
     for index, name in enumerate(names):
         setattr(parent, name, _FusedPart(columns, index))
-    return [columns.linear]
+    return 1
 
 
-def _children(parent: nn.Module) -> list[tuple[str, Any]]:
-    return list(parent.named_children())
+def _pack(child: Any) -> nn.Module | None:
+    kind = _kind(child)
+    if kind is None:
+        return None
+    if kind == "head":
+        weight, bias, start = gather_rows(child)
+        return VocabParallelHead(PackedLinear(weight, bias, False), start, child.weight.shape[0])
+    return PackedLinear(child.weight, child.bias, kind == "row" and child.is_tp_parallel)
 
 
 def _kind(layer: Any) -> str | None:

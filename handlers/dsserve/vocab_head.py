@@ -1,8 +1,8 @@
 """The LM head split by rows of the vocabulary (CPU engine), where DeepSpeed splits it by columns, like the heads.
 
-A decode step waits for the rank that reads the most bytes. Heads that do not divide evenly (SmolLM2's 9 over 2 ranks:
-6 and 3) load one rank with up to twice the attention weights, and DeepSpeed's head repeats that split. Rows can be
-dealt out freely, and their logits are whole: no partial sums are rounded. Does not pack weights (`packing`).
+DeepSpeed's column split follows the attention heads, so that heads that do not divide evenly (SmolLM2's 9 over 2 ranks:
+6 and 3) give one rank two thirds of the largest matrix, and every step waits for it. Rows are split evenly, and their
+logits are whole: no partial sums are rounded. Does not pack weights (`packing`).
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from dsserve.distributed import RankInfo, all_reduce
+from dsserve.distributed import all_reduce
 
-# Rows are dealt out in blocks of this many; also what is gathered at a time when the layout changes.
-_BLOCK = 64
+# Rows that are gathered at a time while the layout changes.
 _GATHERED_ROWS = 4096
 
 
@@ -42,47 +41,24 @@ class VocabParallelHead(nn.Module):
         return all_reduce(logits)
 
 
-def split_vocabulary(rows: int, row_bytes: int, other_bytes: int) -> tuple[int, int]:
-    """This rank's first row and the one after its last.
-
-    Args:
-        rows: size of the vocabulary.
-        row_bytes: bytes of one row of the whole head.
-        other_bytes: what this rank reads in a step beside the head.
-    """
-    rank = RankInfo.from_env()
-    loads = [0] * rank.world_size
-    torch.distributed.all_gather_object(loads, other_bytes)
-    counts = balance(rows, row_bytes, loads)
-    start = sum(counts[: rank.rank])
-    return start, start + counts[rank.rank]
+def split_evenly(rows: int, rank: int, world_size: int) -> tuple[int, int]:
+    """A rank's first row and the one after its last; sizes differ by one row at most."""
+    return rows * rank // world_size, rows * (rank + 1) // world_size
 
 
-def balance(rows: int, row_bytes: int, loads: list[int]) -> list[int]:
-    """How many of `rows` each rank takes so that the largest load gets as small as it can, in blocks of rows."""
-    totals, counts = list(loads), [0] * len(loads)
-    while rows > 0:
-        block = min(_BLOCK, rows)
-        lightest = totals.index(min(totals))
-        totals[lightest] += block * row_bytes
-        counts[lightest] += block
-        rows -= block
-    return counts
-
-
-def gather_rows(head: Any, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Rows `start` to `stop` of DeepSpeed's column-split head, `[stop - start, hidden]`, and their bias.
+def gather_rows(head: Any) -> tuple[torch.Tensor, torch.Tensor | None, int]:
+    """This rank's rows of DeepSpeed's column-split head, `[rows, hidden]`, their bias, and the first row's index.
 
     All ranks take part; a slice of the vocabulary at a time, so that the whole head never lies on one rank.
     """
-    first = sum(head._partition_sizes[: head.tp_index])
-    hidden, size = sum(head._partition_sizes), head._partition_sizes[head.tp_index]
-    parts = []
+    sizes = head._partition_sizes
+    start, stop = split_evenly(head.weight.shape[0], head.tp_index, len(sizes))
+    first, parts = sum(sizes[: head.tp_index]), []
     for at in range(0, head.weight.shape[0], _GATHERED_ROWS):
         own = head.weight.detach()[at : at + _GATHERED_ROWS]
-        whole = own.new_zeros(own.shape[0], hidden)
-        whole.narrow(1, first, size).copy_(own)
+        whole = own.new_zeros(own.shape[0], sum(sizes))
+        whole.narrow(1, first, own.shape[1]).copy_(own)
         all_reduce(whole)  # every column is zero on all ranks but one, so the sum is exact
         parts.append(whole[max(0, start - at) : max(0, stop - at)])
     bias = None if head.bias is None else head.bias.detach()[start:stop]
-    return torch.cat(parts), bias
+    return torch.cat(parts), bias, start
