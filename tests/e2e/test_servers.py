@@ -43,6 +43,7 @@ def test_nothing_is_left_in_shared_memory(fp32: Served) -> None:
     ("section", "changes", "words"),
     [
         ("handler", {"model_path": "/no/such/model"}, ["handler.model_path", "/no/such/model"]),
+        ("handler", {"model_path": "."}, ["config.json"]),  # the archive holds no model
         ("handler", {"max_length": 50}, ["handler.max_length", "max_new_tokens"]),
         ("deepspeed", {"config": "missing.json"}, ["missing.json", "--extra-files"]),
         ("deepspeed", {"tensor_parallel": {"tp_size": 4}}, ["tp_size", "nproc-per-node", "deviceIds"]),

@@ -1,0 +1,87 @@
+"""Every command of the README, run as it stands there; only ports and folders come from the environment."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from scripts import processes
+from tests.conftest import ROOT
+from tests.e2e.conftest import free_ports
+
+BLOCKS = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+BY_HAND_PORTS = (8080, 8081, 8082, 7070, 7071)  # TorchServe's own
+OF_THE_OUTER_MAKE = {"MAKEFLAGS", "MAKELEVEL", "MFLAGS", "MAKEOVERRIDES", "QUESTION"}
+
+
+def block(first_words: str) -> str:
+    """The one block of commands that begins so."""
+    (found,) = [text for text in BLOCKS if text.startswith(first_words)]
+    return found
+
+
+DEPLOY, LOOK_AND_STOP, REQUESTS, BY_HAND = map(block, ("make deploy", "make status", "curl", "make model"))
+
+
+def run(commands: str, folder: Path, timeout_s: float = 240, **environ: str) -> str:
+    """Runs lines in a shell that stops at the first failure; returns all they print.
+
+    Through a file: a server that goes on running would keep a pipe open."""
+    output = folder / "output"
+    base = {name: value for name, value in os.environ.items() if name not in OF_THE_OUTER_MAKE}
+    with output.open("w") as file:
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", commands],
+            cwd=ROOT, env=base | environ, stdout=file, stderr=subprocess.STDOUT, timeout=timeout_s, check=False,
+        )  # fmt: skip
+    text = output.read_text(encoding="utf-8")
+    assert done.returncode == 0, text
+    return text
+
+
+def test_no_command_of_the_readme_is_left_out() -> None:
+    assert sorted(BLOCKS) == sorted([DEPLOY, LOOK_AND_STOP, REQUESTS, BY_HAND])
+
+
+def test_deploy_ask_requests_status_and_stop(tmp_path: Path) -> None:
+    port, run_dir = str(free_ports().inference), tmp_path / "run"
+    environ = {"PORT": port, "RUN_DIR": str(run_dir)}
+    try:
+        deployed = run(DEPLOY, tmp_path, **environ)
+        assert "2 ranks on cpu" in deployed
+        assert "Paris" in deployed
+        again = re.findall(r"^  (curl .*)$", deployed, flags=re.MULTILINE)
+        assert len(again) == 2
+        assert "Paris" in run(again[0], tmp_path)
+        replies = run(REQUESTS.replace(":8080/", f":{port}/"), tmp_path)
+        assert '"completion_tokens":20' in replies
+        assert "data: [DONE]" in replies
+        looked = run(LOOK_AND_STOP, tmp_path, **environ)
+        assert "READY" in looked and "stopped" in looked
+        for rank, rows in ((0, 384), (1, 192)):
+            assert f"rank {rank}: model.layers.0.self_attn.q_proj [{rows}, 576]" in looked
+            assert f"rank {rank}: model.layers.0.self_attn.o_proj [576, {rows}]" in looked
+            assert f"rank {rank}: model.layers.0.mlp.down_proj [576, 768]" in looked
+        assert "all-reduces in a decode step: 61 for 30 layers" in looked
+        assert processes.find_marked(run_dir) == []
+    finally:
+        run("make stop", tmp_path, **environ)
+
+
+def test_by_hand(tmp_path: Path) -> None:
+    for port in BY_HAND_PORTS:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                pytest.skip(f"port {port}, which the commands name, belongs to another program here")
+    environ = {name: str(tmp_path) for name in ("TEMP", "TMPDIR", "LOG_LOCATION", "METRICS_LOCATION")}
+    try:
+        output = run(BY_HAND, tmp_path, **environ)
+        assert "Paris" in output
+    finally:
+        stop = 'export PATH="$PWD/.venv/bin:$PATH"; torchserve --stop'
+        subprocess.run(["bash", "-c", stop], cwd=ROOT, env=os.environ | environ, capture_output=True, check=False)
