@@ -45,7 +45,7 @@ help: ## list the targets and variables
 	@echo "  PORT=$(PORT) (inference; +1 management, +2 metrics, +5 and +6 gRPC)   RUN_DIR=$(RUN_DIR)"
 	@echo "  PYTHON=$(PYTHON) (one that has everything is used as it is; default: a virtual environment in $(VENV))"
 
-setup: $(STAMP) $(OPS_STAMP) ## install what is needed into .venv, exact versions, and compile DeepSpeed's CPU all-reduce
+setup: $(STAMP) $(OPS_STAMP) ## install what is needed into .venv, exact versions, and compile the CPU operations
 
 # torch first and alone: its exact version keeps every other package from asking for another build of it.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -61,7 +61,7 @@ $(VENV)/.ops: $(VENV)/.installed
 	@$(PY) -m scripts.build_ops --device '$(DEVICE)'
 	@touch $@
 
-ops: $(STAMP) ## compile DeepSpeed's shared-memory all-reduce for CPUs (gloo is used without it)
+ops: $(STAMP) ## compile the CPU operations: shared-memory all-reduce, norms, rotary (slower ones are used without)
 	@$(PY) -m scripts.build_ops --device '$(DEVICE)'
 
 model: $(STAMP) ## convert or check MODEL

@@ -1,7 +1,8 @@
-"""Compile DeepSpeed's shared-memory all-reduce for CPUs ahead of time, so that the first model need not wait for it.
+"""Compile what a CPU needs ahead of time, so that the first model need not wait for it: DeepSpeed's shared-memory
+all-reduce and our own operations.
 
-Takes about half a minute once; the result lies in torch's extension cache. Without a compiler the ranks use gloo
-instead, about 3 times slower a step, and this says so.
+Takes about 40 seconds once; the result lies in torch's extension cache. Without a compiler the ranks use gloo and plain
+torch operations instead, about 3 times slower a step, and this says so.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import typer
 
 from scripts.console import fail, say
 from scripts.machine import AUTO, MachineError, resolve_device
+from scripts.prepare_model import ROOT
 
 GLOO = "the ranks' all-reduce will go over gloo, about 3 times slower"
 
@@ -27,17 +29,21 @@ def missing_tools() -> list[str]:
     return [tool for tool in ("g++", "ninja") if shutil.which(tool) is None]
 
 
-def build() -> None:
-    """Compile and load the op. Raises whatever torch's extension builder raises."""
+def build() -> bool:
+    """Compile and load them; False where ours cannot be had. Raises whatever torch's extension builder raises."""
     os.environ["DS_ACCELERATOR"] = "cpu"
     with contextlib.redirect_stdout(io.StringIO()):
         from deepspeed.accelerator import get_accelerator
 
         get_accelerator().create_op_builder("ShareMemCommBuilder").load(verbose=False)
+    sys.path.insert(0, str(ROOT / "handlers"))  # a PYTHON that was named does not have the package installed
+    from dsserve.cpu_ops import load_cpu_ops
+
+    return load_cpu_ops()
 
 
 def main(device: str = typer.Option(AUTO, help="auto, cpu or gpu: a GPU needs no CPU op")) -> None:
-    """Compile DeepSpeed's CPU all-reduce, or say that gloo is used."""
+    """Compile the CPU's operations, or say what is used instead."""
     try:
         if resolve_device(device) == "gpu":
             return
@@ -51,10 +57,12 @@ def main(device: str = typer.Option(AUTO, help="auto, cpu or gpu: a GPU needs no
         return
     started_s = time.monotonic()
     try:
-        build()
+        complete = build()
     except (RuntimeError, OSError, ImportError) as error:
         fail(f"DeepSpeed's CPU all-reduce cannot be compiled: {str(error).strip().splitlines()[-1]}")
     say(f"DeepSpeed's CPU all-reduce is ready ({time.monotonic() - started_s:.0f} s)")
+    if not complete:
+        say("the handlers' own CPU operations cannot be compiled here: torch's are used, some 10 % slower")
 
 
 if __name__ == "__main__":

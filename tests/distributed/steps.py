@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from dsserve.cpu_ops import load_cpu_ops, use_cpu_ops
 from dsserve.distributed import RankInfo, count_all_reduces, uses_shared_memory
 from dsserve.ds_engine import get_ds_engine, shard_shapes
 from dsserve.generation.model_runner import ModelRunner
@@ -45,12 +46,21 @@ def logits_and_shards(path: str) -> dict[str, Any]:
 
 
 def engine_errors(path: str, dtype: str) -> dict[str, Any]:
-    """Relative error of the logits through KV slots, ragged, with and without packed weights."""
+    """Relative error of the logits through ragged KV slots: as sharded, then with packed weights, then with compiled
+    operations too."""
     engine = make_engine(path, dtype)
     plain = verify_runner(ModelRunner(engine.module, 4, 256, torch.device("cpu")), engine.self_check)
     pack_weights(engine.module)
     packed = verify_runner(ModelRunner(engine.module, 4, 256, torch.device("cpu")), engine.self_check)
-    return {"plain": plain, "packed": packed, "head": type(engine.module.lm_head).__name__}
+    compiled = load_cpu_ops() and use_cpu_ops(engine.module) > 60
+    fused = verify_runner(ModelRunner(engine.module, 4, 256, torch.device("cpu")), engine.self_check)
+    return {
+        "plain": plain,
+        "packed": packed,
+        "compiled": compiled,
+        "fused": fused,
+        "head": type(engine.module.lm_head).__name__,
+    }
 
 
 def packed_prefill_error(path: str) -> float:

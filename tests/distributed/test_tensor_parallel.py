@@ -48,11 +48,12 @@ def test_without_a_compiler_gloo_gives_the_same_logits(smollm2: Path, tmp_path: 
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [("fp32", 1e-5), ("bf16", 3e-2)])
-def test_kv_slots_and_packed_weights_keep_the_logits(smollm2: Path, dtype: str, limit: float) -> None:
+def test_kv_slots_packing_and_compiled_operations_keep_the_logits(smollm2: Path, dtype: str, limit: float) -> None:
     for rank in run_ranks(f"{STEPS}:engine_errors", path=str(smollm2), dtype=dtype):
         assert rank["plain"] < limit
         assert rank["packed"] < limit
         assert rank["head"] == "VocabParallelHead"
+        assert rank["compiled"] and rank["fused"] < limit
 
 
 def test_prompts_in_one_pass_have_the_logits_of_each_alone(smollm2: Path) -> None:

@@ -6,6 +6,7 @@ Refuses at load, with the reason, what the engine could not do exactly. Does not
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import psutil
 import torch
 
 from dsserve.config import YAML_FILE, HandlerConfig
+from dsserve.cpu_ops import load_cpu_ops, use_cpu_ops
 from dsserve.distributed import RankInfo
 from dsserve.errors import LoadError
 from dsserve.generation.detokenizer import TextStream
@@ -116,7 +118,7 @@ def build_engine(
     limits = read_limits(config, loaded.max_position, module.config)
     dtype = next(module.parameters()).dtype
     needed = check_kv_memory(module.config, slots, limits, dtype, rank, device)
-    packed = _pack(module, config, device)
+    replaced = _tune_for_cpu(module, config, device)
     runner = ModelRunner(module, slots, limits.max_model_len, device)
     if ds_engine.self_check is not None:
         error = verify_runner(runner, ds_engine.self_check)
@@ -129,8 +131,8 @@ def build_engine(
             logger.info("[dsserve] all-reduces in a decode step: %d for %d layers", all_reduces, layers)
     if rank.is_leader:
         logger.info(
-            "[dsserve] %d slots of %d tokens, KV cache up to %.2f GiB a rank, %d packed matmuls, %d thread(s) a rank",
-            slots, limits.max_model_len, needed / 2**30, packed, torch.get_num_threads(),
+            "[dsserve] %d slots of %d tokens, KV cache up to %.2f GiB a rank, %s, %d thread(s) a rank",
+            slots, limits.max_model_len, needed / 2**30, replaced, torch.get_num_threads(),
         )  # fmt: skip
 
     def make_text(request: Any) -> TextStream:
@@ -139,16 +141,28 @@ def build_engine(
     return Engine(runner, rank, make_text, loaded.eos_ids), limits
 
 
-def _pack(module: Any, config: HandlerConfig, device: torch.device) -> int:
-    wanted = config.pack_weights
-    if device.type != "cpu":
-        if wanted is True:
-            raise LoadError(f"{YAML_FILE}: handler.pack_weights: true needs a CPU; set it to auto")
-        return 0
-    if wanted is False:
-        return 0
-    if can_pack(module):
-        return pack_weights(module)
+def _tune_for_cpu(module: Any, config: HandlerConfig, device: torch.device) -> str:
+    """Replaces what a CPU runs faster otherwise; returns what, for the log."""
+    lacks = "it needs a CPU, and a torch with oneDNN's packed linear"
+    packed = _apply(
+        "pack_weights", config.pack_weights, device, lambda: can_pack(module), lambda: pack_weights(module), lacks
+    )
+    lacks = "it needs a CPU, g++ and ninja (see the log above)"
+    compiled = _apply("compiled_ops", config.compiled_ops, device, load_cpu_ops, lambda: use_cpu_ops(module), lacks)
+    return f"{packed} packed matmuls, {compiled} compiled operations"
+
+
+def _apply(
+    key: str,
+    wanted: bool | str,
+    device: torch.device,
+    possible: Callable[[], bool],
+    apply: Callable[[], int],
+    lacks: str,
+) -> int:
+    """Carries out one of the CPU's options; `auto` = where it is possible. Returns how much was replaced."""
+    if wanted is not False and device.type == "cpu" and possible():
+        return apply()
     if wanted is True:
-        raise LoadError(f"{YAML_FILE}: handler.pack_weights: this torch has no packed oneDNN linear; set it to auto")
+        raise LoadError(f"{YAML_FILE}: handler.{key}: true is not possible: {lacks}; set it to auto")
     return 0

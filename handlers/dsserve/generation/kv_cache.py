@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from dsserve import cpu_ops
+
 
 @dataclass
 class Window:
@@ -58,8 +60,11 @@ class SlotLayer(CacheLayerMixin):
         """Stores `[B, kv_heads, T, head_dim]` and returns the keys and values that attention reads."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self._write(self.keys, key_states)
-        self._write(self.values, value_states)
+        if self.keys.device.type == "cpu" and cpu_ops.is_loaded():
+            torch.ops.dsserve_cpu.store(self.keys, self.values, key_states, value_states, self._window.cells)
+        else:
+            self._write(self.keys, key_states)
+            self._write(self.values, value_states)
         if self._window.kv_len is None:
             return key_states, value_states
         return self._read(self.keys, key_states.shape[0]), self._read(self.values, value_states.shape[0])

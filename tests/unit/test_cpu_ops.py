@@ -1,0 +1,143 @@
+"""The compiled operations against the torch code that they replace."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+from torch import nn
+from transformers.models.gemma import modeling_gemma
+from transformers.models.llama import modeling_llama
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from dsserve.cpu_ops import FusedRMSNorm, is_loaded, load_cpu_ops, use_cpu_ops
+from dsserve.generation.kv_cache import SlotLayer, Window
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+needs_compiler = pytest.mark.skipif(not load_cpu_ops(), reason="g++ or ninja is missing: the operations are not used")
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return (torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))) * 3).to(dtype)
+
+
+def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    places = 8 * torch.finfo(expected.dtype).eps  # a norm's sum may be taken in another order
+    torch.testing.assert_close(found, expected, rtol=places, atol=places)
+
+
+class Layer(nn.Module):
+    """Something with norms, in a modelling file of its own."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+        self.linear = nn.Linear(8, 8)
+
+
+@needs_compiler
+@each_dtype
+def test_the_norm_is_llamas(dtype: torch.dtype) -> None:
+    for shape in ((1, 1, 576), (3, 7, 100), (5, 33)):
+        norm = LlamaRMSNorm(shape[-1], eps=1e-5).to(dtype)
+        norm.weight.data = random(shape[-1], dtype=dtype)
+        layer = Layer(norm).to(dtype)
+        assert use_cpu_ops(layer) == 1 and isinstance(layer.norm, FusedRMSNorm)
+        x = random(*shape, dtype=dtype)
+        assert_close(layer.norm(x), norm(x))
+
+
+@needs_compiler
+def test_a_norm_that_computes_something_else_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(modeling_gemma, "apply_rotary_pos_emb")  # which is the same, and not what this is about
+    layer = Layer(modeling_gemma.GemmaRMSNorm(16))
+    assert use_cpu_ops(layer) == 0 and isinstance(layer.norm, modeling_gemma.GemmaRMSNorm)
+
+
+@needs_compiler
+@each_dtype
+def test_the_rotary_embedding_is_llamas(dtype: torch.dtype) -> None:
+    fused = random(3, 5, 640, dtype=dtype)  # q, k, v side by side, as a fused matmul gives them
+    q = fused[..., :384].view(3, 5, 6, 64).transpose(1, 2)
+    k = fused[..., 384:512].view(3, 5, 2, 64).transpose(1, 2)
+    for rows in (1, 3):
+        cos, sin = random(rows, 5, 64, dtype=dtype), random(rows, 5, 64, dtype=dtype) * 0.5
+        expected = modeling_llama.apply_rotary_pos_emb(q, k, cos, sin)
+        for found, reference in zip(torch.ops.dsserve_cpu.rotary(q, k, cos, sin), expected, strict=True):
+            assert torch.equal(found, reference)
+
+
+@needs_compiler
+def test_the_rotary_function_of_a_modelling_file_is_replaced_where_it_is_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def install(function: object) -> ModuleType:
+        modelling = ModuleType("modelling_of_the_test")
+        modelling.apply_rotary_pos_emb = function  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, modelling.__name__, modelling)
+        return modelling
+
+    class Attention(nn.Module):
+        __module__ = "modelling_of_the_test"
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(1))
+
+    original = modeling_llama.apply_rotary_pos_emb
+    modelling = install(original)
+    assert use_cpu_ops(Attention()) == 1
+    replaced = modelling.apply_rotary_pos_emb
+    assert replaced is not original
+    q, cos = random(1, 2, 4, 16), random(1, 4, 16)
+    assert_close(replaced(q, q, cos, cos)[0], original(q, q, cos, cos)[0])
+    turned = q.transpose(1, 2)
+    assert torch.equal(replaced(turned, turned, cos, cos, 2)[0], original(turned, turned, cos, cos, 2)[0])
+
+    def interleaved(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple:
+        return q * cos[:, None], k * cos[:, None]
+
+    modelling = install(interleaved)
+    assert use_cpu_ops(Attention()) == 0 and modelling.apply_rotary_pos_emb is interleaved
+
+
+@needs_compiler
+@each_dtype
+@pytest.mark.parametrize("prefill", [True, False])
+def test_tokens_reach_the_cells_that_torch_would_write(
+    dtype: torch.dtype, prefill: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys, values = (random(2, 9, 3, 8, dtype=dtype).transpose(1, 2) for _ in range(2))  # [B, heads, T, D]
+    if prefill:
+        keys, values, cells = keys[:1], values[:1], torch.tensor([20, 21, 22, 40, 41])  # the last 4 tokens are padding
+    else:
+        keys, values, cells = keys[:, :, :1], values[:, :, :1], torch.tensor([7, 40])
+    written = []
+    for loaded in (True, False):
+        monkeypatch.setattr("dsserve.cpu_ops.is_loaded", lambda loaded=loaded: loaded)
+        layer = SlotLayer(3, 20, Window(cells, None if prefill else 16))
+        layer.update(keys, values)
+        written.append(layer)
+    assert torch.equal(written[0].keys, written[1].keys) and torch.equal(written[0].values, written[1].values)
+    assert written[0].keys.flatten(0, 1).abs().sum((1, 2)).nonzero().flatten().tolist() == cells.tolist()
+
+
+@needs_compiler
+def test_a_cell_outside_the_slots_is_an_error_and_no_write() -> None:
+    slots, x = torch.zeros(2, 4, 1, 8), random(1, 1, 1, 8)
+    with pytest.raises(RuntimeError, match="no such cell"):
+        torch.ops.dsserve_cpu.store(slots, slots, x, x, torch.tensor([8]))
+
+
+def test_without_a_compiler_nothing_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    load = load_cpu_ops.__wrapped__
+    assert load() is False
+
+
+@needs_compiler
+def test_they_are_loaded() -> None:
+    assert is_loaded()
