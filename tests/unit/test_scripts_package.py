@@ -58,7 +58,8 @@ def test_the_archive(tmp_path: Path) -> None:
         manifest = json.loads(archive.read("MAR-INF/MANIFEST.json"))["model"]
         assert archive.read("deepspeed_handler.py") == (ROOT / "handlers" / "deepspeed_handler.py").read_bytes()
         assert json.loads(archive.read("ds-config.json"))["dtype"] == "fp32"
-    sources = {str(file.relative_to(ROOT / "handlers")) for file in (ROOT / "handlers").rglob("*.py")}
+    handlers = ROOT / "handlers"
+    sources = {str(file.relative_to(handlers)) for kind in ("*.py", "*.cpp") for file in handlers.rglob(kind)}
     assert names == sources | {"ds-config.json", "model-config.yaml", "MAR-INF/MANIFEST.json"}
     assert (manifest["modelName"], manifest["modelVersion"]) == ("some-model", "2.1")
     assert manifest["handler"] == "deepspeed_handler.py"
