@@ -25,7 +25,8 @@ def run_ranks(
         command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "1", "--nproc-per-node", str(world_size)]
         command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "--max-restarts", "0"]
         command += [__file__, function, json.dumps(kwargs), folder]
-        environ = {**os.environ, "PYTHONPATH": f"{ROOT / 'handlers'}:{ROOT}", "DS_ACCELERATOR": "cpu", **(env or {})}
+        paths = [str(ROOT / "handlers"), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environ = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "DS_ACCELERATOR": "cpu", **(env or {})}
         # The compiler's helper programs (ninja) live beside the interpreter.
         environ["PATH"] = f"{Path(sys.executable).parent}:{environ['PATH']}"
         done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=timeout_s, check=False)

@@ -1,0 +1,101 @@
+"""The AutoTP engine on real GPUs against transformers' `generate` on the same weights. `make test` leaves them out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from dsserve.self_check import TOLERANCE
+from tests.gpu.steps import NEW_TOKENS, generate, prompts
+from tests.ranks import run_ranks
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is visible")
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+pytestmark = needs_gpu
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A random Llama with grouped KV heads; weights large enough for its tokens to differ."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=512, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=2,
+        vocab_size=2000, max_position_embeddings=512, tie_word_embeddings=False, initializer_range=0.08,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("llama")
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["TP=1", "TP=2"])
+def ranks(request: pytest.FixtureRequest) -> int:
+    if torch.cuda.device_count() < request.param:
+        pytest.skip(f"{request.param} GPUs are needed, {torch.cuda.device_count()} visible")
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def results(llama: str, ranks: int) -> dict[str, dict]:
+    """Rank 0's results for each dtype, each made in fresh processes."""
+    return {
+        dtype: run_ranks("tests.gpu.steps:generate", ranks, env={"DS_ACCELERATOR": "cuda"}, path=llama, dtype=dtype)[0]
+        for dtype in DTYPES
+    }
+
+
+def load(path: str, dtype: str) -> LlamaForCausalLM:
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[dtype]).eval().to("cuda")
+    model.generation_config.eos_token_id = None
+    return model
+
+
+@torch.inference_mode()
+def reference(path: str, dtype: str) -> list[list[int]]:
+    model = load(path, dtype)
+    texts = []
+    for ids in prompts(model.config.vocab_size):
+        tokens = torch.tensor([ids], device="cuda")
+        mask = torch.ones_like(tokens)
+        output = model.generate(tokens, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)
+        texts.append(output[0, len(ids) :].tolist())
+    return texts
+
+
+@torch.inference_mode()
+def assert_equal_up_to_ties(path: str, dtype: str, found: list[list[int]], expected: list[list[int]]) -> None:
+    """At the first difference the two tokens' fp32 logits are no further apart than the dtype moves logits there."""
+    model, exact = load(path, dtype), load(path, "fp32")
+    for ids, one, other in zip(prompts(model.config.vocab_size), found, expected, strict=True):
+        if one == other:
+            continue
+        at = next(index for index, pair in enumerate(zip(one, other, strict=True)) if pair[0] != pair[1])
+        tokens = torch.tensor([[*ids, *one[:at]]], device="cuda")
+        logits = exact(tokens).logits[0, -1]
+        error = (model(tokens).logits[0, -1].float() - logits).abs().max()
+        assert (logits[one[at]] - logits[other[at]]).abs() <= 2 * error
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_logits_are_the_unsharded_models(results: dict[str, dict], dtype: str) -> None:
+    assert results[dtype]["device"] == "cuda:0"
+    assert results[dtype]["error"] < (1e-5 if dtype == "fp32" else TOLERANCE[DTYPES[dtype]])
+
+
+def test_fp32_tokens_are_transformers_alone_and_among_others(llama: str, results: dict[str, dict]) -> None:
+    expected = reference(llama, "fp32")
+    assert len({tuple(tokens) for tokens in expected}) == len(expected)
+    assert results["fp32"]["alone"] == expected
+    assert results["fp32"]["together"] == expected
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_half_precision_tokens_differ_at_ties_only(llama: str, results: dict[str, dict], dtype: str) -> None:
+    assert_equal_up_to_ties(llama, dtype, results[dtype]["together"], results[dtype]["alone"])
+    assert_equal_up_to_ties(llama, dtype, results[dtype]["alone"], reference(llama, dtype))
+
+
+def test_one_process_without_torchrun_is_one_rank(llama: str, ranks: int, results: dict[str, dict]) -> None:
+    if ranks > 1:
+        pytest.skip("one rank is what this is about")
+    assert generate(llama, "fp32")["together"] == results["fp32"]["together"]
