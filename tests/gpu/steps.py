@@ -39,7 +39,7 @@ def prompts(vocabulary: int) -> list[tuple[int, ...]]:
     return [tuple(torch.randint(vocabulary, (n,), generator=generator).tolist()) for n in PROMPT_LENGTHS]
 
 
-def generate(path: str, dtype: str) -> dict[str, Any]:
+def generate(path: str, dtype: str, graphs: bool) -> dict[str, Any]:
     """Tokens of each prompt alone and of all together (twice as many as slots, admitted at different steps), and the
     engine's error against the unsharded model."""
     rank = RankInfo.from_env()
@@ -47,6 +47,8 @@ def generate(path: str, dtype: str) -> dict[str, Any]:
     model = AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval()
     ds_engine = get_ds_engine(model, make_context(path, {"deviceType": "gpu", "deepspeed": {"dtype": dtype}}))
     runner = ModelRunner(ds_engine.module, SLOTS, CONTEXT, device)
+    if graphs:
+        runner.capture_graphs(rank.is_leader)
     error = verify_runner(runner, ds_engine.self_check)
     engine = Engine(runner, rank, lambda _: Numbers(), frozenset())  # type: ignore[arg-type, return-value]
     requests = [

@@ -35,13 +35,11 @@ def ranks(request: pytest.FixtureRequest) -> int:
     return request.param
 
 
-@pytest.fixture(scope="module")
-def results(llama: str, ranks: int) -> dict[str, dict]:
+@pytest.fixture(scope="module", params=[True, False], ids=["graphs", "eager"])
+def results(request: pytest.FixtureRequest, llama: str, ranks: int) -> dict[str, dict]:
     """Rank 0's results for each dtype, each made in fresh processes."""
-    return {
-        dtype: run_ranks("tests.gpu.steps:generate", ranks, env={"DS_ACCELERATOR": "cuda"}, path=llama, dtype=dtype)[0]
-        for dtype in DTYPES
-    }
+    arguments = {"env": {"DS_ACCELERATOR": "cuda"}, "path": llama, "graphs": request.param}
+    return {dtype: run_ranks("tests.gpu.steps:generate", ranks, dtype=dtype, **arguments)[0] for dtype in DTYPES}
 
 
 def load(path: str, dtype: str) -> LlamaForCausalLM:
@@ -98,4 +96,4 @@ def test_half_precision_tokens_differ_at_ties_only(llama: str, results: dict[str
 def test_one_process_without_torchrun_is_one_rank(llama: str, ranks: int, results: dict[str, dict]) -> None:
     if ranks > 1:
         pytest.skip("one rank is what this is about")
-    assert generate(llama, "fp32")["together"] == results["fp32"]["together"]
+    assert generate(llama, "fp32", graphs=True)["together"] == results["fp32"]["together"]

@@ -120,15 +120,17 @@ def build_engine(
     needed = check_kv_memory(module.config, slots, limits, dtype, rank, device)
     replaced = _tune_for_cpu(module, config, device)
     runner = ModelRunner(module, slots, limits.max_model_len, device)
-    if ds_engine.self_check is not None:
-        error = verify_runner(runner, ds_engine.self_check)
-        if rank.is_leader:
-            logger.info("[dsserve] self-check: the engine's logits differ by %.1e", error)
     if config.warmup:
         all_reduces = warm_up(runner, rank.is_leader)
         if rank.is_leader:
             layers = module.config.get_text_config().num_hidden_layers
             logger.info("[dsserve] all-reduces in a decode step: %d for %d layers", all_reduces, layers)
+    if config.cuda_graphs and device.type == "cuda":
+        runner.capture_graphs(rank.is_leader)
+    if ds_engine.self_check is not None:
+        error = verify_runner(runner, ds_engine.self_check)
+        if rank.is_leader:
+            logger.info("[dsserve] self-check: the engine's logits differ by %.1e", error)
     if rank.is_leader:
         logger.info(
             "[dsserve] %d slots of %d tokens, KV cache up to %.2f GiB a rank, %s, %d thread(s) a rank",

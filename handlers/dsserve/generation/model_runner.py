@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from dsserve.generation.cuda_graphs import DecodeGraphs
 from dsserve.generation.kv_cache import SlotCache
 from dsserve.generation.plan import Plan
 
@@ -40,6 +41,7 @@ class ModelRunner:
         self.cache = SlotCache(num_layers, slots, capacity)
         self._capacity = capacity
         self._lengths: list[int] = []
+        self._graphs: DecodeGraphs | None = None
         self._first_cells = torch.arange(slots, device=device) * capacity
         self._columns = torch.arange(capacity, device=device)
 
@@ -102,23 +104,43 @@ class ModelRunner:
         mask = torch.zeros(visible.shape, dtype=self._dtype).masked_fill_(~visible, float("-inf"))
         return mask[None, None].to(self._device)
 
+    def capture_graphs(self, is_leader: bool) -> None:
+        """Decodes in CUDA graphs from now on. No row may be live.
+
+        Raises:
+            LoadError: see `DecodeGraphs.capture`.
+        """
+        self.execute(Plan(admit=((0,),)))  # makes the cache's tensors
+        self.execute(Plan(evict=(0,)))
+        graphs = DecodeGraphs(self._forward_decode, self.slots, self._capacity, self._device)
+        graphs.capture(is_leader)
+        self._graphs = graphs
+
     def _decode(self, tokens: tuple[int, ...]) -> torch.Tensor:
-        live = len(tokens)
-        positions = torch.tensor(self._lengths, device=self._device)
-        kv_len = min(-(-(max(self._lengths) + 1) // KV_STEP) * KV_STEP, self._capacity)
+        if self._graphs is not None:
+            logits = self._graphs.decode(tokens, self._lengths)
+        else:
+            kv_len = min(-(-(max(self._lengths) + 1) // KV_STEP) * KV_STEP, self._capacity)
+            inputs = torch.tensor([tokens, self._lengths], device=self._device)
+            logits = self._forward_decode(inputs[0], inputs[1], kv_len)
+        for row in range(len(tokens)):
+            self._lengths[row] += 1
+        return logits
+
+    def _forward_decode(self, tokens: torch.Tensor, positions: torch.Tensor, kv_len: int) -> torch.Tensor:
+        """One step of the first n rows: tokens and positions `[n]` on the device -> logits `[n, V]`."""
+        live = tokens.shape[0]
         window = self.cache.window
         window.cells, window.kv_len = self._first_cells[:live] + positions, kv_len
-        visible = self._columns[:kv_len] <= positions[:, None]
-        mask = torch.zeros(live, kv_len, dtype=self._dtype, device=self._device).masked_fill_(~visible, float("-inf"))
+        hidden = self._columns[:kv_len] > positions[:, None]
+        mask = torch.zeros(live, kv_len, dtype=self._dtype, device=self._device).masked_fill_(hidden, float("-inf"))
         output = self._module(
-            input_ids=torch.tensor(tokens, device=self._device)[:, None],  # [n, 1]
+            input_ids=tokens[:, None],  # [n, 1]
             position_ids=positions[:, None],  # [n, 1]
             attention_mask=mask[:, None, None, :],  # [n, 1, 1, kv_len], additive
             past_key_values=self.cache,
             use_cache=True,
         )
-        for row in range(live):
-            self._lengths[row] += 1
         return output.logits[:, -1]
 
 

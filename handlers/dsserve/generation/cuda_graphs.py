@@ -1,0 +1,109 @@
+"""Decode steps as CUDA graphs: one launch instead of some hundred, for each number of rows and length of the cache.
+
+A graph is captured for every (rows, cache length) bucket; a step takes the smallest that fits. Rows beyond the live
+ones write into slots that are free, at position 0, which the next prompt there overwrites. Covers decoding only:
+prefill has too many shapes, and is bound by arithmetic. Does not sample.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from dsserve.errors import LoadError
+
+logger = logging.getLogger(__name__)
+
+# Cache lengths double from here to the whole context.
+_SHORTEST = 128
+_WARM_UPS = 2
+
+# (tokens [n], positions [n], cache length) -> logits [n, V], all on the device
+Forward = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class _Captured:
+    """One graph with the tensors it reads and writes."""
+
+    graph: torch.cuda.CUDAGraph
+    inputs: torch.Tensor  # [2, rows], int64: tokens, positions
+    logits: torch.Tensor  # [rows, V]
+
+
+class DecodeGraphs:
+    """The captured steps of one model; all ranks capture and replay them in the same order.
+
+    Args:
+        forward: one decode step on device tensors, without a word to the host.
+        slots: most live rows.
+        capacity: longest row of the cache, in tokens.
+    """
+
+    def __init__(self, forward: Forward, slots: int, capacity: int, device: torch.device) -> None:
+        self._forward = forward
+        self._device = device
+        self._rows = buckets(1, slots)
+        self._lengths = buckets(min(_SHORTEST, capacity), capacity)
+        self._captured: dict[tuple[int, int], _Captured] = {}
+
+    @torch.inference_mode()
+    def capture(self, is_leader: bool) -> None:
+        """Captures every bucket, the largest first, since the others can use its memory again.
+
+        Raises:
+            LoadError: the model does something that a graph cannot hold.
+        """
+        started, reserved = time.perf_counter(), torch.cuda.memory_reserved(self._device)
+        pool = torch.cuda.graph_pool_handle()
+        shapes = list(itertools.product(reversed(self._rows), reversed(self._lengths)))
+        for index, (rows, length) in enumerate(shapes, start=1):
+            try:
+                self._captured[rows, length] = self._capture_one(rows, length, pool)
+            except RuntimeError as error:
+                reason = str(error).strip().splitlines()[0]
+                raise LoadError(
+                    f"the decode step cannot be captured as a CUDA graph ({reason}); set handler.cuda_graphs: false"
+                ) from None
+            if is_leader and index in (1, len(shapes)):
+                seconds = time.perf_counter() - started
+                grown = (torch.cuda.memory_reserved(self._device) - reserved) / 2**30
+                logger.info("[dsserve] CUDA graphs: %d of %d, %.1f s, %.2f GiB", index, len(shapes), seconds, grown)
+
+    def _capture_one(self, rows: int, length: int, pool: object) -> _Captured:
+        inputs = torch.zeros(2, rows, dtype=torch.int64, device=self._device)
+        stream = torch.cuda.Stream(self._device)
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(stream):  # libraries make their handles and workspaces outside the graph
+            for _ in range(_WARM_UPS):
+                self._forward(inputs[0], inputs[1], length)
+        torch.cuda.current_stream(self._device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):  # type: ignore[arg-type]
+            logits = self._forward(inputs[0], inputs[1], length)
+        return _Captured(graph, inputs, logits)
+
+    def decode(self, tokens: tuple[int, ...], positions: list[int]) -> torch.Tensor:
+        """Logits `[n, V]` of one step for the rows 0 to n-1."""
+        live = len(tokens)
+        rows = next(bucket for bucket in self._rows if bucket >= live)
+        length = next(bucket for bucket in self._lengths if bucket > max(positions))
+        captured = self._captured[rows, length]
+        padding = [0] * (rows - live)
+        captured.inputs.copy_(torch.tensor([[*tokens, *padding], [*positions, *padding]]))
+        captured.graph.replay()
+        # The next replay overwrites what the graph wrote.
+        return captured.logits[:live].clone()
+
+
+def buckets(first: int, last: int) -> list[int]:
+    """`first`, doubled until `last`, which is always one of them."""
+    sizes = [first]
+    while sizes[-1] * 2 < last:
+        sizes.append(sizes[-1] * 2)
+    return sizes if sizes[-1] == last else [*sizes, last]
