@@ -146,6 +146,9 @@ def _why_no_shared_memory(rank: RankInfo) -> str | None:
         return f"{' and '.join(missing)} not found on PATH, so DeepSpeed's CPU op cannot be compiled"
     if rank.local_world_size != rank.world_size:
         return "the ranks are on several hosts"
+    cores = len(os.sched_getaffinity(0))
+    if rank.local_world_size > cores:  # it waits by spinning, on the core that the rank it waits for needs
+        return f"{rank.local_world_size} ranks share {cores} core(s)"
     filesystem = os.statvfs("/dev/shm")
     free, needed = filesystem.f_bavail * filesystem.f_frsize, rank.local_world_size * _SHM_SEGMENT_BYTES
     if free < needed:  # a full /dev/shm would kill the process with SIGBUS

@@ -118,7 +118,13 @@ def shard_shapes(module: torch.nn.Module) -> dict[str, list[int]]:
 
 @torch.inference_mode()
 def _verify(engine: Any, check: SelfCheck, rank: RankInfo, device: torch.device) -> None:
-    logits = engine.module(input_ids=check.token_ids[None].to(device), use_cache=False).logits[0]
+    try:
+        logits = engine.module(input_ids=check.token_ids[None].to(device), use_cache=False).logits[0]
+    except (RuntimeError, ValueError, IndexError) as error:  # parts that were not sharded alike do not fit together
+        raise LoadError(
+            f"{type(engine.module).__name__} cannot run after DeepSpeed's sharding over {rank.world_size} ranks "
+            f"({str(error).splitlines()[0]}); this architecture is not served with this number of ranks"
+        ) from error
     relative = check.verify(logits, "DeepSpeed's sharding")
     if rank.is_leader:
         logger.info("[dsserve] self-check: logits differ by %.1e from the unsharded model's", relative)
