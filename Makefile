@@ -14,7 +14,7 @@ export QUESTION
 # A Python that was named and has everything is used as it is, and nothing is installed. One that lacks something (and
 # python3, if none was named) is only the base of a virtual environment.
 VENV   := .venv
-NEEDED := torch transformers deepspeed ts model_archiver pydantic yaml psutil typer safetensors
+NEEDED := torch transformers deepspeed ts model_archiver pydantic yaml psutil typer safetensors llguidance
 LACKING = import importlib.util as u, sys; print(*([m for m in sys.argv[1:] if u.find_spec(m) is None] or ["nothing"]))
 BASE_PYTHON := $(or $(PYTHON),python3)
 ifneq ($(PYTHON),)

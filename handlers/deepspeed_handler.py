@@ -18,6 +18,7 @@ from dsserve.errors import LoadError
 from dsserve.generation.build import build_engine, check_engine_choice
 from dsserve.hf_model import load_model
 from dsserve.protocol.batch import LiveBatch
+from dsserve.protocol.served import describe_model
 from dsserve.settings import check_server_settings
 
 logger = logging.getLogger(__name__)
@@ -41,7 +42,8 @@ class DeepSpeedHandler(BaseDeepSpeedHandler):
     def _initialize(self, ctx: Any) -> None:
         started = time.perf_counter()
         config = read_handler_config(ctx.model_yaml_config or {})
-        slots = check_server_settings(ctx.model_yaml_config, ctx.system_properties["batch_size"])
+        sequences = config.max_running + config.max_waiting
+        check_server_settings(ctx.model_yaml_config, ctx.system_properties["batch_size"], sequences)
         super().initialize(ctx)
         logger.info("[dsserve] rank %d of %d: loading on %s", self.rank.rank, self.rank.world_size, self.device)
         loaded = load_model(config, self.model_dir)
@@ -49,8 +51,9 @@ class DeepSpeedHandler(BaseDeepSpeedHandler):
         check_engine_choice(ctx, self.rank.world_size)
         ds_engine = get_ds_engine(loaded.model, ctx)
         self.model = ds_engine.module
-        self._engine, limits = build_engine(ds_engine, loaded, config, slots, self.rank, self.device)
-        self._batch = LiveBatch(self._engine, loaded.tokenizer, limits, config.num_scheduler_steps)
+        self._engine, limits, grammars = build_engine(ds_engine, loaded, config, self.rank, self.device)
+        served = describe_model(ctx.model_name, ds_engine.module, loaded, limits, grammars, self.rank.world_size)
+        self._batch = LiveBatch(self._engine, served, config.num_scheduler_steps)
         self.initialized = True
         logger.info("[dsserve] rank %d: ready after %.1f s", self.rank.rank, time.perf_counter() - started)
 

@@ -42,6 +42,11 @@ class HandlerConfig(BaseModel):
     max_new_tokens_limit: int | None = Field(
         None, ge=1, description="ceiling of max_new_tokens; default: max_model_len"
     )
+    max_running: int = Field(16, ge=1, le=1024, description="sequences that generate at the same time: KV slots")
+    max_waiting: int = Field(64, ge=0, description="sequences that wait for a slot; more are answered with 429")
+    prefix_cache_rows: int = Field(
+        8, ge=0, description="KV rows that keep ended requests for prompts that begin alike; 0 = nothing is reused"
+    )
     num_scheduler_steps: int = Field(4, ge=1, le=64, description="most decode steps in one call of the handler")
     pack_weights: Literal["auto"] | bool = Field("auto", description="prepacked oneDNN weights (CPU only)")
     compiled_ops: Literal["auto"] | bool = Field("auto", description="norm, rotary and KV writes compiled (CPU only)")

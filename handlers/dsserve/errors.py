@@ -25,17 +25,28 @@ class RequestError(Exception):
         status: The HTTP status, 400 to 599.
         param: The request parameter at fault, where there is one.
         kind: The `type` of the error object, as OpenAI names them.
+        code: A short name that programs can tell errors apart by, as OpenAI has them.
+        retry_after_s: When it is worth trying again.
     """
 
     def __init__(
-        self, message: str, *, status: int = 400, param: str | None = None, kind: str = "invalid_request_error"
+        self,
+        message: str,
+        *,
+        status: int = 400,
+        param: str | None = None,
+        kind: str = "invalid_request_error",
+        code: str | None = None,
+        retry_after_s: int | None = None,
     ) -> None:
         super().__init__(message)
         self.message = message
         self.status = status
         self.param = param
         self.kind = kind
+        self.code = code
+        self.retry_after_s = retry_after_s
 
     def body(self) -> dict[str, dict[str, str | None]]:
-        """The reply's JSON body: `{"error": {"message", "type", "param"}}`."""
-        return {"error": {"message": self.message, "type": self.kind, "param": self.param}}
+        """The reply's JSON body: `{"error": {"message", "type", "param", "code"}}`."""
+        return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}

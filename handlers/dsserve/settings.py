@@ -20,8 +20,12 @@ _REQUIRED = {
 }
 
 
-def check_server_settings(yaml_config: Mapping[str, Any] | None, batch_size: int | None) -> int:
-    """Returns the number of requests that may be live at once, TorchServe's `batchSize`.
+def check_server_settings(yaml_config: Mapping[str, Any] | None, batch_size: int | None, sequences: int) -> None:
+    """Checks TorchServe's keys, and its `batchSize` against the sequences that run or wait.
+
+    Args:
+        batch_size: rows that TorchServe hands over in one call.
+        sequences: `handler.max_running` + `handler.max_waiting`.
 
     Raises:
         LoadError: a key that is missing or has a value with which requests would be lost.
@@ -33,6 +37,9 @@ def check_server_settings(yaml_config: Mapping[str, Any] | None, batch_size: int
             raise LoadError(f"{YAML_FILE}: set {key}: {wanted} (found {config.get(key)!r}): {why}")
     if config.get("asyncCommunication"):
         raise LoadError(f"{YAML_FILE}: asyncCommunication reaches rank 0 only; leave it out")
-    if not batch_size or batch_size < 1:
-        raise LoadError(f"{YAML_FILE}: batchSize must be at least 1; it is the number of requests served at once")
-    return int(batch_size)
+    if not batch_size or batch_size <= sequences:
+        raise LoadError(
+            f"{YAML_FILE}: batchSize {batch_size} is too small: handler.max_running + handler.max_waiting = "
+            f"{sequences} requests are held, and one more must get through to be refused; set batchSize: "
+            f"{sequences + 1} or more"
+        )

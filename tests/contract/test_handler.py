@@ -34,7 +34,7 @@ def test_torchserve_finds_exactly_one_class() -> None:
 
 def test_one_rank_alone_generates(smollm2: Path) -> None:
     handler = deepspeed_handler.DeepSpeedHandler()
-    handler.initialize(make_context(smollm2, config("."), batch_size=2))
+    handler.initialize(make_context(smollm2, config(".")))
     ctx = make_context(smollm2, {})
     row: dict[str, Any] = {"body": {"prompt": "The capital of France is", "max_new_tokens": 4}}
     ctx.request_ids, text = {0: "a"}, b""

@@ -11,9 +11,10 @@ from transformers import PreTrainedTokenizerFast
 from ts.context import RequestProcessor
 from ts.protocol.otf_message_handler import create_predict_response
 
-from dsserve.generation.request import GenerationRequest, Limits, Usage
-from dsserve.generation.scheduler import TokenEvent
+from dsserve.generation.grammar import GrammarCompiler
+from dsserve.generation.request import GenerationRequest, Limits, TokenEvent
 from dsserve.protocol.batch import LiveBatch
+from dsserve.protocol.served import ServedModel
 from tests.contexts import make_context
 
 
@@ -25,6 +26,8 @@ class FakeEngine:
         self.evicted: list[str] = []
         self.script: list[list[TokenEvent]] = []
         self.calls = 0
+        self.running = 0
+        self.waiting = 0
 
     def admit(self, request: GenerationRequest) -> None:
         self.admitted.append(request)
@@ -43,12 +46,17 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]")
 
 
+def served_model(tokenizer: Any, limits: Limits) -> ServedModel:
+    return ServedModel("test", tokenizer, limits, 100, GrammarCompiler(tokenizer, 100, frozenset({2})))
+
+
 class Worker:
     """What TorchServe's `Service.predict` does around the handler, for rank 0."""
 
     def __init__(self) -> None:
         self.engine = FakeEngine()
-        self.batch = LiveBatch(self.engine, make_tokenizer(), Limits(64, 16, 32), max_steps=4)  # type: ignore[arg-type]
+        self.served = served_model(make_tokenizer(), Limits(64, 16, 32, max_running=2, max_waiting=2))
+        self.batch = LiveBatch(self.engine, self.served, max_steps=4)  # type: ignore[arg-type]
         self.ctx = make_context(".", {})
 
     def call(self, rows: dict[str, dict[str, Any]], events: list[TokenEvent] | None = None) -> dict[str, Any]:
@@ -78,7 +86,7 @@ def body(**parameters: Any) -> dict[str, Any]:
 
 
 def done(name: str, text: str = "", reason: Any = "stop") -> TokenEvent:
-    return TokenEvent(name, text, reason, Usage(2, 3))
+    return TokenEvent(name, text, 0, reason, completion_tokens=3, prompt_tokens=2)
 
 
 @pytest.fixture
@@ -109,7 +117,12 @@ def test_a_json_reply_is_empty_frames_and_then_the_whole(worker: Worker) -> None
     assert json.loads(last[0]) == {
         "text": "one two",
         "finish_reason": "length",
-        "usage": {"prompt_tokens": 2, "completion_tokens": 3, "total_tokens": 5},
+        "usage": {
+            "prompt_tokens": 2,
+            "completion_tokens": 3,
+            "total_tokens": 5,
+            "prompt_tokens_details": {"cached_tokens": 0},
+        },
     }
 
 
@@ -154,10 +167,11 @@ def test_a_tokenizer_that_fails_on_one_prompt_refuses_only_that_request(worker: 
     def fail(*args: Any, **kwargs: Any) -> Any:
         raise RuntimeError("broken")
 
-    tokenizer, worker.batch._tokenizer = worker.batch._tokenizer, fail
+    served = worker.batch._served
+    worker.batch._served = served_model(fail, served.limits)
     broken = worker.call({"a": body()})["a"]
     assert broken[1] == 500 and json.loads(broken[0])["error"]["type"] == "internal_error"
-    worker.batch._tokenizer = tokenizer
+    worker.batch._served = served
     assert worker.call({"b": body()}, [done("b", "x")])["b"][1] == 200
 
 

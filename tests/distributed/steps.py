@@ -13,7 +13,7 @@ from dsserve.cpu_ops import load_cpu_ops, use_cpu_ops
 from dsserve.distributed import RankInfo, count_all_reduces, uses_shared_memory
 from dsserve.ds_engine import get_ds_engine, shard_shapes
 from dsserve.generation.model_runner import ModelRunner
-from dsserve.generation.plan import Plan, PlanChannel
+from dsserve.generation.plan import Admission, Plan, PlanChannel
 from dsserve.generation.warmup import verify_runner
 from dsserve.packing import pack_weights
 from tests.contexts import make_context
@@ -69,12 +69,12 @@ def packed_prefill_error(path: str) -> float:
     runner = ModelRunner(make_engine(path, "fp32").module, 8, 64, torch.device("cpu"))
     generator = torch.Generator().manual_seed(3)
     lengths = (1, 16, 7, 33, 2, 40, 5, 63)
-    prompts = tuple(tuple(torch.randint(49152, (n,), generator=generator).tolist()) for n in lengths)
+    prompts = tuple(Admission(tuple(torch.randint(49152, (n,), generator=generator).tolist())) for n in lengths)
 
     def run(**plan: Any) -> torch.Tensor:
         logits = runner.execute(Plan(**plan))
         assert logits is not None
-        return logits
+        return logits.next
 
     alone = []
     for prompt in prompts:
@@ -95,7 +95,8 @@ def carry_plans(path: str) -> list[list[int]]:
     make_engine(path, "fp32")
     rank = RankInfo.from_env()
     channel = PlanChannel(rank.rank, rank.world_size)
-    plans = [Plan(last=True), Plan((1, 0), (5, 6, 49151), ((7,) * 300, (1, 2)), False), Plan(tokens=(3,) * 55)]
+    admit = (Admission((7,) * 300, 3, 17, True), Admission((1, 2)))
+    plans = [Plan(last=True), Plan(((1, 9),), (1, 0), (5, 6, 49151), admit, False), Plan(tokens=(3,) * 55)]
     carried = []
     for plan in plans:
         if rank.is_leader:

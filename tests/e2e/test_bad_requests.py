@@ -62,7 +62,7 @@ def test_a_bad_request_gets_its_answer(
     assert response.status_code == status, response.text
     assert response.headers["content-type"].startswith("application/json")
     error = response.json()["error"]
-    assert set(error) == {"message", "type", "param"}
+    assert set(error) == {"message", "type", "param", "code"}
     assert error["param"] == param
     for word in words:
         assert word.lower() in error["message"].lower()

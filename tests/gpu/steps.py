@@ -27,7 +27,7 @@ class Numbers:
 
     stopped = False
 
-    def push(self, token: int) -> str:
+    def push(self, token: int, may_stop: bool = True) -> str:
         return f"{token} "
 
     def flush(self) -> str:

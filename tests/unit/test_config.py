@@ -72,17 +72,17 @@ GOOD = {"continuousBatching": True, "parallelType": "tp", "minWorkers": 1, "maxW
 
 
 def test_good_server_settings_give_the_number_of_slots() -> None:
-    assert check_server_settings(GOOD, 16) == 16
+    check_server_settings(GOOD, 17, sequences=16)
 
 
 @pytest.mark.parametrize("key", sorted(GOOD))
 def test_server_settings_that_lose_requests_are_refused(key: str) -> None:
     with pytest.raises(LoadError, match=key):
-        check_server_settings({**GOOD, key: 2}, 16)
+        check_server_settings({**GOOD, key: 2}, 17, 16)
     with pytest.raises(LoadError, match=key):
-        check_server_settings({name: value for name, value in GOOD.items() if name != key}, 16)
+        check_server_settings({name: value for name, value in GOOD.items() if name != key}, 17, 16)
 
 
 def test_async_communication_is_refused() -> None:
     with pytest.raises(LoadError, match="asyncCommunication"):
-        check_server_settings({**GOOD, "asyncCommunication": True}, 16)
+        check_server_settings({**GOOD, "asyncCommunication": True}, 17, 16)

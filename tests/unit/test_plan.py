@@ -7,14 +7,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsserve.generation.plan import FRAME, Plan, PlanChannel
+from dsserve.generation.plan import FRAME, Admission, Plan, PlanChannel
 
 numbers = st.lists(st.integers(0, 2**24 - 1), max_size=80).map(tuple)
 plans = st.builds(
     Plan,
     evict=st.lists(st.integers(0, 255), max_size=16).map(tuple),
     tokens=numbers,
-    admit=st.lists(numbers.filter(bool), max_size=4).map(tuple),
+    keep=st.lists(st.tuples(st.integers(0, 255), st.integers(0, 255)), max_size=4).map(tuple),
+    admit=st.lists(
+        st.builds(Admission, numbers.filter(bool), st.integers(0, 255), st.integers(0, 2**20), st.booleans()),
+        max_size=4,
+    ).map(tuple),
     last=st.booleans(),
 )
 

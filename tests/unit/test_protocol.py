@@ -13,11 +13,20 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from dsserve.errors import RequestError
-from dsserve.generation.request import Limits, SamplingParams, Usage
-from dsserve.protocol.prompt import build_request, encode_prompt
-from dsserve.protocol.reply import JsonReply, PlainReply, SseReply, make_reply
+from dsserve.generation.grammar import GrammarCompiler
+from dsserve.generation.request import (
+    GenerationRequest,
+    Limits,
+    SamplingParams,
+    StopConditions,
+    TokenEvent,
+)
+from dsserve.protocol.plain_endpoint import generate
+from dsserve.protocol.prompt import encode_messages
+from dsserve.protocol.reply import JsonReply, PlainReply, SseReply
 from dsserve.protocol.rows import read_body
 from dsserve.protocol.schema import GenerateBody, parse_body
+from dsserve.protocol.served import ServedModel
 
 LIMITS = Limits(max_model_len=32, max_new_tokens_default=16, max_new_tokens_limit=24)
 JSON = "application/json"
@@ -34,6 +43,16 @@ def make_tokenizer(template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", bos_token="[BOS]", sep_token="[SEP]")
     fast.chat_template = template
     return fast
+
+
+def served(tokenizer: PreTrainedTokenizerFast | None = None) -> ServedModel:
+    tokenizer = tokenizer or make_tokenizer()
+    return ServedModel("test", tokenizer, LIMITS, 11, GrammarCompiler(tokenizer, 11, frozenset()))
+
+
+def build(body: str | dict[str, Any]) -> GenerationRequest:
+    (request,) = generate("r", body, served()).requests
+    return request
 
 
 def refusal(call: Any, *arguments: Any) -> RequestError:
@@ -102,7 +121,7 @@ def test_no_bytes_raise_anything_else(body: bytes, content_type: str | None) -> 
         ({"messages": "hello"}, "messages", "list"),
         ({"messages": [{"role": "wizard", "content": "b"}]}, "messages", "'system', 'user' or 'assistant'"),
         ({"messages": [{"role": "user"}]}, "messages", "content"),
-        ({"messages": [{"role": "user", "content": "b", "name": "x"}]}, "messages", "a message holds"),
+        ({"messages": [{"role": "user", "content": "b", "name": "x"}]}, "messages", "name: unknown"),
         ({"prompt": "a", "max_new_tokens": 0}, "max_new_tokens", "greater than or equal to 1"),
         ({"prompt": "a", "max_new_tokens": -1}, "max_new_tokens", "greater than or equal to 1"),
         ({"prompt": "a", "max_new_tokens": 1.5}, "max_new_tokens", "integer"),
@@ -120,7 +139,7 @@ def test_no_bytes_raise_anything_else(body: bytes, content_type: str | None) -> 
         ({"prompt": "a", "stop": list("abcde")}, "stop", "at most 4"),
         ({"prompt": "a", "stream": "yes"}, "stream", "boolean"),
         ({"prompt": "a", "max_tokens": 5}, "max_tokens", "did you mean max_new_tokens?"),
-        ({"prompt": "a", "nonsense": 5}, "nonsense", "Allowed: prompt, messages, max_new_tokens"),
+        ({"prompt": "a", "nonsense": 5}, "nonsense", "Allowed: temperature, top_p"),
     ],
 )
 def test_a_wrong_parameter_is_named(body: dict[str, Any], param: str | None, words: str) -> None:
@@ -137,28 +156,46 @@ def test_an_error_repeats_no_value_of_the_client() -> None:
 def test_one_stop_string_is_a_list_and_top_k_off_is_none() -> None:
     body = parse_body({"prompt": "a", "stop": "x", "top_k": -1, "temperature": 1})
     assert isinstance(body, GenerateBody)
-    assert body.stop == ["x"] and body.top_k is None and body.temperature == 1.0
+    assert body.stop == ["x"] and body.sampling(11).top_k is None and body.temperature == 1.0
 
 
 # --- prompt
 
 
 def test_a_prompt_gets_the_tokenizers_bos_and_the_defaults() -> None:
-    request = build_request("r", "a b", make_tokenizer(), LIMITS)
+    request = build("a b")
     assert request.prompt_ids == (0, 3, 4)
-    assert request.max_new_tokens == 16 and request.sampling == SamplingParams() and request.stop == ()
+    assert request.max_new_tokens == 16 and request.sampling == SamplingParams() and request.stop == StopConditions()
 
 
 def test_messages_get_the_templates_bos_alone() -> None:
-    body = GenerateBody(messages=[{"role": "user", "content": "a"}])  # type: ignore[list-item]
-    assert encode_prompt(body, make_tokenizer()) == [0, 3, 1]
+    assert encode_messages([{"role": "user", "content": "a"}], make_tokenizer()) == [0, 3, 1]
+    assert build({"messages": [{"role": "user", "content": "a"}]}).prompt_ids == (0, 3, 1)
 
 
 def test_every_parameter_reaches_the_engine() -> None:
-    body = parse_body({"prompt": "a", "max_new_tokens": 3, "temperature": 0.5, "top_k": 4, "top_p": 0.9, "seed": 7})
-    request = build_request("r", body, make_tokenizer(), LIMITS)
+    sampling = {
+        "temperature": 0.5, "top_k": 4, "top_p": 0.9, "min_p": 0.1, "typical_p": 0.8, "repetition_penalty": 1.1,
+        "presence_penalty": 0.2, "frequency_penalty": -0.3, "seed": -7, "min_tokens": 2,
+    }  # fmt: skip
+    stops = {"stop": "x", "stop_token_ids": [4, 5], "ignore_eos": True}
+    request = build({"prompt": "a", "max_new_tokens": 3, **sampling, **stops, "logit_bias": {"7": -100}})
     assert request.max_new_tokens == 3
-    assert request.sampling == SamplingParams(0.5, 4, 0.9, 7)
+    assert request.sampling == SamplingParams(**sampling, logit_bias={7: -100.0})  # type: ignore[arg-type]
+    assert request.stop == StopConditions(("x",), frozenset({4, 5}), True)
+
+
+def test_null_is_left_out() -> None:
+    assert build({"prompt": "a", "stop": None, "seed": None, "max_new_tokens": None}) == build({"prompt": "a"})
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [({"logit_bias": {"11": 1}}, "logit_bias"), ({"stop_token_ids": [11]}, "stop_token_ids"),
+     ({"min_tokens": 5, "max_new_tokens": 4}, "min_tokens")],
+)  # fmt: skip
+def test_what_the_model_or_the_request_cannot_have_is_refused(body: dict[str, Any], param: str) -> None:
+    assert refusal(build, {"prompt": "a", **body}).param == param
 
 
 @pytest.mark.parametrize(
@@ -170,33 +207,30 @@ def test_every_parameter_reaches_the_engine() -> None:
     ],
 )
 def test_what_does_not_fit_is_refused_with_the_numbers(body: dict[str, Any], status: int, words: str) -> None:
-    error = refusal(build_request, "r", parse_body(body), make_tokenizer(), LIMITS)
+    error = refusal(build, body)
     assert error.status == status and words in error.message
 
 
 def test_the_default_is_cut_to_what_fits() -> None:
-    assert build_request("r", "a " * 30, make_tokenizer(), LIMITS).max_new_tokens == 1
-    assert build_request("r", parse_body({"prompt": "a " * 20, "max_new_tokens": 11}), make_tokenizer(), LIMITS)
+    assert build("a " * 30).max_new_tokens == 1
+    assert build({"prompt": "a " * 20, "max_new_tokens": 11}).max_new_tokens == 11
 
 
 def test_messages_that_the_template_cannot_take_are_refused() -> None:
     one = {"role": "user", "content": "a"}
     late_system = [one, {"role": "system", "content": "b"}]
-    error = refusal(encode_prompt, parse_body({"messages": late_system}), make_tokenizer())
+    error = refusal(build, {"messages": late_system})
     assert "system comes first" in error.message and error.param == "messages"
-    error = refusal(encode_prompt, parse_body({"messages": [one]}), make_tokenizer(template=None))
+    error = refusal(generate, "r", {"messages": [one]}, served(make_tokenizer(template=None)))
     assert "no chat template" in error.message
 
 
 # --- reply
 
-USAGE = Usage(2, 3)
-
 
 def test_the_kind_of_reply_follows_the_body() -> None:
-    assert isinstance(make_reply("text"), PlainReply)
-    assert isinstance(make_reply(GenerateBody(prompt="a")), JsonReply)
-    assert isinstance(make_reply(GenerateBody(prompt="a", stream=True)), SseReply)
+    for body, kind in (("a", PlainReply), ({"prompt": "a"}, JsonReply), ({"prompt": "a", "stream": True}, SseReply)):
+        assert type(generate("r", body, served()).reply) is kind
 
 
 @given(st.lists(st.text(max_size=8), min_size=1, max_size=6))
@@ -204,11 +238,14 @@ def test_each_kind_carries_the_same_text(pieces: list[str]) -> None:
     pieces = [piece.encode("utf-8", "replace").decode() for piece in pieces]
     sent = {}
     for reply in (PlainReply(), JsonReply(), SseReply()):
-        frames = [reply.delta(piece) for piece in pieces[:-1]]
-        sent[type(reply)] = b"".join([*frames, reply.finish(pieces[-1], "stop", USAGE)]).decode()
+        frames = [reply.take(TokenEvent("r", piece)) for piece in pieces[:-1]]
+        last = TokenEvent("r", pieces[-1], 0, "stop", completion_tokens=3, prompt_tokens=2, cached_tokens=1)
+        sent[type(reply)] = b"".join([*frames, reply.take(last)]).decode()
+        assert reply.is_done
     text = "".join(pieces)
     assert sent[PlainReply] == text
     usage = {"prompt_tokens": 2, "completion_tokens": 3, "total_tokens": 5}
+    usage["prompt_tokens_details"] = {"cached_tokens": 1}  # type: ignore[assignment]
     assert json.loads(sent[JsonReply]) == {"text": text, "finish_reason": "stop", "usage": usage}
     events = sent[SseReply].split("\n\n")
     assert events[-2:] == ["data: [DONE]", ""]

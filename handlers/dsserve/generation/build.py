@@ -19,6 +19,7 @@ from dsserve.distributed import RankInfo
 from dsserve.errors import LoadError
 from dsserve.generation.detokenizer import TextStream
 from dsserve.generation.engine import Engine
+from dsserve.generation.grammar import GrammarCompiler
 from dsserve.generation.model_runner import ModelRunner
 from dsserve.generation.request import Limits
 from dsserve.generation.warmup import verify_runner, warm_up
@@ -63,8 +64,8 @@ def read_limits(config: HandlerConfig, max_position: int | None, model_config: A
             f"{YAML_FILE}: the model attends to the last {window} tokens in some layers, which this engine serves only "
             f"up to that length; set handler.max_model_len: {window}"
         )
-    limit = config.max_new_tokens_limit or length - 1
-    return Limits(length, min(config.max_new_tokens, limit, length - 1), min(limit, length - 1))
+    limit = min(config.max_new_tokens_limit or length - 1, length - 1)
+    return Limits(length, min(config.max_new_tokens, limit), limit, config.max_running, config.max_waiting)
 
 
 def _sliding_window(model_config: Any) -> int | None:
@@ -78,9 +79,9 @@ def _sliding_window(model_config: Any) -> int | None:
 
 
 def check_kv_memory(
-    model_config: Any, slots: int, limits: Limits, dtype: torch.dtype, rank: RankInfo, device: torch.device
+    model_config: Any, rows: int, limits: Limits, dtype: torch.dtype, rank: RankInfo, device: torch.device
 ) -> int:
-    """Bytes that this rank's KV slots can grow to.
+    """Bytes that this rank's KV rows, slots and kept ones, can grow to.
 
     Raises:
         LoadError: more than what is free, with the numbers.
@@ -89,27 +90,26 @@ def check_kv_memory(
     heads = getattr(text_config, "num_key_value_heads", None) or text_config.num_attention_heads
     head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
     local_heads = -(-heads // rank.world_size)
-    needed = 2 * text_config.num_hidden_layers * slots * local_heads * limits.max_model_len * head_dim * dtype.itemsize
+    needed = 2 * text_config.num_hidden_layers * rows * local_heads * limits.max_model_len * head_dim * dtype.itemsize
     if device.type == "cuda":
         free, sharers = torch.cuda.mem_get_info(device)[0], 1
     else:
         free, sharers = psutil.virtual_memory().available, rank.local_world_size
     if needed * sharers > free:
         raise LoadError(
-            f"{YAML_FILE}: {slots} requests of {limits.max_model_len} tokens need {needed * sharers / 2**30:.1f} GiB "
-            f"of KV cache, {free / 2**30:.1f} GiB are free; lower batchSize or handler.max_model_len"
+            f"{YAML_FILE}: {rows} rows of {limits.max_model_len} tokens need {needed * sharers / 2**30:.1f} GiB of KV "
+            f"cache, {free / 2**30:.1f} GiB are free; lower handler.max_running, prefix_cache_rows or max_model_len"
         )
     return needed
 
 
 def build_engine(
-    ds_engine: Any, loaded: LoadedModel, config: HandlerConfig, slots: int, rank: RankInfo, device: torch.device
-) -> tuple[Engine, Limits]:
-    """The engine of this rank, proven and warm, and what requests may ask of it.
+    ds_engine: Any, loaded: LoadedModel, config: HandlerConfig, rank: RankInfo, device: torch.device
+) -> tuple[Engine, Limits, GrammarCompiler]:
+    """The engine of this rank, proven and warm, what requests may ask of it, and the maker of its grammars.
 
     Args:
         ds_engine: what `get_ds_engine` returned; its self-check is repeated through the KV slots.
-        slots: most live requests, TorchServe's `batchSize`.
 
     Raises:
         LoadError: see `read_limits`, `check_kv_memory` and `SelfCheck.verify`.
@@ -117,9 +117,10 @@ def build_engine(
     module = ds_engine.module
     limits = read_limits(config, loaded.max_position, module.config)
     dtype = next(module.parameters()).dtype
-    needed = check_kv_memory(module.config, slots, limits, dtype, rank, device)
+    kept = config.prefix_cache_rows
+    needed = check_kv_memory(module.config, config.max_running + kept, limits, dtype, rank, device)
     replaced = _tune_for_cpu(module, config, device)
-    runner = ModelRunner(module, slots, limits.max_model_len, device)
+    runner = ModelRunner(module, config.max_running, limits.max_model_len, device, kept)
     if config.warmup:
         all_reduces = warm_up(runner, rank.is_leader)
         if rank.is_leader:
@@ -133,14 +134,16 @@ def build_engine(
             logger.info("[dsserve] self-check: the engine's logits differ by %.1e", error)
     if rank.is_leader:
         logger.info(
-            "[dsserve] %d slots of %d tokens, KV cache up to %.2f GiB a rank, %s, %d thread(s) a rank",
-            slots, limits.max_model_len, needed / 2**30, replaced, torch.get_num_threads(),
+            "[dsserve] %d slots of %d tokens and %d kept rows, KV cache up to %.2f GiB a rank, %s, %d thread(s) a rank",
+            runner.slots, limits.max_model_len, kept, needed / 2**30, replaced, torch.get_num_threads(),
         )  # fmt: skip
 
     def make_text(request: Any) -> TextStream:
-        return TextStream(loaded.tokenizer, request.stop)
+        return TextStream(loaded.tokenizer, request.stop.strings)
 
-    return Engine(runner, rank, make_text, loaded.eos_ids), limits
+    grammars = GrammarCompiler(loaded.tokenizer, runner.vocabulary, loaded.eos_ids)
+    engine = Engine(runner, rank, make_text, loaded.eos_ids, grammars)
+    return engine, limits, grammars
 
 
 def _tune_for_cpu(module: Any, config: HandlerConfig, device: torch.device) -> str:

@@ -31,10 +31,11 @@ class TextStream:
         self._read = 0
         self._held = ""  # text that may be the beginning of a stop string
 
-    def push(self, token: int) -> str:
+    def push(self, token: int, may_stop: bool = True) -> str:
         """Takes the next token and returns the text that is safe to send, often none.
 
-        Sets `stopped` once a stop string is complete; the text returned then ends before it.
+        Sets `stopped` once a stop string is complete; the text returned then ends before it. Text that comes before
+        the text may stop is sent whatever it holds.
         """
         self._window.append(token)
         before = self._decode(self._window[: self._read])
@@ -46,7 +47,7 @@ class TextStream:
         if text:  # tokens without text (special ones) stay in the window: nothing may follow them as a first word
             self._window = self._window[self._read :]
         self._read = len(self._window)
-        return self._release(text)
+        return self._release(text, may_stop)
 
     def flush(self) -> str:
         """The rest at the end of the text, incomplete characters as U+FFFD."""
@@ -61,9 +62,9 @@ class TextStream:
     def _decode(self, tokens: list[int]) -> str:
         return self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
-    def _release(self, text: str) -> str:
+    def _release(self, text: str, may_stop: bool = True) -> str:
         """Adds `text` to what is held, and gives out all that can no longer belong to a stop string."""
-        if not self._stop:
+        if not self._stop or not may_stop:
             return text
         held = self._held + text
         # The one that is complete first counts, wherever the tokens' boundaries lie.
@@ -71,13 +72,13 @@ class TextStream:
         if found:
             self.stopped, self._held = True, ""
             return held[: min(found)[1]]
-        keep = max(_overlap(held, stop) for stop in self._stop)
+        keep = max(overlap(held, stop) for stop in self._stop)
         cut = len(held) - keep
         self._held = held[cut:]
         return held[:cut]
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """Length of the longest end of `text` that begins `stop`, shorter than `stop`."""
     for length in range(min(len(stop) - 1, len(text)), 0, -1):
         if text.endswith(stop[:length]):

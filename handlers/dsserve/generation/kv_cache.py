@@ -1,8 +1,9 @@
 """KV slots of our own behind transformers' Cache interface: one row a live request, rows dense from 0.
 
-Both phases write each token to its own cell. Prefill hands the model its own fresh keys, which are all it may see;
-decoding hands out views of the live rows up to the longest one. Does not choose rows (`scheduler`) and knows no sliding
-windows.
+Both phases write each token to its own cell. Prefill hands the model its own fresh keys, or a copy of the cells
+that its prompts may see where a part of them was computed before; decoding hands out views of the live rows up to
+the longest one. Rows behind the slots hold prompts of requests that ended (`prefix_cache`). Does not choose rows
+(`scheduler`) and knows no sliding windows.
 """
 
 from __future__ import annotations
@@ -23,14 +24,16 @@ class Window:
     Attributes:
         cells: `[n]` where the new tokens go: row * max_len + position. Tokens after the n-th are padding.
         kv_len: how many positions of each row attention reads while decoding, None for prefill.
+        read: `[S]` the cells that attention reads in prefill; None = the new tokens are all there is.
     """
 
     cells: Any = None
     kv_len: int | None = None
+    read: Any = None
 
 
 class SlotLayer(CacheLayerMixin):
-    """Keys and values of one layer, `[slots, max_len, kv_heads of this rank, head_dim]`, zeros at first.
+    """Keys and values of one layer, `[rows, max_len, kv_heads of this rank, head_dim]`, zeros at first.
 
     A token's heads lie together, so writing a step's tokens is one copy of whole cells.
 
@@ -41,15 +44,15 @@ class SlotLayer(CacheLayerMixin):
 
     is_sliding = False
 
-    def __init__(self, slots: int, max_len: int, window: Window) -> None:
+    def __init__(self, rows: int, max_len: int, window: Window) -> None:
         super().__init__()
-        self._slots = slots
+        self._rows = rows
         self._max_len = max_len
         self._window = window
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         def zeros(like: torch.Tensor) -> torch.Tensor:
-            return like.new_zeros(self._slots, self._max_len, like.shape[1], like.shape[3])
+            return like.new_zeros(self._rows, self._max_len, like.shape[1], like.shape[3])
 
         self.keys, self.values = zeros(key_states), zeros(value_states)
         self.is_initialized = True
@@ -65,9 +68,11 @@ class SlotLayer(CacheLayerMixin):
         else:
             self._write(self.keys, key_states)
             self._write(self.values, value_states)
-        if self._window.kv_len is None:
-            return key_states, value_states
-        return self._read(self.keys, key_states.shape[0]), self._read(self.values, value_states.shape[0])
+        if self._window.kv_len is not None:
+            return self._read(self.keys, key_states.shape[0]), self._read(self.values, value_states.shape[0])
+        if self._window.read is not None:
+            return self._gather(self.keys), self._gather(self.values)
+        return key_states, value_states
 
     def _write(self, stored: torch.Tensor, new: torch.Tensor) -> None:
         """Tokens lie in order, whether they are `[1, kv_heads, T, head_dim]` (prefill) or `[n, kv_heads, 1, ...]`."""
@@ -79,7 +84,11 @@ class SlotLayer(CacheLayerMixin):
         """The view `[rows, kv_heads, kv_len, head_dim]`."""
         return stored[:rows, : self._window.kv_len].transpose(1, 2)
 
-    def move(self, source: int, target: int, length: int) -> None:
+    def _gather(self, stored: torch.Tensor) -> torch.Tensor:
+        """A copy of the cells to read, `[1, kv_heads, S, head_dim]`."""
+        return stored.flatten(0, 1).index_select(0, self._window.read).transpose(0, 1)[None]
+
+    def copy(self, source: int, target: int, length: int) -> None:
         """Copies the first `length` positions of one row to another."""
         self.keys[target, :length] = self.keys[source, :length]
         self.values[target, :length] = self.values[source, :length]
@@ -95,16 +104,16 @@ class SlotLayer(CacheLayerMixin):
 
 
 class SlotCache(Cache):
-    """All layers' slots and the window they share."""
+    """All layers' rows and the window they share."""
 
-    def __init__(self, num_layers: int, slots: int, max_len: int) -> None:
+    def __init__(self, num_layers: int, rows: int, max_len: int) -> None:
         self.window = Window()
-        super().__init__(layers=[SlotLayer(slots, max_len, self.window) for _ in range(num_layers)])
+        super().__init__(layers=[SlotLayer(rows, max_len, self.window) for _ in range(num_layers)])
 
-    def move(self, source: int, target: int, length: int) -> None:
-        """Moves one request's keys and values to another row, in every layer."""
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Copies the keys and values of a row's first `length` tokens to another row, in every layer."""
         for layer in self.layers:
-            layer.move(source, target, length)
+            layer.copy(source, target, length)
 
     def nbytes(self) -> int:
         """Bytes reserved on this rank, 0 before the first forward pass."""

@@ -5,19 +5,31 @@ Every rank holds one and executes the same plans in the same order. Does not cho
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from dsserve.generation.cuda_graphs import DecodeGraphs
 from dsserve.generation.kv_cache import SlotCache
-from dsserve.generation.plan import Plan
+from dsserve.generation.packed_prompts import PackedPrompts
+from dsserve.generation.plan import Admission, Plan
 
-# Prompts that are prefilled together lie one behind the other and are padded on the right to one of these lengths, then
-# to multiples of half the last: each new shape costs 6 to 100 ms the first time on a CPU.
-PREFILL_BUCKETS = (16, 32, 64, 96, 128, 192, 256, 384, 512)
 # Attention reads up to the longest live row, rounded up to this.
 KV_STEP = 16
+
+
+@dataclass(frozen=True)
+class StepLogits:
+    """What one step gave, the same on all ranks.
+
+    Attributes:
+        next: `[n, V]`, of the decoded rows, then of the last token of each admitted prompt.
+        prompts: `[T, V]` for each prompt whose logits were all wanted, in the order of admission.
+    """
+
+    next: torch.Tensor
+    prompts: tuple[torch.Tensor, ...] = ()
 
 
 class ModelRunner:
@@ -28,17 +40,20 @@ class ModelRunner:
             logits_to_keep as transformers' causal language models do.
         slots: most live rows.
         max_model_len: prompt + output of one row, in tokens.
+        kept: rows behind the slots for prompts that may come again.
     """
 
-    def __init__(self, module: Any, slots: int, max_model_len: int, device: torch.device) -> None:
+    def __init__(self, module: Any, slots: int, max_model_len: int, device: torch.device, kept: int = 0) -> None:
         self._module = module
         self._device = device
         self._dtype = next(module.parameters()).dtype
         self.slots = slots
+        self.kept = kept
         self.max_model_len = max_model_len
+        self.vocabulary = module.config.get_text_config().vocab_size
         num_layers = module.config.get_text_config().num_hidden_layers
         capacity = -(-max_model_len // KV_STEP) * KV_STEP
-        self.cache = SlotCache(num_layers, slots, capacity)
+        self.cache = SlotCache(num_layers, slots + kept, capacity)
         self._capacity = capacity
         self._lengths: list[int] = []
         self._graphs: DecodeGraphs | None = None
@@ -51,58 +66,49 @@ class ModelRunner:
         return len(self._lengths)
 
     @torch.inference_mode()
-    def execute(self, plan: Plan) -> torch.Tensor | None:
-        """Evict, decode, prefill, in this order.
-
-        Returns:
-            Logits of the decoded rows, then of the prompts, `[n, V]`, the same on all ranks; None for none.
-        """
+    def execute(self, plan: Plan) -> StepLogits | None:
+        """Keep, evict, decode, prefill, in this order. None where the plan computes nothing."""
+        for row, copy in plan.keep:
+            self.cache.copy(row, copy, self._lengths[row])
         for row in plan.evict:
             self._evict(row)
-        logits = []
-        if plan.tokens:
-            logits.append(self._decode(plan.tokens))
-        if plan.admit:
-            logits.append(self._prefill(plan.admit))
-        return torch.cat(logits) if len(logits) > 1 else logits[0] if logits else None
+        decoded = self._decode(plan.tokens) if plan.tokens else None
+        if not plan.admit:
+            return None if decoded is None else StepLogits(decoded)
+        logits = self._prefill(plan.admit)
+        sizes = [len(admission.tokens) if admission.all_logits else 1 for admission in plan.admit]
+        parts = logits.split(sizes)
+        last = logits if sum(sizes) == len(sizes) else torch.stack([part[-1] for part in parts])
+        prompts = tuple(part for part, admission in zip(parts, plan.admit, strict=True) if admission.all_logits)
+        return StepLogits(last if decoded is None else torch.cat([decoded, last]), prompts)
 
     def _evict(self, row: int) -> None:
         last = self.live - 1
         if row != last:
-            self.cache.move(last, row, self._lengths[last])
+            self.cache.copy(last, row, self._lengths[last])
             self._lengths[row] = self._lengths[last]
         self._lengths.pop()
 
-    def _prefill(self, prompts: tuple[tuple[int, ...], ...]) -> torch.Tensor:
-        lengths = torch.tensor([len(prompt) for prompt in prompts])
-        ends = lengths.cumsum(0)
-        padding = prefill_bucket(int(ends[-1])) - int(ends[-1])
-        tokens = [token for prompt in prompts for token in prompt]
-        positions = torch.cat([torch.arange(len(prompt)) for prompt in prompts])
-        cells = (
-            torch.arange(self.live, self.live + len(prompts)).repeat_interleave(lengths) * self._capacity + positions
-        )
+    def _prefill(self, prompts: tuple[Admission, ...]) -> torch.Tensor:
+        """Logits `[n, V]` of the prompts' last tokens; of all tokens where a prompt wants them."""
+        for row, prompt in enumerate(prompts, start=self.live):
+            if prompt.shared:
+                self.cache.copy(prompt.source, row, prompt.shared)
+        packed = PackedPrompts(prompts, self.live, self._capacity)
         window = self.cache.window
-        window.cells, window.kv_len = cells.to(self._device), None
+        window.cells, window.kv_len = packed.cells.to(self._device), None
+        window.read = None if packed.read is None else packed.read.to(self._device)
+        mask = packed.mask(self._dtype)
         output = self._module(
-            input_ids=torch.tensor([tokens + [0] * padding], device=self._device),  # [1, T]
-            position_ids=torch.nn.functional.pad(positions, (0, padding))[None].to(self._device),  # [1, T]
-            attention_mask=None if len(prompts) == 1 else self._block_mask(lengths, padding),
+            input_ids=packed.tokens[None].to(self._device),  # [1, T]
+            position_ids=packed.positions[None].to(self._device),  # [1, T]
+            attention_mask=None if mask is None else mask.to(self._device),
             past_key_values=self.cache,
             use_cache=True,
-            logits_to_keep=(ends - 1).to(self._device),
+            logits_to_keep=packed.wanted.to(self._device),
         )
-        self._lengths += lengths.tolist()
+        self._lengths += [prompt.shared + len(prompt.tokens) for prompt in prompts]
         return output.logits[0]
-
-    def _block_mask(self, lengths: torch.Tensor, padding: int) -> torch.Tensor:
-        """`[1, 1, T, T]`, additive: each token sees its own prompt up to itself. The padding is one more prompt, since
-        a token that sees nothing would be NaN. One prompt alone needs no mask: attention is causal, padding behind."""
-        lengths = torch.cat([lengths, torch.tensor([padding])])
-        prompt = torch.arange(len(lengths)).repeat_interleave(lengths)
-        visible = (prompt[:, None] == prompt).tril()
-        mask = torch.zeros(visible.shape, dtype=self._dtype).masked_fill_(~visible, float("-inf"))
-        return mask[None, None].to(self._device)
 
     def capture_graphs(self, is_leader: bool) -> None:
         """Decodes in CUDA graphs from now on. No row may be live.
@@ -110,7 +116,7 @@ class ModelRunner:
         Raises:
             LoadError: see `DecodeGraphs.capture`.
         """
-        self.execute(Plan(admit=((0,),)))  # makes the cache's tensors
+        self.execute(Plan(admit=(Admission((0,)),)))  # makes the cache's tensors
         self.execute(Plan(evict=(0,)))
         graphs = DecodeGraphs(self._forward_decode, self.slots, self._capacity, self._device)
         graphs.capture(is_leader)
@@ -142,12 +148,3 @@ class ModelRunner:
             use_cache=True,
         )
         return output.logits[:, -1]
-
-
-def prefill_bucket(length: int) -> int:
-    """The padded length of a prompt of `length` tokens."""
-    for bucket in PREFILL_BUCKETS:
-        if length <= bucket:
-            return bucket
-    step = PREFILL_BUCKETS[-1] // 2
-    return -(-length // step) * step

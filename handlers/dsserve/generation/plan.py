@@ -7,7 +7,8 @@ above 0 lose calls otherwise) and all ranks see the same requests. Decides nothi
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import islice
 
 import torch
 
@@ -18,43 +19,64 @@ FRAME = 64
 
 
 @dataclass(frozen=True)
-class Plan:
-    """One step: evict, then decode the live rows, then prefill the admitted prompts.
+class Admission:
+    """A prompt that takes the next free row.
 
     Attributes:
+        tokens: the part of the prompt to compute, at least its last token.
+        source: the row of the cache that holds the part before it.
+        shared: the length of that part; 0 = none, and `source` means nothing.
+        all_logits: the logits of every token of the prompt are wanted, not only the last one's.
+    """
+
+    tokens: tuple[int, ...]
+    source: int = 0
+    shared: int = 0
+    all_logits: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One step: keep, evict, then decode the live rows, then prefill the admitted prompts.
+
+    Attributes:
+        keep: live rows whose keys and values are copied to a row of the prefix cache, (row, copy), before evictions.
         evict: rows to free, in this order; the last live row moves into each hole.
         tokens: the input token of each live row after the evictions; empty = no decode in this step.
         admit: the prompts to prefill; each takes the next free row.
         last: the handler's call ends after this step.
     """
 
+    keep: tuple[tuple[int, int], ...] = ()
     evict: tuple[int, ...] = ()
     tokens: tuple[int, ...] = ()
-    admit: tuple[tuple[int, ...], ...] = field(default=())
+    admit: tuple[Admission, ...] = ()
     last: bool = False
 
     def encode(self) -> list[int]:
         """Length-prefixed integers, each below 2**24, so that fp32 holds them exactly."""
-        numbers = [int(self.last), len(self.evict), *self.evict, len(self.tokens), *self.tokens, len(self.admit)]
-        for prompt in self.admit:
-            numbers += [len(prompt), *prompt]
+        numbers = [int(self.last), 2 * len(self.keep)]
+        for pair in self.keep:
+            numbers += pair
+        numbers += [len(self.evict), *self.evict, len(self.tokens), *self.tokens, len(self.admit)]
+        for admission in self.admit:
+            numbers += [admission.source, admission.shared, int(admission.all_logits)]
+            numbers += [len(admission.tokens), *admission.tokens]
         return numbers
 
     @classmethod
     def decode(cls, numbers: list[int]) -> Plan:
-        position = 1
+        values = iter(numbers)
 
         def take() -> tuple[int, ...]:
-            nonlocal position
-            end = position + 1 + numbers[position]
-            taken = tuple(numbers[position + 1 : end])
-            position = end
-            return taken
+            return tuple(islice(values, next(values)))
 
-        evict, tokens = take(), take()
-        prompts = numbers[position]
-        position += 1
-        return cls(evict, tokens, tuple(take() for _ in range(prompts)), bool(numbers[0]))
+        last, keep, evict, tokens = bool(next(values)), take(), take(), take()
+        admit = []
+        for _ in range(next(values)):
+            source, shared, all_logits = next(values), next(values), bool(next(values))
+            admit.append(Admission(take(), source, shared, all_logits))
+        return cls(tuple(zip(keep[::2], keep[1::2], strict=True)), evict, tokens, tuple(admit), last)
 
 
 class PlanChannel:

@@ -5,56 +5,131 @@ Does not parse bodies (`protocol`) and does not choose tokens (`sampler`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 FinishReason = Literal["stop", "length"]
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request may ask for, in tokens.
+    """What one request may ask for.
 
-    `max_model_len` bounds prompt + output; the two others are the default and the ceiling of `max_new_tokens`.
+    `max_model_len` bounds prompt + output; the two after it are the default and the ceiling of `max_new_tokens`, all in
+    tokens. `max_running` and `max_waiting` count sequences: those that generate, and those that wait for a row.
     """
 
     max_model_len: int
     max_new_tokens_default: int
     max_new_tokens_limit: int
+    max_running: int = 16
+    max_waiting: int = 64
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How the next token is chosen. `temperature` 0 is greedy; `top_k` and `top_p` are off at None."""
+    """How the next token is chosen. Every default leaves the logits as they are; `temperature` 0 is greedy.
+
+    Attributes:
+        min_tokens: no end-of-text token before so many new tokens.
+        logprobs: how many of the likeliest tokens to report beside each chosen one; None reports nothing.
+        grammar: what the text must match, as llguidance's serialized grammar.
+    """
 
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float | None = None
+    min_p: float | None = None
+    typical_p: float | None = None
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
     seed: int | None = None
+    min_tokens: int = 0
+    logprobs: int | None = None
+    grammar: str | None = None
+
+
+@dataclass(frozen=True)
+class StopConditions:
+    """What ends a text beside its length. `strings` and what follows them are cut; tokens give no text."""
+
+    strings: tuple[str, ...] = ()
+    token_ids: frozenset[int] = frozenset()
+    ignore_eos: bool = False
 
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """One sequence to generate. `prompt_ids` holds at least one token and leaves room for `max_new_tokens`."""
+    """One sequence to generate; a client's request may hold several, told apart by `index`.
+
+    `prompt_ids` holds at least one token and leaves room for `max_new_tokens`, which may be 0 with `prompt_logprobs`.
+    """
 
     request_id: str
     prompt_ids: tuple[int, ...]
     max_new_tokens: int
     sampling: SamplingParams = SamplingParams()
-    stop: tuple[str, ...] = ()
+    stop: StopConditions = StopConditions()
+    index: int = 0
+    prompt_logprobs: bool = False
 
 
 @dataclass(frozen=True)
+class TokenLogprob:
+    """A token, its log probability under the model's own logits, and the likeliest tokens there, best first.
+
+    The first token of a prompt has no probability: None."""
+
+    token: int
+    logprob: float | None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class TokenEvent:
+    """What one step gave one sequence: new text, and at the end the reason and the counts.
+
+    Attributes:
+        text: may be empty: a character or a stop string may not be complete.
+        logprobs: of the tokens that came since the last event, where asked for.
+        prompt_logprobs: of the whole prompt, in the first event, where asked for.
+        completion_tokens: new tokens so far, an end-of-text token included.
+        cached_tokens: tokens of the prompt that were not computed again.
+        failed: the sequence could not go on, for a fault of ours that concerns no other request.
+    """
+
+    request_id: str
+    text: str
+    index: int = 0
+    finish_reason: FinishReason | None = None
+    completion_tokens: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    failed: bool = False
+
+    @property
+    def is_last(self) -> bool:
+        return self.failed or self.finish_reason is not None
+
+
+@dataclass
 class Usage:
-    """Tokens of one request: read and written."""
+    """Tokens of one client's request: prompts counted once however many texts they get, and all new tokens."""
 
-    prompt_tokens: int
-    completion_tokens: int
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
 
-    def body(self) -> dict[str, int]:
+    def body(self) -> dict[str, Any]:
         """The `usage` object of a reply."""
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
         }

@@ -1,17 +1,86 @@
-"""Chooses one request's next token from its logits, on rank 0.
+"""Chooses the next tokens of a step's rows from their logits, on rank 0: greedy, or drawn.
 
-Temperature, top_k and top_p are transformers' own logits processors, in its order; the random stream of a request
-depends on its seed and on how many tokens it has drawn, not on its neighbours.
+The random stream of a sequence depends on its seed, its index in the request and its position alone: neither
+neighbours, rows, the number of ranks nor CUDA graphs change it. Edits of logits are `logits_edits`', rules that narrow
+the vocabulary `candidates`'.
 """
 
 from __future__ import annotations
 
 import secrets
+from collections.abc import Iterator
 
+import numpy as np
 import torch
-from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from dsserve.generation.request import SamplingParams
+from dsserve.generation.candidates import find_candidates, find_top, has_rules
+from dsserve.generation.grammar import Grammar, GrammarError
+from dsserve.generation.logits_edits import TokenHistory, edit_logits, mask_logits
+from dsserve.generation.request import GenerationRequest, SamplingParams, TokenLogprob
+
+_DRAWN_AT_ONCE = 64
+
+
+class SamplingState:
+    """What one sequence's choices depend on beside its logits.
+
+    Args:
+        ending_ids: the tokens that end this text, end-of-text and the request's own.
+        grammar: what the text must match; None = anything.
+
+    Attributes:
+        failed: the grammar gave up, so that the chosen token means nothing.
+    """
+
+    def __init__(
+        self, request: GenerationRequest, ending_ids: frozenset[int] = frozenset(), grammar: Grammar | None = None
+    ) -> None:
+        self.params = request.sampling
+        self.history = TokenHistory(request.sampling, request.prompt_ids, ending_ids)
+        self.grammar = grammar
+        self.failed = False
+        seed = secrets.randbits(63) if self.params.seed is None else self.params.seed
+        self.uniforms = uniforms(seed, request.index)
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.params.temperature == 0
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the next token is simply the likeliest one."""
+        return self.is_greedy and self.grammar is None and self.history.is_plain
+
+    def accept(self, token: int) -> None:
+        """Enters the chosen token."""
+        self.history.add(token)
+        if self.grammar is not None:
+            self.grammar.accept(token)
+
+
+def uniforms(seed: int, index: int) -> Iterator[float]:
+    """Uniform numbers in [0, 1), one for each position of sequence `index` of a request. Philox, counter-based."""
+    generator = np.random.Generator(np.random.Philox(key=np.array([seed % 2**64, index], dtype=np.uint64)))
+    while True:
+        yield from generator.random(_DRAWN_AT_ONCE).tolist()
+
+
+def choose(logits: torch.Tensor, states: list[SamplingState]) -> list[int]:
+    """The next token of each row of `logits` `[n, V]`, of any float dtype; leaves them as they are."""
+    special = [row for row, state in enumerate(states) if not state.is_plain]
+    if not special:
+        return choose_greedily(logits)
+    chosen = choose_greedily(logits) if len(special) < len(states) else [0] * len(states)
+    edited = edit(logits[special], [states[row] for row in special])
+    greedy = [at for at, row in enumerate(special) if states[row].is_greedy]
+    drawn = [at for at, row in enumerate(special) if not states[row].is_greedy]
+    if greedy:
+        for at, token in zip(greedy, choose_greedily(edited[greedy]), strict=True):
+            chosen[special[at]] = token
+    if drawn:
+        for at, token in zip(drawn, _draw(edited[drawn], [states[special[at]] for at in drawn]), strict=True):
+            chosen[special[at]] = token
+    return chosen
 
 
 def choose_greedily(logits: torch.Tensor) -> list[int]:
@@ -24,31 +93,65 @@ def choose_greedily(logits: torch.Tensor) -> list[int]:
     return logits.argmax(dim=-1).tolist()
 
 
-class Sampler:
-    """One request's way from logits to a token. Greedy where `temperature` is 0."""
+def edit(logits: torch.Tensor, states: list[SamplingState]) -> torch.Tensor:
+    """A copy of the rows `[n, V]` in fp32 with bias, penalties, bans and grammars applied."""
+    edited = logits.to(torch.float32, copy=True)
+    edit_logits(edited, [(state.history, state.params.repetition_penalty) for state in states])
+    for row, state in enumerate(states):
+        if state.grammar is not None:
+            try:
+                mask_logits(edited[row], state.grammar)
+            except GrammarError:  # this sequence's fault, which the others' step must survive
+                state.failed = True
+    return edited
 
-    def __init__(self, params: SamplingParams) -> None:
-        self.greedy = params.temperature == 0
-        self._warpers = LogitsProcessorList()
-        self._generator = torch.Generator()
-        if self.greedy:
-            return
-        self._generator.manual_seed(secrets.randbits(63) if params.seed is None else params.seed)
-        if params.temperature != 1:
-            self._warpers.append(TemperatureLogitsWarper(float(params.temperature)))
-        if params.top_k:
-            self._warpers.append(TopKLogitsWarper(params.top_k))
-        if params.top_p is not None and params.top_p < 1:
-            self._warpers.append(TopPLogitsWarper(params.top_p))
 
-    def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
-        """`[V]` logits of any float dtype to `[V]` fp32 probabilities. The greatest logit is taken off first, which
-        changes no probability and keeps tiny temperatures finite."""
-        shifted = logits.float().cpu()
-        shifted = shifted - shifted.max()
-        warped = self._warpers(torch.zeros(1, 1, dtype=torch.int64), shifted[None])
-        return torch.softmax(warped[0], dim=-1)
+def _draw(logits: torch.Tensor, states: list[SamplingState]) -> list[int]:
+    """One token for each row of edited logits `[n, V]`; changes them."""
+    scale_by_temperature(logits, [state.params for state in states])
+    tokens = [0] * len(states)
+    ruled = [row for row, state in enumerate(states) if has_rules(state.params)]
+    free = [row for row, state in enumerate(states) if not has_rules(state.params)]
+    if ruled:
+        candidates = find_candidates(_rows(logits, ruled), [states[row].params for row in ruled])
+        for row, found in zip(ruled, candidates, strict=True):
+            tokens[row] = found.draw(next(states[row].uniforms))
+    if free:
+        drawn = draw_from_all(_rows(logits, free), [next(states[row].uniforms) for row in free])
+        for row, token in zip(free, drawn, strict=True):
+            tokens[row] = token
+    return tokens
 
-    def choose(self, logits: torch.Tensor) -> int:
-        """The next token id for logits `[V]`, of a sampler that is not greedy."""
-        return int(torch.multinomial(self.probabilities(logits), 1, generator=self._generator))
+
+def _rows(logits: torch.Tensor, rows: list[int]) -> torch.Tensor:
+    return logits if len(rows) == logits.shape[0] else logits[rows]
+
+
+def scale_by_temperature(logits: torch.Tensor, params: list[SamplingParams]) -> None:
+    """Divides the rows `[n, V]` by their temperatures, in place. The largest logit is taken off first, which changes no
+    probability and keeps tiny temperatures finite."""
+    logits -= logits.amax(dim=-1, keepdim=True)
+    logits /= torch.tensor([row.temperature for row in params], dtype=torch.float32, device=logits.device)[:, None]
+
+
+def draw_from_all(logits: torch.Tensor, numbers: list[float]) -> list[int]:
+    """Draws from the softmax of the rows `[n, V]`, whose largest logit is 0, at these places of the distribution."""
+    cumulative = logits.exp().cumsum(dim=-1, dtype=torch.float64)
+    at = torch.tensor(numbers, dtype=torch.float64, device=logits.device)[:, None] * cumulative[:, -1:]
+    tokens = torch.searchsorted(cumulative, at, right=True)
+    return tokens.clamp_(max=logits.shape[1] - 1)[:, 0].tolist()
+
+
+def report_logprobs(logits: torch.Tensor, tokens: list[int], counts: list[int]) -> list[TokenLogprob]:
+    """Log probabilities of tokens under the model's own rows `[n, V]`, and the likeliest `counts` of each."""
+    raw = logits.float()
+    totals = raw.logsumexp(dim=-1, keepdim=True)
+    own = (raw.gather(1, torch.tensor(tokens, device=raw.device)[:, None]) - totals)[:, 0].tolist()
+    if not max(counts):
+        return [TokenLogprob(token, logprob) for token, logprob in zip(tokens, own, strict=True)]
+    values, ids = find_top(raw, max(counts))
+    tops, top_ids = (values - totals).tolist(), ids.tolist()
+    return [
+        TokenLogprob(token, own[row], tuple(zip(top_ids[row][:count], tops[row][:count], strict=True)))
+        for row, (token, count) in enumerate(zip(tokens, counts, strict=True))
+    ]

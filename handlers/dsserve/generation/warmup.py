@@ -11,15 +11,17 @@ import time
 import torch
 
 from dsserve.distributed import count_all_reduces
-from dsserve.generation.model_runner import PREFILL_BUCKETS, ModelRunner
-from dsserve.generation.plan import Plan
+from dsserve.generation.model_runner import ModelRunner
+from dsserve.generation.packed_prompts import PREFILL_BUCKETS
+from dsserve.generation.plan import Admission, Plan
 from dsserve.self_check import SelfCheck
 
 logger = logging.getLogger(__name__)
 
 # Two prompts of different length, read in one pass and then side by side, so that packed prefill and ragged decoding
-# are part of the check.
+# are part of the check. Then again with the second one's beginning taken from the first one's row.
 _FIRST_LENGTHS = (5, 12)
+_SHARED = 3
 
 
 def verify_runner(runner: ModelRunner, check: SelfCheck) -> float:
@@ -28,12 +30,27 @@ def verify_runner(runner: ModelRunner, check: SelfCheck) -> float:
     Raises:
         LoadError: the logits are not the unsharded model's: the architecture does not fit this engine.
     """
-    tokens = check.token_ids.tolist()
+    tokens = tuple(check.token_ids.tolist())
     lengths = _FIRST_LENGTHS[: min(len(_FIRST_LENGTHS), runner.slots)]
-    steps = [runner.execute(Plan(admit=tuple(tuple(tokens[:length]) for length in lengths)))]
-    for step in range(len(tokens) - max(lengths)):
-        steps.append(runner.execute(Plan(tokens=tuple(tokens[length + step] for length in lengths))))
-    rows = torch.stack([logits for logits in steps if logits is not None], dim=1)  # [rows, steps, V]
+    prompts = tuple(Admission(tokens[:length]) for length in lengths)
+    worst = _teacher_force(runner, check, [Plan(admit=prompts)], lengths)
+    if len(lengths) > 1:
+        continued = Admission(tokens[_SHARED : lengths[1]], source=0, shared=_SHARED)
+        plans = [Plan(admit=prompts[:1]), Plan(admit=(continued,))]
+        worst = max(worst, _teacher_force(runner, check, plans, lengths))
+    return worst
+
+
+def _teacher_force(runner: ModelRunner, check: SelfCheck, admit: list[Plan], lengths: tuple[int, ...]) -> float:
+    """Admits the check's first tokens as rows of these lengths, decodes the rest; returns a row's largest error."""
+    tokens = check.token_ids.tolist()
+    first = [step.next for plan in admit if (step := runner.execute(plan)) is not None]
+    steps = [torch.cat(first)]
+    for at in range(len(tokens) - max(lengths)):
+        step = runner.execute(Plan(tokens=tuple(tokens[length + at] for length in lengths)))
+        if step is not None:
+            steps.append(step.next)
+    rows = torch.stack(steps, dim=1)  # [rows, steps, V]
     _clear(runner)
     worst = 0.0
     for length, row in zip(lengths, rows, strict=True):
@@ -49,11 +66,11 @@ def warm_up(runner: ModelRunner, is_leader: bool) -> int:
     longest = runner.max_model_len - 1
     buckets = [bucket for bucket in PREFILL_BUCKETS if bucket <= longest] or [1]
     for bucket in buckets:
-        runner.execute(Plan(admit=((0,) * bucket,)))
+        runner.execute(Plan(admit=(Admission((0,) * bucket),)))
         runner.execute(Plan(evict=(0,)))
     all_reduces = 0
     for live in range(1, runner.slots + 1):
-        runner.execute(Plan(admit=((0,),)))
+        runner.execute(Plan(admit=(Admission((0,)),)))
         with count_all_reduces() as count:
             runner.execute(Plan(tokens=(0,) * live))
         all_reduces = count[0]

@@ -1,8 +1,8 @@
 """TorchServe's continuous batching, rank 0's side: rows in, one item a row out, on every call of the handler.
 
-Keeps which requests are live and how each wants its reply; starts, continues and ends them in the engine. TorchServe
-calls with all live requests; a payload comes once; a client that went away is simply missing. Does not parse bodies
-(`rows`, `prompt`) and does not generate (`generation`).
+Keeps which requests are live; starts, continues and ends them in the engine. TorchServe calls with all live requests; a
+payload comes once; a client that went away is simply missing. Does not parse bodies (`routes`) and does not generate
+(`generation`).
 """
 
 from __future__ import annotations
@@ -15,16 +15,17 @@ from typing import Any
 
 from dsserve.errors import RequestError
 from dsserve.generation.engine import Engine
-from dsserve.generation.request import Limits
-from dsserve.generation.scheduler import TokenEvent
-from dsserve.protocol.prompt import build_request
-from dsserve.protocol.reply import Reply, error_body, make_reply
-from dsserve.protocol.rows import read_body, row_content_type
-from dsserve.protocol.schema import parse_body
+from dsserve.generation.request import TokenEvent
+from dsserve.protocol.job import Job
+from dsserve.protocol.reply import JSON_TYPE, Reply, error_body
+from dsserve.protocol.routes import answer
+from dsserve.protocol.rows import row_content_type, row_path
+from dsserve.protocol.served import ServedModel
 
 logger = logging.getLogger(__name__)
 
 _INTERNAL = "internal_error"
+_RETRY_AFTER_S = 1
 
 
 @dataclass
@@ -42,13 +43,13 @@ class LiveBatch:
 
     Args:
         engine: rank 0's engine.
+        served: the model and its limits.
         max_steps: most decode steps in one call.
     """
 
-    def __init__(self, engine: Engine, tokenizer: Any, limits: Limits, max_steps: int) -> None:
+    def __init__(self, engine: Engine, served: ServedModel, max_steps: int) -> None:
         self._engine = engine
-        self._tokenizer = tokenizer
-        self._limits = limits
+        self._served = served
         self._max_steps = max_steps
         self._rows: dict[str, _Row] = {}
 
@@ -56,16 +57,15 @@ class LiveBatch:
         """One call of the handler: answers what is wrong, admits what is new, runs the engine, collects the frames."""
         ids = [ctx.request_ids[index] for index in range(len(data))]
         self._drop_gone(set(ids))
-        refused: dict[str, RequestError] = {}
+        answered: dict[str, bytes | RequestError] = {}
         for index, request_id in enumerate(ids):
             if request_id not in self._rows:
-                try:
-                    self._start(index, request_id, data[index], ctx)
-                except RequestError as error:
-                    refused[request_id] = error
+                found = self._start(index, request_id, data[index], ctx)
+                if found is not None:
+                    answered[request_id] = found
         for event in self._engine.run(self._max_steps):
             self._take(event)
-        return self._collect(ids, refused, ctx)
+        return self._collect(ids, answered, ctx)
 
     def _drop_gone(self, ids: set[str]) -> None:
         for request_id in [known for known in self._rows if known not in ids]:
@@ -73,52 +73,74 @@ class LiveBatch:
             self._engine.evict(request_id)
             logger.info("[dsserve] %s: client gone, slot freed", request_id)
 
-    def _start(self, index: int, request_id: str, row: dict[str, Any], ctx: Any) -> None:
+    def _start(self, index: int, request_id: str, row: dict[str, Any], ctx: Any) -> bytes | RequestError | None:
+        """Starts a request; what can be answered at once is returned."""
         try:
-            body = parse_body(read_body(row, row_content_type(ctx, index, row)))
-            request = build_request(request_id, body, self._tokenizer, self._limits)
+            found = answer(row_path(ctx, index), request_id, row, row_content_type(ctx, index, row), self._served)
+            if isinstance(found, bytes):
+                return found
+            self._check_room(len(found.requests))
+            self._admit(request_id, found)
         except RequestError as error:
-            logger.info("[dsserve] %s: refused with %d (%s)", request_id, error.status, error.kind)
-            raise
+            logger.info("[dsserve] %s: refused with %d (%s)", request_id, error.status, error.code or error.kind)
+            return error
         except Exception as error:  # an exception that left `handle` would cut every stream of the worker
             # Its message may hold the user's text, so only its type is logged.
             logger.error("[dsserve] %s: %s while reading the request", request_id, type(error).__name__)
-            raise RequestError("the request could not be read", status=500, kind=_INTERNAL) from None
-        self._rows[request_id] = _Row(make_reply(body))
-        self._engine.admit(request)
+            self._engine.evict(request_id)
+            return RequestError("the request could not be read", status=500, kind=_INTERNAL)
+        return None
+
+    def _check_room(self, sequences: int) -> None:
+        limits = self._served.limits
+        most = limits.max_running + limits.max_waiting
+        if sequences > most:
+            raise RequestError(
+                f"the request asks for {sequences} texts (prompts x n); this server takes at most {most} at a time",
+                param="n",
+            )
+        if self._engine.running + self._engine.waiting + sequences > most:
+            raise RequestError(
+                f"{self._engine.waiting} texts wait already and at most {limits.max_waiting} may: try again later",
+                status=429,
+                kind="rate_limit_error",
+                code="rate_limit_exceeded",
+                retry_after_s=_RETRY_AFTER_S,
+            )
+
+    def _admit(self, request_id: str, job: Job) -> None:
+        for request in job.requests:
+            self._engine.admit(request)
+        self._rows[request_id] = _Row(job.reply)
+        longest = max(len(request.prompt_ids) for request in job.requests)
         logger.info(
-            "[dsserve] %s: %d prompt tokens, at most %d new",
-            request_id,
-            len(request.prompt_ids),
-            request.max_new_tokens,
-        )
+            "[dsserve] %s: %d text(s), at most %d prompt tokens and %d new",
+            request_id, len(job.requests), longest, max(request.max_new_tokens for request in job.requests),
+        )  # fmt: skip
 
     def _take(self, event: TokenEvent) -> None:
         row = self._rows.get(event.request_id)
-        if row is None:
+        if row is None or row.done:
             return
         if event.failed:
             row.frame += row.reply.fail(RequestError("the server failed on this request", status=500, kind=_INTERNAL))
             row.done = True
+            self._engine.evict(event.request_id)  # its other texts have no reply to go to
             return
-        if event.finish_reason is None or event.usage is None:
-            row.frame += row.reply.delta(event.text)
-            return
-        row.frame += row.reply.finish(event.text, event.finish_reason, event.usage)
-        row.done = True
-        logger.info(
-            "[dsserve] %s: %d new tokens, %s", event.request_id, event.usage.completion_tokens, event.finish_reason
-        )
+        row.frame += row.reply.take(event)
+        if row.reply.is_done:
+            row.done = True
+            logger.info(
+                "[dsserve] %s: %d new tokens, %s",
+                event.request_id, row.reply.usage.completion_tokens, event.finish_reason,
+            )  # fmt: skip
 
-    def _collect(self, ids: list[str], refused: dict[str, RequestError], ctx: Any) -> list[bytes]:
+    def _collect(self, ids: list[str], answered: dict[str, bytes | RequestError], ctx: Any) -> list[bytes]:
         items: list[bytes] = []
         criteria: list[Callable[[Any], bool | None]] = []
         for index, request_id in enumerate(ids):
-            if request_id in refused:
-                error = refused[request_id]
-                ctx.set_response_status(error.status, HTTPStatus(error.status).phrase, index)
-                ctx.set_response_header(index, "content-type", "application/json")
-                items.append(error_body(error))
+            if request_id in answered:
+                items.append(_answer_at_once(index, answered[request_id], ctx))
                 criteria.append(_plain)
                 continue
             row = self._rows[request_id]
@@ -133,6 +155,16 @@ class LiveBatch:
                 del self._rows[request_id]
         ctx.stopping_criteria = criteria
         return items
+
+
+def _answer_at_once(index: int, found: bytes | RequestError, ctx: Any) -> bytes:
+    ctx.set_response_header(index, "content-type", JSON_TYPE)
+    if isinstance(found, bytes):
+        return found
+    ctx.set_response_status(found.status, HTTPStatus(found.status).phrase, index)
+    if found.retry_after_s is not None:
+        ctx.set_response_header(index, "retry-after", str(found.retry_after_s))
+    return error_body(found)
 
 
 def _more(_: Any) -> bool:

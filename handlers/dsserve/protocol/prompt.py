@@ -1,61 +1,76 @@
-"""A checked body to a generation request: chat template, tokens, limits. Knows the tokenizer, not the engine."""
+"""Prompts to token ids, and how many new tokens fit. Knows the tokenizer and the limits, not the engine."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from jinja2 import TemplateError
 
 from dsserve.errors import RequestError
-from dsserve.generation.request import GenerationRequest, Limits, SamplingParams
-from dsserve.protocol.schema import GenerateBody
+from dsserve.generation.request import Limits
 
 
-def build_request(request_id: str, body: GenerateBody | str, tokenizer: Any, limits: Limits) -> GenerationRequest:
-    """What the engine gets.
-
-    A `max_new_tokens` that was asked for must fit the context whole; the default is cut to what fits.
+def encode_text(text: str, tokenizer: Any, param: str = "prompt") -> list[int]:
+    """Token ids of a prompt.
 
     Raises:
-        RequestError: 413 for a prompt that is too long, else 400.
+        RequestError: 400 where it gives no tokens.
     """
-    if isinstance(body, str):
-        body = GenerateBody(prompt=body)
-    prompt_ids = encode_prompt(body, tokenizer)
-    max_new_tokens = _fit(body.max_new_tokens, len(prompt_ids), limits)
-    sampling = SamplingParams(body.temperature, body.top_k, body.top_p, body.seed)
-    return GenerationRequest(request_id, tuple(prompt_ids), max_new_tokens, sampling, tuple(body.stop))
+    return _some(list(tokenizer(text)["input_ids"]), param)
 
 
-def encode_prompt(body: GenerateBody, tokenizer: Any) -> list[int]:
-    """Token ids of the prompt, or of the messages in the model's chat template, which brings its own BOS.
+def encode_messages(messages: list[dict[str, Any]], tokenizer: Any, **options: Any) -> list[int]:
+    """Token ids of a conversation in the model's chat template, which brings its own BOS.
+
+    Args:
+        options: what the template knows beside messages: `tools`, `add_generation_prompt` (true where left out).
 
     Raises:
-        RequestError: 400.
+        RequestError: 400 without a template, or where it refuses the messages.
     """
-    if body.messages is None:
-        name, ids = "prompt", tokenizer(body.prompt)["input_ids"]
-    else:
-        name, ids = "messages", tokenizer(_render(body, tokenizer), add_special_tokens=False)["input_ids"]
-    if not ids:
-        raise RequestError(f"{name} gives no tokens: send some text", param=name)
+    if not tokenizer.chat_template:
+        raise RequestError("this model has no chat template: send `prompt` instead of `messages`", param="messages")
+    options = {"add_generation_prompt": True, **options}
+    try:
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
+    except (TemplateError, ValueError, TypeError, KeyError) as error:
+        # A template's own complaint is for the client; anything else is Python's about a value that it did not expect.
+        reason = str(error)[:200] if isinstance(error, TemplateError) else type(error).__name__
+        raise RequestError(f"the model's chat template refuses these messages: {reason}", param="messages") from None
+    return _some(list(tokenizer(text, add_special_tokens=False)["input_ids"]), "messages")
+
+
+def check_ids(ids: Sequence[int], vocabulary: int) -> list[int]:
+    """Token ids that a client sent.
+
+    Raises:
+        RequestError: 400 for ids that the model does not have.
+    """
+    if any(token >= vocabulary for token in ids):
+        raise RequestError(f"prompt: this model's token ids are 0 to {vocabulary - 1}", param="prompt")
     return list(ids)
 
 
-def _render(body: GenerateBody, tokenizer: Any) -> str:
-    if not tokenizer.chat_template:
-        raise RequestError("this model has no chat template: send `prompt` instead of `messages`", param="messages")
-    messages = [message.model_dump() for message in body.messages or []]
-    try:
-        return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
-    except TemplateError as error:
-        reason = str(error)[:200]
-        raise RequestError(f"the model's chat template refuses these messages: {reason}", param="messages") from None
+def _some(ids: list[int], param: str) -> list[int]:
+    if not ids:
+        raise RequestError(f"{param} gives no tokens: send some text", param=param)
+    return ids
 
 
-def _fit(asked: int | None, prompt: int, limits: Limits) -> int:
+def fit_output(asked: int | None, prompt: int, limits: Limits, param: str = "max_new_tokens") -> int:
+    """The most new tokens for a prompt of `prompt` tokens. What is asked for must fit the context whole; the default is
+    cut to what fits.
+
+    Args:
+        param: what the endpoint calls it.
+
+    Raises:
+        RequestError: 413 for what is too long for the context, 400 for what is above the ceiling.
+    """
+    least = 1 if asked is None else min(asked, 1)
     room = limits.max_model_len - prompt
-    if room < 1:
+    if room < least:
         raise RequestError(
             f"the prompt has {prompt} tokens; with at least one new token the context holds {limits.max_model_len}: "
             f"shorten the prompt to {limits.max_model_len - 1} tokens",
@@ -66,14 +81,19 @@ def _fit(asked: int | None, prompt: int, limits: Limits) -> int:
         return min(limits.max_new_tokens_default, room)
     if asked > limits.max_new_tokens_limit:
         raise RequestError(
-            f"max_new_tokens {asked} is above this server's ceiling: at most {limits.max_new_tokens_limit}",
-            param="max_new_tokens",
+            f"{param} {asked} is above this server's ceiling: at most {limits.max_new_tokens_limit}", param=param
         )
     if asked > room:
         raise RequestError(
-            f"prompt ({prompt} tokens) + max_new_tokens ({asked}) is above the context of {limits.max_model_len}: "
+            f"prompt ({prompt} tokens) + {param} ({asked}) is above the context of {limits.max_model_len}: "
             f"shorten the prompt, or ask for at most {room}",
             status=413,
-            param="max_new_tokens",
+            param=param,
         )
     return asked
+
+
+def check_least(min_tokens: int, most: int) -> None:
+    """Raises RequestError (400) where more new tokens are demanded than there may be."""
+    if min_tokens > most:
+        raise RequestError(f"min_tokens {min_tokens} is above the {most} new tokens at most", param="min_tokens")

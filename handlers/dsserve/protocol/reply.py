@@ -1,4 +1,7 @@
-"""How one request is answered: plain text, one JSON object, or server-sent events. Bytes only, no TorchServe types."""
+"""How one request is answered: plain text, one JSON object, or server-sent events. Bytes only, no TorchServe types.
+
+The plain endpoint's replies and what all replies share; OpenAI's are `openai_reply`'s.
+"""
 
 from __future__ import annotations
 
@@ -7,24 +10,48 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 from dsserve.errors import RequestError
-from dsserve.generation.request import FinishReason, Usage
-from dsserve.protocol.schema import GenerateBody
+from dsserve.generation.request import TokenEvent, Usage
 
 JSON_TYPE = "application/json"
+SSE_TYPE = "text/event-stream; charset=utf-8"
 
 
 class Reply(ABC):
-    """One request's reply while its text grows."""
+    """One request's reply while its texts grow.
 
-    content_type: str
+    Args:
+        sequences: number of texts.
+        texts_a_prompt: so many sequences in a row have the same prompt, which counts once.
+
+    Attributes:
+        usage: tokens of the sequences that have ended.
+    """
+
+    content_type = JSON_TYPE
+
+    def __init__(self, sequences: int = 1, texts_a_prompt: int = 1) -> None:
+        self.usage = Usage()
+        self._open = sequences
+        self._texts_a_prompt = texts_a_prompt
+
+    @property
+    def is_done(self) -> bool:
+        """Whether every text has ended."""
+        return self._open == 0
+
+    def take(self, event: TokenEvent) -> bytes:
+        """What is sent now for an event; empty where the reply goes out at the end."""
+        if event.is_last:
+            self._open -= 1
+            self.usage.completion_tokens += event.completion_tokens
+            if event.index % self._texts_a_prompt == 0:
+                self.usage.prompt_tokens += event.prompt_tokens
+                self.usage.cached_tokens += event.cached_tokens
+        return self._render(event)
 
     @abstractmethod
-    def delta(self, text: str) -> bytes:
-        """What is sent now for some new text; empty where the reply goes out at the end."""
-
-    @abstractmethod
-    def finish(self, text: str, finish_reason: FinishReason, usage: Usage) -> bytes:
-        """What is sent at the end; `text` is the last piece."""
+    def _render(self, event: TokenEvent) -> bytes:
+        """The bytes for an event that has been counted."""
 
     def fail(self, error: RequestError) -> bytes:
         """What is sent when the request breaks after its status went out: the error object in place of the reply."""
@@ -37,14 +64,15 @@ class PlainReply(Reply):
     content_type = "text/plain; charset=utf-8"
 
     def __init__(self) -> None:
+        super().__init__()
         self._pieces: list[str] = []
 
-    def delta(self, text: str) -> bytes:
-        self._pieces.append(text)
-        return b""
+    def _render(self, event: TokenEvent) -> bytes:
+        self._pieces.append(event.text)
+        return self._whole(event) if event.is_last else b""
 
-    def finish(self, text: str, finish_reason: FinishReason, usage: Usage) -> bytes:
-        return "".join([*self._pieces, text]).encode()
+    def _whole(self, last: TokenEvent) -> bytes:
+        return "".join(self._pieces).encode()
 
 
 class JsonReply(PlainReply):
@@ -52,42 +80,42 @@ class JsonReply(PlainReply):
 
     content_type = JSON_TYPE
 
-    def finish(self, text: str, finish_reason: FinishReason, usage: Usage) -> bytes:
-        whole = super().finish(text, finish_reason, usage).decode()
-        return _json({"text": whole, "finish_reason": finish_reason, "usage": usage.body()})
+    def _whole(self, last: TokenEvent) -> bytes:
+        text = "".join(self._pieces)
+        return to_json({"text": text, "finish_reason": last.finish_reason, "usage": self.usage.body()})
 
 
 class SseReply(Reply):
     """Server-sent events: one JSON object an event, then `[DONE]`."""
 
-    content_type = "text/event-stream; charset=utf-8"
+    content_type = SSE_TYPE
 
-    def delta(self, text: str) -> bytes:
-        return _event(_json({"text": text})) if text else b""
-
-    def finish(self, text: str, finish_reason: FinishReason, usage: Usage) -> bytes:
-        last = _json({"text": "", "finish_reason": finish_reason, "usage": usage.body()})
-        return self.delta(text) + _event(last) + _event(b"[DONE]")
+    def _render(self, event: TokenEvent) -> bytes:
+        delta = sse(to_json({"text": event.text})) if event.text else b""
+        if not event.is_last:
+            return delta
+        last = to_json({"text": "", "finish_reason": event.finish_reason, "usage": self.usage.body()})
+        return delta + sse(last) + sse(b"[DONE]")
 
     def fail(self, error: RequestError) -> bytes:
-        return _event(error_body(error)) + _event(b"[DONE]")
-
-
-def make_reply(body: GenerateBody | str) -> Reply:
-    """The kind of reply that a request asks for."""
-    if isinstance(body, str):
-        return PlainReply()
-    return SseReply() if body.stream else JsonReply()
+        return sse_failure(error)
 
 
 def error_body(error: RequestError) -> bytes:
     """The JSON body of a refused request."""
-    return _json(error.body())
+    return to_json(error.body())
 
 
-def _event(data: bytes) -> bytes:
+def sse_failure(error: RequestError) -> bytes:
+    """The last events of a stream that broke."""
+    return sse(error_body(error)) + sse(b"[DONE]")
+
+
+def sse(data: bytes) -> bytes:
+    """One server-sent event."""
     return b"data: " + data + b"\n\n"
 
 
-def _json(value: Any) -> bytes:
+def to_json(value: Any) -> bytes:
+    """Compact JSON, UTF-8."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()

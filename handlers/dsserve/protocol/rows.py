@@ -1,4 +1,4 @@
-"""A TorchServe row to a body: a plain prompt or a JSON object. Does not look into the object (`schema`)."""
+"""A TorchServe row to a path and a body: a plain prompt or a JSON object. Does not look into the object (`schema`)."""
 
 from __future__ import annotations
 
@@ -9,6 +9,11 @@ from dsserve.errors import RequestError
 
 _BODY_KEYS = ("body", "data")
 _HINT = "send it with -H 'Content-Type: application/json' and a JSON object, or with text/plain and the prompt"
+
+
+def row_path(ctx: Any, index: int) -> str:
+    """What follows the model's version in the request's path, without slashes around it; empty for nothing."""
+    return (ctx.get_request_header(index, "url_path") or "").strip("/")
 
 
 def row_content_type(ctx: Any, index: int, row: dict[str, Any]) -> str | None:

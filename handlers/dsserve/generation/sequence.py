@@ -1,0 +1,100 @@
+"""One sequence on its way from prompt to end: its tokens, its text, what was reported of it.
+
+Does not know rows, steps or other sequences (`scheduler`).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from dsserve.generation.detokenizer import TextStream
+from dsserve.generation.request import FinishReason, GenerationRequest, TokenEvent, TokenLogprob
+from dsserve.generation.sampler import SamplingState, report_logprobs
+
+# Rows of a prompt's logits that are converted to fp32 together.
+_REPORTED_AT_ONCE = 128
+
+
+class Sequence:
+    """A request with its sampling state and its text so far.
+
+    Args:
+        eos_ids: the model's end-of-text tokens.
+    """
+
+    def __init__(
+        self, request: GenerationRequest, text: TextStream, state: SamplingState, eos_ids: frozenset[int]
+    ) -> None:
+        self.request = request
+        self.state = state
+        self.cached_tokens = 0
+        self._text = text
+        self._generated: list[int] = []
+        self._ending = ending_ids(request, eos_ids)
+        self._prompt_logprobs: tuple[TokenLogprob, ...] = ()
+
+    @property
+    def last_token(self) -> int:
+        return self._generated[-1]
+
+    @property
+    def computed(self) -> list[int]:
+        """The tokens whose keys and values are in the cache: all but the newest."""
+        return [*self.request.prompt_ids, *self._generated[:-1]]
+
+    def accept(self, token: int, logprob: TokenLogprob | None) -> TokenEvent:
+        """Takes the next token and says what it means to the client."""
+        if self.state.failed:
+            return self.failure()
+        self._generated.append(token)
+        self.state.accept(token)
+        count = len(self._generated)
+        if token in self._ending:
+            return self._event(self._text.flush(), "stop")
+        logprobs = () if logprob is None else (logprob,)
+        text = self._text.push(token, may_stop=count >= self.request.sampling.min_tokens)
+        if self._text.stopped:
+            return self._event(text, "stop", logprobs)
+        grammar = self.state.grammar
+        if grammar is not None and grammar.is_complete:
+            return self._event(text + self._text.flush(), "stop", logprobs)
+        if count >= self.request.max_new_tokens:
+            return self._event(text + self._text.flush(), "length", logprobs)
+        return self._event(text, None, logprobs)
+
+    def report_prompt(self, logits: torch.Tensor) -> None:
+        """Takes the logits of the whole prompt, `[T, V]`; the next event holds the prompt's log probabilities."""
+        prompt, count = list(self.request.prompt_ids), self.request.sampling.logprobs or 0
+        reported = [TokenLogprob(prompt[0], None)]
+        for at in range(0, len(prompt) - 1, _REPORTED_AT_ONCE):
+            rows = logits[:-1][at : at + _REPORTED_AT_ONCE]
+            reported += report_logprobs(rows, prompt[at + 1 : at + 1 + len(rows)], [count] * len(rows))
+        self._prompt_logprobs = tuple(reported)
+
+    def finish_empty(self) -> TokenEvent:
+        """The only event of a request for no new tokens, whose prompt alone was of interest."""
+        return self._event("", "length")
+
+    def failure(self) -> TokenEvent:
+        """What the client gets when this sequence cannot go on."""
+        return TokenEvent(self.request.request_id, "", self.request.index, failed=True)
+
+    def _event(self, text: str, reason: FinishReason | None, logprobs: tuple[TokenLogprob, ...] = ()) -> TokenEvent:
+        prompt_logprobs, self._prompt_logprobs = self._prompt_logprobs, ()
+        return TokenEvent(
+            self.request.request_id,
+            text,
+            self.request.index,
+            reason,
+            len(self._generated),
+            len(self.request.prompt_ids),
+            self.cached_tokens,
+            logprobs,
+            prompt_logprobs,
+        )
+
+
+def ending_ids(request: GenerationRequest, eos_ids: frozenset[int]) -> frozenset[int]:
+    """The tokens that end this request's text."""
+    stop = request.stop
+    return stop.token_ids if stop.ignore_eos else stop.token_ids | eos_ids

@@ -1,0 +1,159 @@
+"""What the bodies of all endpoints share: strict types, sampling parameters, stop conditions, errors in plain words.
+
+Everything that does not depend on the model; what does (context, vocabulary, chat template) is checked in `prompt`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StrictInt, ValidationError
+from pydantic import model_validator as checks_model
+from pydantic_core import PydanticCustomError
+
+from dsserve.errors import RequestError
+from dsserve.generation.request import SamplingParams, StopConditions
+
+MAX_STOPS = 4
+MAX_STOP_TOKENS = 64
+MAX_BIASED_TOKENS = 1024
+_MAX_ECHO = 64
+
+
+def _check_unicode(value: str) -> str:
+    """JSON can spell a lone surrogate, which no tokenizer takes."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise PydanticCustomError("string_unicode", "not valid Unicode") from None
+    return value
+
+
+def _one_is_a_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _int_keys(value: Any) -> Any:
+    """JSON's keys are strings."""
+    if not isinstance(value, dict):
+        return value
+    try:
+        return {int(key): number for key, number in value.items()}
+    except ValueError:
+        raise PydanticCustomError("bias_keys", 'keys must be token ids, like {{"17": -100}}') from None
+
+
+Text = Annotated[str, AfterValidator(_check_unicode)]
+StopString = Annotated[Text, Field(min_length=1)]
+TokenId = Annotated[StrictInt, Field(ge=0)]
+Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
+
+
+class Body(BaseModel):
+    """Base of all bodies: unknown parameters are errors, types are not converted, and null means "left out"."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+
+    @checks_model(mode="before")
+    @classmethod
+    def _without_nulls(cls, value: Any) -> Any:
+        return {key: item for key, item in value.items() if item is not None} if isinstance(value, dict) else value
+
+
+class SamplingBody(Body):
+    """How tokens are chosen and what ends the text. Names and ranges are OpenAI's where it has them, else vLLM's."""
+
+    temperature: float = Field(1.0, ge=0, le=2, allow_inf_nan=False, description="0 = greedy")
+    top_p: float | None = Field(
+        None, gt=0, le=1, allow_inf_nan=False, description="nucleus: likeliest tokens of this mass"
+    )
+    top_k: StrictInt | None = Field(None, ge=-1, description="the k likeliest tokens; 0 and -1 = off")
+    min_p: float | None = Field(
+        None, ge=0, le=1, allow_inf_nan=False, description="least share of the likeliest token's probability"
+    )
+    typical_p: float | None = Field(
+        None, gt=0, le=1, allow_inf_nan=False, description="locally typical tokens of this mass"
+    )
+    repetition_penalty: float = Field(
+        1.0, gt=0, le=10, allow_inf_nan=False, description="divides logits of tokens in prompt and text"
+    )
+    presence_penalty: float = Field(
+        0.0, ge=-2, le=2, allow_inf_nan=False, description="taken off tokens that the text has"
+    )
+    frequency_penalty: float = Field(
+        0.0, ge=-2, le=2, allow_inf_nan=False, description="taken off for each time the text has it"
+    )
+    logit_bias: Annotated[dict[TokenId, Bias], BeforeValidator(_int_keys)] = Field(
+        default={}, max_length=MAX_BIASED_TOKENS, description="token id -> added to its logit, -100 to 100"
+    )
+    seed: StrictInt | None = Field(None, ge=-(2**63), le=2**63 - 1, description="same request, same seed, same text")
+    stop: Annotated[list[StopString], BeforeValidator(_one_is_a_list)] = Field(
+        default=[], max_length=MAX_STOPS, description="up to 4 strings; the text ends before the first"
+    )
+    stop_token_ids: list[TokenId] = Field(
+        default=[], max_length=MAX_STOP_TOKENS, description="tokens that end the text"
+    )
+    ignore_eos: bool = Field(False, description="end-of-text tokens do not end the text")
+    min_tokens: StrictInt = Field(0, ge=0, description="new tokens before anything but the length may end the text")
+
+    def sampling(self, vocabulary: int, logprobs: int | None = None, grammar: str | None = None) -> SamplingParams:
+        """The engine's parameters.
+
+        Raises:
+            RequestError: 400 for a token id that the model does not have.
+        """
+        for name, ids in (("logit_bias", self.logit_bias), ("stop_token_ids", self.stop_token_ids)):
+            if any(token >= vocabulary for token in ids):
+                raise RequestError(f"{name}: this model's token ids are 0 to {vocabulary - 1}", param=name)
+        return SamplingParams(
+            temperature=self.temperature,
+            top_k=self.top_k if self.top_k and self.top_k > 0 else None,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            typical_p=self.typical_p,
+            repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            logit_bias=self.logit_bias,
+            seed=self.seed,
+            min_tokens=self.min_tokens,
+            logprobs=logprobs,
+            grammar=grammar,
+        )
+
+    def stops(self) -> StopConditions:
+        """What ends the text beside its length."""
+        return StopConditions(tuple(self.stop), frozenset(self.stop_token_ids), self.ignore_eos)
+
+
+def explain(error: ValidationError, allowed: list[str], other_names: dict[str, str]) -> RequestError:
+    """pydantic's first complaint in the words of the API. Values of the client are not repeated.
+
+    Args:
+        allowed: the endpoint's parameters.
+        other_names: parameters that people try -> what to do instead.
+    """
+    first = error.errors(include_url=False, include_context=True)[0]
+    location = [str(part)[:_MAX_ECHO] for part in first["loc"]]
+    kind, name = first["type"], location[0] if location else None
+    if kind == "value_error":
+        return RequestError(str(first["ctx"]["error"]), param=name)
+    if kind == "extra_forbidden" and len(location) == 1:
+        return RequestError(_unknown(str(name), allowed, other_names), param=name)
+    where = ".".join(part for part in location if part.isdigit() or part.isidentifier())  # not pydantic's type names
+    if kind == "extra_forbidden":
+        return RequestError(f"{where}: unknown", param=name)
+    if kind == "string_too_short":
+        return RequestError(f"{where} must not be empty", param=name)
+    if kind == "string_unicode":
+        return RequestError(f"{where} is not valid Unicode: it holds a lone surrogate", param=name)
+    if kind == "too_short":
+        return RequestError(f"{where} must not be empty: give at least one", param=name)
+    if kind == "missing":
+        return RequestError(f"{where} is required", param=name)
+    return RequestError(f"{where}: {first['msg']}", param=name)
+
+
+def _unknown(name: str, allowed: list[str], other_names: dict[str, str]) -> str:
+    hint = other_names.get(name)
+    return f"unknown parameter{f': {hint}' if hint else ''}. Allowed: {', '.join(allowed)}"

@@ -1,0 +1,214 @@
+"""The endpoints under `v1/`: a checked body to a job or to a finished answer.
+
+Bodies are `openai_schema`'s, replies `openai_reply`'s. Errors that OpenAI's clients know by another status or code than
+the plain endpoint's are translated in `routes`.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from dsserve.errors import RequestError
+from dsserve.generation.request import GenerationRequest, SamplingParams, StopConditions
+from dsserve.protocol.job import Job
+from dsserve.protocol.openai_reply import Envelope, StreamReply, WholeReply
+from dsserve.protocol.openai_schema import (
+    ChatBody,
+    ChatMessage,
+    CompletionBody,
+    DetokenizeBody,
+    NamedTool,
+    TokenizeBody,
+    V1Body,
+    parse,
+)
+from dsserve.protocol.openai_shapes import ChatShape, CompletionShape, Shape
+from dsserve.protocol.prompt import check_ids, check_least, encode_messages, encode_text, fit_output
+from dsserve.protocol.reply import Reply, to_json
+from dsserve.protocol.served import ServedModel
+from dsserve.protocol.structured import call_grammar, response_grammar
+from dsserve.protocol.tools import CLOSING, OPENING, ToolCallText, check_tool_format
+
+# The logits of a whole prompt are kept at once for its log probabilities: 400 MB for 49,152 tokens in fp32.
+MAX_ECHOED_LOGPROBS = 2048
+
+
+def list_models(served: ServedModel) -> bytes:
+    """`GET v1/models`."""
+    model = {
+        "id": served.name,
+        "object": "model",
+        "created": served.created,
+        "owned_by": "dsserve",
+        "root": served.name,
+        "max_model_len": served.limits.max_model_len,
+        "engine": served.engine,
+    }
+    return to_json({"object": "list", "data": [model]})
+
+
+def complete(request_id: str, body: Any, served: ServedModel) -> Job:
+    """`POST v1/completions`."""
+    parsed = parse(CompletionBody, body)
+    check_model(parsed.model, served)
+    prompts = _prompts(parsed, served)
+    wants_prompt_logprobs = parsed.echo and parsed.logprobs is not None
+    longest = max(map(len, prompts))
+    if wants_prompt_logprobs and longest > MAX_ECHOED_LOGPROBS:
+        raise RequestError(
+            f"echo with logprobs reads prompts of up to {MAX_ECHOED_LOGPROBS} tokens, this one has {longest}",
+            param="echo",
+        )
+    grammar = response_grammar(parsed.response_format, served.grammars)
+    sampling = parsed.sampling(served.vocabulary, parsed.logprobs, grammar)
+    requests, shapes = list[GenerationRequest](), list[Shape]()
+    token_text = None if parsed.logprobs is None else served.token_text
+    for ids in prompts:
+        limit = fit_output(parsed.max_tokens, len(ids), served.limits, "max_tokens")
+        requests += _sequences(request_id, ids, limit, parsed, sampling, len(requests), wants_prompt_logprobs)
+        echoed = _decode(ids, served) if parsed.echo else ""
+        shapes += [CompletionShape(token_text, echoed) for _ in range(parsed.n)]
+    return Job(_reply(parsed, Envelope.of(served, "cmpl"), shapes), tuple(requests))
+
+
+def _prompts(body: CompletionBody, served: ServedModel) -> list[list[int]]:
+    prompt: Any = body.prompt
+    several = prompt if isinstance(prompt, list) and not isinstance(prompt[0], int) else [prompt]
+    return [
+        encode_text(one, served.tokenizer) if isinstance(one, str) else check_ids(one, served.vocabulary)
+        for one in several
+    ]
+
+
+def chat(request_id: str, body: Any, served: ServedModel) -> Job:
+    """`POST v1/chat/completions`."""
+    parsed = parse(ChatBody, body)
+    check_model(parsed.model, served)
+    grammar = response_grammar(parsed.response_format, served.grammars)
+    uses_tools = bool(parsed.tools) and parsed.tool_choice != "none"
+    options: dict[str, Any] = {}
+    if uses_tools:
+        check_tool_format(_template(served))
+        options["tools"] = [tool.model_dump(exclude_none=True) for tool in parsed.tools]
+        grammar = _demanded_call(parsed, served, grammar)
+    ids = encode_messages([render_message(message) for message in parsed.messages], served.tokenizer, **options)
+    name = "max_tokens" if parsed.max_completion_tokens is None else "max_completion_tokens"
+    limit = fit_output(parsed.output_limit, len(ids), served.limits, name)
+    sampling = parsed.sampling(served.vocabulary, (parsed.top_logprobs or 0) if parsed.logprobs else None, grammar)
+    most_calls = None if parsed.parallel_tool_calls else 1
+    shapes: list[Shape] = [
+        ChatShape(served.token_text if parsed.logprobs else None, ToolCallText() if uses_tools else None, most_calls)
+        for _ in range(parsed.n)
+    ]
+    requests = _sequences(request_id, ids, limit, parsed, sampling, 0)
+    return Job(_reply(parsed, Envelope.of(served, "chatcmpl"), shapes), tuple(requests))
+
+
+def _demanded_call(body: ChatBody, served: ServedModel, grammar: str | None) -> str | None:
+    """The grammar of a call where `tool_choice` demands one."""
+    choice = body.tool_choice
+    if choice in (None, "auto"):
+        return grammar
+    if grammar is not None or body.min_tokens or body.ignore_eos:
+        raise RequestError(
+            "tool_choice that demands a call decides the text: leave out response_format, min_tokens and ignore_eos",
+            param="tool_choice",
+        )
+    tools = body.tools
+    if isinstance(choice, NamedTool):
+        tools = [tool for tool in tools if tool.function.name == choice.function.name]
+    return call_grammar(tools, served.grammars, f"{OPENING}\n", f"\n{CLOSING}")
+
+
+def _template(served: ServedModel) -> str | None:
+    template = served.tokenizer.chat_template
+    return str(template) if template else None
+
+
+def tokenize(request_id: str, body: Any, served: ServedModel) -> bytes:
+    """`POST v1/tokenize`."""
+    parsed = parse(TokenizeBody, body)
+    check_model(parsed.model, served)
+    if parsed.messages is not None:
+        messages = [render_message(message) for message in parsed.messages]
+        ids = encode_messages(messages, served.tokenizer, add_generation_prompt=parsed.add_generation_prompt)
+    else:
+        ids = list(served.tokenizer(parsed.prompt, add_special_tokens=parsed.add_special_tokens)["input_ids"])
+    return to_json({"count": len(ids), "max_model_len": served.limits.max_model_len, "tokens": ids})
+
+
+def detokenize(request_id: str, body: Any, served: ServedModel) -> bytes:
+    """`POST v1/detokenize`."""
+    parsed = parse(DetokenizeBody, body)
+    check_model(parsed.model, served)
+    if any(token >= served.vocabulary for token in parsed.tokens):
+        raise RequestError(f"tokens: this model's token ids are 0 to {served.vocabulary - 1}", param="tokens")
+    return to_json({"prompt": _decode(parsed.tokens, served)})
+
+
+def check_model(name: str | None, served: ServedModel) -> None:
+    """Raises RequestError (404, `model_not_found`) for another model than the one in the path."""
+    if name is not None and name != served.name:
+        raise RequestError(
+            f"this path serves the model {served.name!r}, not the one asked for: use its name, or another path",
+            status=404,
+            param="model",
+            code="model_not_found",
+        )
+
+
+def render_message(message: ChatMessage) -> dict[str, Any]:
+    """A message as chat templates expect it: text parts joined, arguments of calls as objects.
+
+    Raises:
+        RequestError: 400 for arguments that are no JSON.
+    """
+    content = message.content
+    rendered: dict[str, Any] = {"role": "system" if message.role == "developer" else message.role}
+    rendered["content"] = "\n".join(part.text for part in content) if isinstance(content, list) else content or ""
+    if message.name is not None:
+        rendered["name"] = message.name
+    if message.tool_call_id is not None:
+        rendered["tool_call_id"] = message.tool_call_id
+    if message.tool_calls:
+        rendered["tool_calls"] = [
+            {"id": call.id, "type": "function", "function": _function(call.function.name, call.function.arguments)}
+            for call in message.tool_calls
+        ]
+    return rendered
+
+
+def _function(name: str, arguments: str) -> dict[str, Any]:
+    try:
+        return {"name": name, "arguments": json.loads(arguments)}
+    except ValueError:
+        raise RequestError("messages: arguments of a tool call must be JSON text", param="messages") from None
+
+
+def _decode(ids: list[int], served: ServedModel) -> str:
+    return str(served.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def _sequences(
+    request_id: str,
+    ids: list[int],
+    limit: int,
+    body: V1Body,
+    sampling: SamplingParams,
+    first: int,
+    prompt_logprobs: bool = False,
+) -> list[GenerationRequest]:
+    """`body.n` sequences of one prompt, numbered from `first`."""
+    stops: StopConditions = body.stops()
+    check_least(body.min_tokens, limit)
+    return [
+        GenerationRequest(request_id, tuple(ids), limit, sampling, stops, first + index, prompt_logprobs)
+        for index in range(body.n)
+    ]
+
+
+def _reply(body: V1Body, envelope: Envelope, shapes: list[Shape]) -> Reply:
+    if body.stream:
+        return StreamReply(envelope, shapes, body.n, body.stream_options)
+    return WholeReply(envelope, shapes, body.n)

@@ -1,0 +1,175 @@
+"""One text of an OpenAI reply: what its `choices` entry and its stream's deltas look like.
+
+Completions hold text, chat holds a message with content or tool calls. Knows no ids and no server-sent events
+(`openai_reply`).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+from dsserve.generation.request import TokenEvent, TokenLogprob
+from dsserve.protocol.token_text import TokenText
+from dsserve.protocol.tools import Call, ToolCallText
+
+
+class Shape(ABC):
+    """One text while it grows. `add` and `choice` serve whole replies, `deltas` streams."""
+
+    whole: str
+    chunk: str
+
+    @abstractmethod
+    def add(self, event: TokenEvent) -> None:
+        """Takes an event in."""
+
+    @abstractmethod
+    def choice(self, index: int) -> dict[str, Any]:
+        """The finished entry of `choices`."""
+
+    @abstractmethod
+    def deltas(self, event: TokenEvent) -> list[dict[str, Any]]:
+        """The entries of `choices` that a stream sends for an event, one a chunk."""
+
+
+class CompletionShape(Shape):
+    """`v1/completions`.
+
+    Args:
+        token_text: where log probabilities are wanted, else None.
+        prompt: what `echo` puts before the text.
+    """
+
+    whole = chunk = "text_completion"
+
+    def __init__(self, token_text: TokenText | None = None, prompt: str = "") -> None:
+        self._token_text = token_text
+        self._text = prompt
+        self._logprobs: list[TokenLogprob] = []
+        self._offset = 0
+        self._reason: str | None = None
+
+    def add(self, event: TokenEvent) -> None:
+        self._text += event.text
+        self._logprobs += [*event.prompt_logprobs, *event.logprobs]
+        self._reason = event.finish_reason
+
+    def choice(self, index: int) -> dict[str, Any]:
+        logprobs = self._report(self._logprobs)
+        return {"index": index, "text": self._text, "logprobs": logprobs, "finish_reason": self._reason}
+
+    def deltas(self, event: TokenEvent) -> list[dict[str, Any]]:
+        if not (event.text or event.logprobs or event.finish_reason):
+            return []
+        logprobs = self._report(list(event.logprobs)) if event.logprobs else None
+        choice = {"index": event.index, "text": event.text, "logprobs": logprobs}
+        return [{**choice, "finish_reason": event.finish_reason}]
+
+    def _report(self, logprobs: list[TokenLogprob]) -> dict[str, Any] | None:
+        if self._token_text is None:
+            return None
+        texts = [self._token_text.text_of(entry.token) for entry in logprobs]
+        offsets = []
+        for text in texts:
+            offsets.append(self._offset)
+            self._offset += len(text)
+        tops = [{self._token_text.text_of(token): value for token, value in entry.top} for entry in logprobs]
+        return {
+            "tokens": texts,
+            "token_logprobs": [entry.logprob for entry in logprobs],
+            "top_logprobs": [top or None for top in tops],
+            "text_offset": offsets,
+        }
+
+
+class ChatShape(Shape):
+    """`v1/chat/completions`.
+
+    Args:
+        token_text: where log probabilities are wanted, else None.
+        calls: where the model may call tools, else None.
+        most_calls: None = any number.
+    """
+
+    whole, chunk = "chat.completion", "chat.completion.chunk"
+
+    def __init__(
+        self, token_text: TokenText | None = None, calls: ToolCallText | None = None, most_calls: int | None = None
+    ) -> None:
+        self._token_text = token_text
+        self._parser = calls
+        self._most_calls = most_calls
+        self._calls: list[dict[str, Any]] = []
+        self._pieces: list[str] = []
+        self._logprobs: list[TokenLogprob] = []
+        self._reason: str | None = None
+        self._is_begun = False
+
+    def add(self, event: TokenEvent) -> None:
+        self._logprobs += event.logprobs
+        for piece in self._split(event):
+            if isinstance(piece, str):
+                self._pieces.append(piece)
+        self._reason = self._finish_reason(event)
+
+    def choice(self, index: int) -> dict[str, Any]:
+        content: str | None = "".join(self._pieces)
+        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+        if self._calls:
+            message |= {"content": content if content and content.strip() else None, "tool_calls": self._calls}
+        logprobs = self._report(self._logprobs)
+        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": self._reason}
+
+    def deltas(self, event: TokenEvent) -> list[dict[str, Any]]:
+        deltas: list[dict[str, Any]] = []
+        if not self._is_begun:
+            self._is_begun = True
+            deltas.append({"role": "assistant", "content": ""})
+        for piece in self._split(event):
+            deltas.append({"content": piece} if isinstance(piece, str) else {"tool_calls": [piece]})
+        logprobs = self._report(list(event.logprobs)) if event.logprobs else None
+        if logprobs is not None and not any(delta.get("content") for delta in deltas):
+            deltas.append({"content": ""})
+        if event.finish_reason:
+            deltas.append({})
+        choices: list[dict[str, Any]] = [
+            {"index": event.index, "delta": delta, "logprobs": None, "finish_reason": None} for delta in deltas
+        ]
+        if logprobs is not None:
+            next(c for c in reversed(choices) if "content" in c["delta"])["logprobs"] = logprobs
+        if event.finish_reason:
+            choices[-1]["finish_reason"] = self._finish_reason(event)
+        return choices
+
+    def _split(self, event: TokenEvent) -> list[str | dict[str, Any]]:
+        """New content and new calls, in order."""
+        if self._parser is None:
+            return [event.text] if event.text else []
+        pieces = self._parser.push(event.text) + (self._parser.flush() if event.is_last else [])
+        found: list[str | dict[str, Any]] = []
+        for piece in pieces:
+            if isinstance(piece, Call):
+                if self._most_calls is None or len(self._calls) < self._most_calls:
+                    self._calls.append(piece.body())
+                    found.append({"index": len(self._calls) - 1, **self._calls[-1]})
+            else:
+                found.append(piece)
+        return found
+
+    def _finish_reason(self, event: TokenEvent) -> str | None:
+        return "tool_calls" if self._calls and event.finish_reason == "stop" else event.finish_reason
+
+    def _report(self, logprobs: list[TokenLogprob]) -> dict[str, Any] | None:
+        if self._token_text is None:
+            return None
+        return {"content": [self._entry(entry) for entry in logprobs], "refusal": None}
+
+    def _entry(self, entry: TokenLogprob) -> dict[str, Any]:
+        top = [self._token(token, logprob) for token, logprob in entry.top]
+        return {**self._token(entry.token, entry.logprob), "top_logprobs": top}
+
+    def _token(self, token: int, logprob: float | None) -> dict[str, Any]:
+        assert self._token_text is not None
+        value = self._token_text.bytes_of(token)
+        return {"token": value.decode(errors="replace"), "logprob": logprob, "bytes": list(value)}

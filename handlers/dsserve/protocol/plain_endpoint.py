@@ -1,0 +1,34 @@
+"""`POST /predictions/<model>`: a prompt or messages, one text back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dsserve.generation.request import GenerationRequest
+from dsserve.protocol.job import Job
+from dsserve.protocol.prompt import check_least, encode_messages, encode_text, fit_output
+from dsserve.protocol.reply import JsonReply, PlainReply, Reply, SseReply
+from dsserve.protocol.schema import GenerateBody, parse_body
+from dsserve.protocol.served import ServedModel
+
+
+def generate(request_id: str, body: str | dict[str, Any], served: ServedModel) -> Job:
+    """The job of a plain prompt or a JSON body.
+
+    Raises:
+        RequestError: 413 for a prompt that is too long, else 400.
+    """
+    parsed = parse_body(body)
+    reply: Reply = PlainReply()
+    if isinstance(parsed, GenerateBody):
+        reply = SseReply() if parsed.stream else JsonReply()
+    else:
+        parsed = GenerateBody(prompt=parsed)
+    if parsed.messages is None:
+        ids = encode_text(parsed.prompt or "", served.tokenizer)
+    else:
+        ids = encode_messages([message.model_dump() for message in parsed.messages], served.tokenizer)
+    limit = fit_output(parsed.max_new_tokens, len(ids), served.limits)
+    check_least(parsed.min_tokens, limit)
+    request = GenerationRequest(request_id, tuple(ids), limit, parsed.sampling(served.vocabulary), parsed.stops())
+    return Job(reply, (request,))

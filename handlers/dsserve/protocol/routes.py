@@ -1,0 +1,58 @@
+"""Paths to endpoints. TorchServe hands on what follows `/predictions/<model>/<version>/` as the header `url_path`.
+
+The HTTP method does not reach a handler, so a path alone decides; a POST path without a body is a 400.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from dsserve.errors import RequestError
+from dsserve.protocol.job import Job
+from dsserve.protocol.openai_endpoints import chat, complete, detokenize, list_models, tokenize
+from dsserve.protocol.openapi import describe
+from dsserve.protocol.plain_endpoint import generate
+from dsserve.protocol.reply import to_json
+from dsserve.protocol.rows import read_body
+from dsserve.protocol.served import ServedModel
+
+_READ: dict[str, Callable[[ServedModel], bytes]] = {
+    "v1/models": list_models,
+    "v1/openapi.json": lambda served: to_json(describe()),
+}
+_POSTED: dict[str, Callable[[str, Any, ServedModel], Job | bytes]] = {
+    "v1/completions": complete,
+    "v1/chat/completions": chat,
+    "v1/tokenize": tokenize,
+    "v1/detokenize": detokenize,
+}
+
+
+def answer(
+    path: str, request_id: str, row: dict[str, Any], content_type: str | None, served: ServedModel
+) -> Job | bytes:
+    """The job of a request, or its whole answer in JSON.
+
+    Args:
+        path: what follows the model's version, without slashes around it; empty = the plain endpoint.
+
+    Raises:
+        RequestError: the request cannot be answered; under `v1/` with OpenAI's statuses and codes.
+    """
+    if path == "":
+        return generate(request_id, read_body(row, content_type), served)
+    if path in _READ:
+        return _READ[path](served)
+    if path not in _POSTED:
+        known = ", ".join([*_POSTED, *_READ])
+        raise RequestError(f"no such path; there are {known}", status=404, code="unknown_url")
+    try:
+        body = read_body(row, content_type)
+        if isinstance(body, str):
+            raise RequestError("send a JSON object with -H 'Content-Type: application/json'")
+        return _POSTED[path](request_id, body, served)
+    except RequestError as error:
+        if error.status == 413:  # OpenAI's clients know a prompt that is too long by its code
+            raise RequestError(error.message, param=error.param, code="context_length_exceeded") from None
+        raise

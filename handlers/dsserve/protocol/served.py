@@ -1,0 +1,63 @@
+"""What the protocol knows of the model that is served: names, limits, tokenizer. Made once, at load."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib.metadata import version
+from typing import Any
+
+from dsserve.generation.grammar import GrammarCompiler
+from dsserve.generation.request import Limits
+from dsserve.hf_model import LoadedModel, model_dtype
+from dsserve.protocol.token_text import TokenText
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """The model behind the endpoints.
+
+    Attributes:
+        name: TorchServe's name of it, what clients call `model`.
+        vocabulary: width of the model's logits.
+        engine: how it is served, for `v1/models`: engine, dtype, TP size.
+        fingerprint: OpenAI's `system_fingerprint`; changes with versions, dtype and TP size.
+        created: when it was loaded, in seconds of Unix time.
+    """
+
+    name: str
+    tokenizer: Any
+    limits: Limits
+    vocabulary: int
+    grammars: GrammarCompiler
+    engine: dict[str, Any] = field(default_factory=dict)
+    fingerprint: str = ""
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @cached_property
+    def token_text(self) -> TokenText:
+        """The text of single tokens."""
+        return TokenText(self.tokenizer)
+
+
+def describe_model(
+    name: str, module: Any, loaded: LoadedModel, limits: Limits, grammars: GrammarCompiler, world_size: int
+) -> ServedModel:
+    """What is served, as clients see it.
+
+    Args:
+        module: the sharded model.
+    """
+    engine = {
+        "name": "autotp",
+        "architecture": type(module).__name__,
+        "dtype": str(model_dtype(module)).removeprefix("torch."),
+        "tensor_parallel_size": world_size,
+        **{package: version(package) for package in ("torch", "transformers", "deepspeed")},
+    }
+    digest = hashlib.sha256(json.dumps(engine, sort_keys=True).encode()).hexdigest()
+    vocabulary = module.config.get_text_config().vocab_size
+    return ServedModel(name, loaded.tokenizer, limits, vocabulary, grammars, engine, f"fp_{digest[:10]}")

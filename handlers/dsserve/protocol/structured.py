@@ -1,0 +1,74 @@
+"""`response_format` and demanded tool calls to grammars. Matching is `generation.grammar`'s."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from dsserve.errors import RequestError
+from dsserve.generation.grammar import GrammarCompiler, GrammarError
+from dsserve.protocol.openai_schema import ResponseFormat, Tool
+
+MAX_SCHEMA_CHARACTERS = 65_536
+
+
+def response_grammar(wanted: ResponseFormat | None, compiler: GrammarCompiler) -> str | None:
+    """The grammar of a `response_format`; None where any text will do.
+
+    Raises:
+        RequestError: 400, a schema that cannot be compiled.
+    """
+    if wanted is None or wanted.type == "text":
+        return None
+    schema: dict[str, Any] = {"type": "object"} if wanted.json_schema is None else wanted.json_schema.schema_
+    return _compile(schema, "response_format", compiler)
+
+
+def call_grammar(tools: list[Tool], compiler: GrammarCompiler, opening: str, closing: str) -> str:
+    """The grammar of one call of one of `tools`, as the model writes it between `opening` and `closing`.
+
+    Raises:
+        RequestError: 400, parameters that are no usable schema.
+    """
+    calls = [
+        {
+            "type": "object",
+            "properties": {
+                "name": {"const": tool.function.name},
+                "arguments": tool.function.parameters or {"type": "object"},
+            },
+            "required": ["name", "arguments"],
+            "additionalProperties": False,
+        }
+        for tool in tools
+    ]
+    schema = calls[0] if len(calls) == 1 else {"anyOf": calls}
+    _compile(schema, "tools", compiler)
+    lark = f"start: {json.dumps(opening)} call {json.dumps(closing)}\ncall: %json {json.dumps(schema)}"
+    return _checked(lark_grammar(lark), "tools", compiler)
+
+
+def lark_grammar(text: str) -> str:
+    """A grammar in llguidance's Lark, serialized."""
+    from llguidance import LLMatcher
+
+    return str(LLMatcher.grammar_from_lark(text))
+
+
+def _compile(schema: dict[str, Any], param: str, compiler: GrammarCompiler) -> str:
+    from llguidance import LLMatcher
+
+    text = json.dumps(schema)
+    if len(text) > MAX_SCHEMA_CHARACTERS:
+        raise RequestError(
+            f"{param}: the schema has {len(text)} characters, at most {MAX_SCHEMA_CHARACTERS} are taken", param=param
+        )
+    return _checked(str(LLMatcher.grammar_from_json_schema(text)), param, compiler)
+
+
+def _checked(grammar: str, param: str, compiler: GrammarCompiler) -> str:
+    try:
+        compiler.check(grammar)
+    except GrammarError as error:
+        raise RequestError(f"{param}: the schema cannot be used: {str(error)[:200]}", param=param) from None
+    return grammar
