@@ -6,7 +6,7 @@ Does not read the `deepspeed:` section (`ds_config`) and does not look at weight
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -44,8 +44,9 @@ class HandlerConfig(BaseModel):
     )
     max_running: int = Field(16, ge=1, le=1024, description="sequences that generate at the same time: KV slots")
     max_waiting: int = Field(64, ge=0, description="sequences that wait for a slot; more are answered with 429")
-    prefix_cache_rows: int = Field(
-        8, ge=0, description="KV rows that keep ended requests for prompts that begin alike; 0 = nothing is reused"
+    prefix_cache_rows: Literal["auto"] | Annotated[int, Field(ge=0)] = Field(
+        "auto",
+        description="KV rows that keep ended requests for prompts that begin alike; auto = up to 8; 0 = no reuse",
     )
     num_scheduler_steps: int = Field(4, ge=1, le=64, description="most decode steps in one call of the handler")
     pack_weights: Literal["auto"] | bool = Field("auto", description="prepacked oneDNN weights (CPU only)")

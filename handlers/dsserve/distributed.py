@@ -156,6 +156,15 @@ def _why_no_shared_memory(rank: RankInfo) -> str | None:
     return None
 
 
+def agree_on_least(value: int, rank: RankInfo) -> int:
+    """The smallest of the ranks' values, on all of them."""
+    if rank.world_size == 1:
+        return value
+    values = torch.tensor(value)
+    torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MIN)
+    return int(values)
+
+
 def _unlink_shared_memory(rank: RankInfo) -> None:
     """Removes this rank's segment by name: every rank has mapped it, and DeepSpeed would leave 66 MiB behind."""
     address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")

@@ -11,10 +11,14 @@ from typing import Any
 
 import httpx
 import pytest
+import yaml
 
+import scripts.package
 from scripts import server
 from scripts.package import Choice, package
 from scripts.run_dir import HOST, Ports, Record, RunDir
+
+SPARE_ROWS = 4
 
 
 def free_ports() -> Ports:
@@ -37,6 +41,11 @@ class Served:
     @property
     def url(self) -> str:
         return f"http://{HOST}:{self.record.port}/predictions/{self.record.name}"
+
+    @property
+    def base_url(self) -> str:
+        """What an OpenAI client gets as its base URL."""
+        return f"{self.url}/1.0/v1"
 
     def ask(self, body: Any, timeout_s: float = 120) -> httpx.Response:
         """POSTs a JSON body."""
@@ -73,6 +82,21 @@ def serve(folder: Path, name: str, archive: Path) -> Served:
         server.stop(run)
         raise
     return Served(run, record)
+
+
+def package_with(folder: Path, name: str, model: Path, choice: Choice, **handler: Any) -> Path:
+    """An archive of a configuration of its own: the template with these keys of `handler:` and rows enough for them."""
+    own = folder / "configs" / name
+    own.mkdir(parents=True)
+    template = scripts.package.CONFIGS / "smollm2"
+    settings = yaml.safe_load((template / "model-config.yaml").read_text())
+    settings["handler"] |= handler
+    settings["batchSize"] = handler.get("max_running", 16) + handler.get("max_waiting", 64) + SPARE_ROWS
+    (own / "model-config.yaml").write_text(yaml.safe_dump(settings))
+    (own / "ds-config.json").write_text((template / "ds-config.json").read_text())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scripts.package, "CONFIGS", folder / "configs")
+        return package(name, str(model), choice, model_store=folder / "store")
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ import torch
 
 from dsserve.config import YAML_FILE, HandlerConfig
 from dsserve.cpu_ops import load_cpu_ops, use_cpu_ops
-from dsserve.distributed import RankInfo
+from dsserve.distributed import RankInfo, agree_on_least
 from dsserve.errors import LoadError
 from dsserve.generation.detokenizer import TextStream
 from dsserve.generation.engine import Engine
@@ -27,6 +27,9 @@ from dsserve.hf_model import LoadedModel
 from dsserve.packing import can_pack, pack_weights
 
 logger = logging.getLogger(__name__)
+
+# Kept rows where the settings leave their number open; fewer where memory is short.
+_KEPT_ROWS = 8
 
 
 def check_engine_choice(ctx: Any, world_size: int) -> None:
@@ -78,29 +81,34 @@ def _sliding_window(model_config: Any) -> int | None:
     return getattr(text_config, "sliding_window", None)
 
 
-def check_kv_memory(
-    model_config: Any, rows: int, limits: Limits, dtype: torch.dtype, rank: RankInfo, device: torch.device
-) -> int:
-    """Bytes that this rank's KV rows, slots and kept ones, can grow to.
+def plan_kv_rows(
+    model_config: Any, config: HandlerConfig, limits: Limits, dtype: torch.dtype, rank: RankInfo, device: torch.device
+) -> tuple[int, int]:
+    """How many rows of the KV cache keep ended requests, and the bytes that all rows of this rank can grow to.
 
     Raises:
-        LoadError: more than what is free, with the numbers.
+        LoadError: the slots, or the kept rows that the settings name, need more than what is free, with the numbers.
     """
     text_config = model_config.get_text_config()
     heads = getattr(text_config, "num_key_value_heads", None) or text_config.num_attention_heads
     head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
     local_heads = -(-heads // rank.world_size)
-    needed = 2 * text_config.num_hidden_layers * rows * local_heads * limits.max_model_len * head_dim * dtype.itemsize
+    a_row = 2 * text_config.num_hidden_layers * local_heads * limits.max_model_len * head_dim * dtype.itemsize
     if device.type == "cuda":
         free, sharers = torch.cuda.mem_get_info(device)[0], 1
     else:
         free, sharers = psutil.virtual_memory().available, rank.local_world_size
-    if needed * sharers > free:
+    fitting = agree_on_least(free // (a_row * sharers), rank)
+    wanted = config.prefix_cache_rows
+    kept = min(_KEPT_ROWS, max(0, fitting - config.max_running)) if wanted == "auto" else wanted
+    rows = config.max_running + kept
+    if rows > fitting:
         raise LoadError(
-            f"{YAML_FILE}: {rows} rows of {limits.max_model_len} tokens need {needed * sharers / 2**30:.1f} GiB of KV "
-            f"cache, {free / 2**30:.1f} GiB are free; lower handler.max_running, prefix_cache_rows or max_model_len"
+            f"{YAML_FILE}: {rows} rows of {limits.max_model_len} tokens need {rows * a_row * sharers / 2**30:.1f} GiB "
+            f"of KV cache, {free / 2**30:.1f} GiB are free; lower handler.max_running, prefix_cache_rows or "
+            "max_model_len"
         )
-    return needed
+    return kept, rows * a_row
 
 
 def build_engine(
@@ -112,13 +120,12 @@ def build_engine(
         ds_engine: what `get_ds_engine` returned; its self-check is repeated through the KV slots.
 
     Raises:
-        LoadError: see `read_limits`, `check_kv_memory` and `SelfCheck.verify`.
+        LoadError: see `read_limits`, `plan_kv_rows` and `SelfCheck.verify`.
     """
     module = ds_engine.module
     limits = read_limits(config, loaded.max_position, module.config)
     dtype = next(module.parameters()).dtype
-    kept = config.prefix_cache_rows
-    needed = check_kv_memory(module.config, config.max_running + kept, limits, dtype, rank, device)
+    kept, needed = plan_kv_rows(module.config, config, limits, dtype, rank, device)
     replaced = _tune_for_cpu(module, config, device)
     runner = ModelRunner(module, config.max_running, limits.max_model_len, device, kept)
     if config.warmup:

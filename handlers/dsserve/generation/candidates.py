@@ -9,7 +9,6 @@ Temperature and edits come before (`sampler`).
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,68 +62,81 @@ def find_candidates(logits: torch.Tensor, rows: list[SamplingParams]) -> list[Ca
     values, ids = find_top(logits, FIRST)
     # Only a sum over the whole vocabulary says how much of it the first candidates are.
     needs_total = any(params.top_p is not None and params.top_k is None for params in rows)
-    totals = (logits - values[:, :1]).exp_().sum(dim=-1).tolist() if needs_total else [math.inf] * len(rows)
+    totals = (logits - values[:, :1]).exp_().sum(dim=-1).cpu().numpy() if needs_total else np.full(len(rows), np.inf)
     is_whole = values.shape[1] == logits.shape[1]
-    host_values, host_ids = values.double().cpu().numpy(), ids.cpu().numpy()
-    found = []
-    for row, params in enumerate(rows):
-        candidates = _keep(host_values[row], host_ids[row], params, is_whole, totals[row])
-        found.append(candidates or _keep_of_all(logits[row], params))
+    found = _apply(values.double().cpu().numpy(), ids.cpu().numpy(), Rules.of(rows), is_whole, totals)
+    return [one or _apply_to_all(logits[row], rows[row]) for row, one in enumerate(found)]
+
+
+def _apply_to_all(logits: torch.Tensor, params: SamplingParams) -> Candidates:
+    values, ids = logits[None].sort(descending=True)
+    (found,) = _apply(values.double().cpu().numpy(), ids.cpu().numpy(), Rules.of([params]), True, np.full(1, np.inf))
+    assert found is not None, "nothing lies beyond the whole vocabulary"
     return found
 
 
-def _keep_of_all(logits: torch.Tensor, params: SamplingParams) -> Candidates:
-    values, ids = logits.sort(descending=True)
-    candidates = _keep(values.double().cpu().numpy(), ids.cpu().numpy(), params, True, math.inf)
-    assert candidates is not None, "the whole vocabulary leaves nothing beyond it"
-    return candidates
+@dataclass(frozen=True)
+class Rules:
+    """The rules of several rows, `[n]` each; a rule that is off has a value that keeps everything."""
+
+    top_k: np.ndarray
+    top_p: np.ndarray
+    min_p: np.ndarray
+    typical_p: np.ndarray
+
+    @classmethod
+    def of(cls, rows: list[SamplingParams]) -> Rules:
+        def column(name: str, off: float) -> np.ndarray:
+            return np.array([off if (value := getattr(row, name)) is None else value for row in rows])
+
+        top_p, typical_p = column("top_p", np.inf), column("typical_p", np.inf)
+        top_p[top_p >= 1], typical_p[typical_p >= 1] = np.inf, np.inf
+        return cls(column("top_k", np.inf), top_p, column("min_p", 0.0), typical_p)
 
 
-def _keep(
-    values: np.ndarray, ids: np.ndarray, params: SamplingParams, is_whole: bool, total: float
-) -> Candidates | None:
-    """Applies the rules to a row's largest logits `[k]`, descending.
+def _apply(
+    values: np.ndarray, ids: np.ndarray, rules: Rules, is_whole: bool, totals: np.ndarray
+) -> list[Candidates | None]:
+    """Applies the rules to the largest logits of each row, `[n, k]`, descending.
 
     Args:
         is_whole: the values are the whole vocabulary.
-        total: sum of exp(logit - largest) over the vocabulary; needed for top_p without top_k.
+        totals: `[n]`, sum of exp(logit - largest) over the vocabulary, for rows with top_p and without top_k.
 
     Returns:
-        None where a token beyond the values might be kept too.
+        None for a row where a token beyond the values might be kept too.
     """
-    values = values - values[0]
-    weights = np.exp(values)
-    keep = np.ones(len(values), dtype=bool)
-    bounded = is_whole
-    if params.top_k is not None:
-        keep = values >= values[min(params.top_k, len(values)) - 1]  # equals of the last one stay, as in transformers
-        bounded = bounded or not keep[-1]
-        if not bounded:
-            return None
-    if params.top_p is not None and params.top_p < 1:
-        mass = weights[keep].sum() if bounded else total
-        keep &= np.cumsum(weights) - weights < params.top_p * mass
-        keep[0] = True
-        bounded = bounded or not keep[-1]
-    if params.min_p:
-        keep &= weights >= params.min_p
-        bounded = bounded or not keep[-1]
-    if not bounded:
-        return None
-    if params.typical_p is not None and params.typical_p < 1:
-        keep[keep] = _typical(weights[keep], params.typical_p)
-    order = np.argsort(ids[keep])
-    kept = weights[keep][order]
-    return Candidates(ids[keep][order], kept / kept.sum())
+    count = values.shape[1]
+    weights = np.exp(values - values[:, :1])
+    last = np.minimum(rules.top_k, count).astype(np.int64) - 1
+    keep = values >= np.take_along_axis(values, last[:, None], 1)  # equals of the last one stay, as in transformers
+    bounded = is_whole | ~keep[:, -1]
+    lost = np.isfinite(rules.top_k) & ~bounded
+    mass = np.where(bounded, (weights * keep).sum(axis=1), totals)
+    keep &= np.cumsum(weights, axis=1) - weights < (rules.top_p * mass)[:, None]
+    keep[:, 0] = True
+    keep &= weights >= rules.min_p[:, None]
+    bounded |= ~keep[:, -1]
+    if np.isfinite(rules.typical_p).any():
+        keep &= _typical(weights * keep, rules.typical_p)
+    found: list[Candidates | None] = [None] * len(values)
+    for row in np.flatnonzero(bounded & ~lost):
+        kept = np.flatnonzero(keep[row])
+        kept = kept[np.argsort(ids[row, kept])]
+        probabilities = weights[row, kept]
+        found[row] = Candidates(ids[row, kept], probabilities / probabilities.sum())
+    return found
 
 
-def _typical(weights: np.ndarray, mass: float) -> np.ndarray:
-    """Which tokens are nearest to the distribution's entropy, up to `mass` (Meister et al. 2022)."""
-    probabilities = weights / weights.sum()
+def _typical(weights: np.ndarray, mass: np.ndarray) -> np.ndarray:
+    """Which tokens of each row `[n, k]` are nearest to the distribution's entropy, up to a mass (Meister 2022)."""
+    probabilities = weights / weights.sum(axis=1, keepdims=True)
     with np.errstate(divide="ignore", invalid="ignore"):
         information = -np.log(probabilities)
-        entropy = np.nansum(probabilities * information)
-    distance = np.abs(information - entropy)
-    order = np.argsort(distance, kind="stable")
-    last = min(int((np.cumsum(probabilities[order]) < mass).sum()), len(order) - 1)
-    return distance <= distance[order[last]]
+        entropy = np.nansum(probabilities * information, axis=1, keepdims=True)
+    distance = np.abs(information - entropy)  # infinite for what is not kept
+    order = np.argsort(distance, axis=1, kind="stable")
+    reached = np.cumsum(np.take_along_axis(probabilities, order, 1), axis=1) < mass[:, None]
+    last = np.minimum(reached.sum(axis=1), weights.shape[1] - 1)
+    farthest = np.take_along_axis(distance, np.take_along_axis(order, last[:, None], 1), 1)
+    return distance <= farthest

@@ -19,6 +19,9 @@ from dsserve.generation.logits_edits import TokenHistory, edit_logits, mask_logi
 from dsserve.generation.request import GenerationRequest, SamplingParams, TokenLogprob
 
 _DRAWN_AT_ONCE = 64
+_TINY = 1e-3
+_BLOCK = 64
+_BELOW_ONE = 1 - 1e-12
 
 
 class SamplingState:
@@ -71,14 +74,14 @@ def choose(logits: torch.Tensor, states: list[SamplingState]) -> list[int]:
     if not special:
         return choose_greedily(logits)
     chosen = choose_greedily(logits) if len(special) < len(states) else [0] * len(states)
-    edited = edit(logits[special], [states[row] for row in special])
+    edited = edit(_rows(logits, special), [states[row] for row in special])
     greedy = [at for at, row in enumerate(special) if states[row].is_greedy]
     drawn = [at for at, row in enumerate(special) if not states[row].is_greedy]
     if greedy:
-        for at, token in zip(greedy, choose_greedily(edited[greedy]), strict=True):
+        for at, token in zip(greedy, choose_greedily(_rows(edited, greedy)), strict=True):
             chosen[special[at]] = token
     if drawn:
-        for at, token in zip(drawn, _draw(edited[drawn], [states[special[at]] for at in drawn]), strict=True):
+        for at, token in zip(drawn, _draw(_rows(edited, drawn), [states[special[at]] for at in drawn]), strict=True):
             chosen[special[at]] = token
     return chosen
 
@@ -128,18 +131,28 @@ def _rows(logits: torch.Tensor, rows: list[int]) -> torch.Tensor:
 
 
 def scale_by_temperature(logits: torch.Tensor, params: list[SamplingParams]) -> None:
-    """Divides the rows `[n, V]` by their temperatures, in place. The largest logit is taken off first, which changes no
-    probability and keeps tiny temperatures finite."""
-    logits -= logits.amax(dim=-1, keepdim=True)
-    logits /= torch.tensor([row.temperature for row in params], dtype=torch.float32, device=logits.device)[:, None]
+    """Divides the rows `[n, V]` by their temperatures, in place."""
+    temperatures = [row.temperature for row in params]
+    if min(temperatures) < _TINY:  # the largest logit is taken off first, so that nothing overflows
+        logits -= logits.amax(dim=-1, keepdim=True)
+    logits /= torch.tensor(temperatures, dtype=torch.float32, device=logits.device)[:, None]
 
 
 def draw_from_all(logits: torch.Tensor, numbers: list[float]) -> list[int]:
-    """Draws from the softmax of the rows `[n, V]`, whose largest logit is 0, at these places of the distribution."""
-    cumulative = logits.exp().cumsum(dim=-1, dtype=torch.float64)
+    """Draws from the softmax of the rows `[n, V]` at these places of the cumulative distribution.
+
+    First the block in which the place lies, then the token in it: only sums of blocks are accumulated in fp64.
+    """
+    weights = (logits - logits.amax(dim=-1, keepdim=True)).exp_()
+    blocks = torch.nn.functional.pad(weights, (0, -weights.shape[1] % _BLOCK)).view(len(numbers), -1, _BLOCK)
+    cumulative = blocks.sum(dim=-1).double().cumsum(dim=-1)  # [n, blocks]
     at = torch.tensor(numbers, dtype=torch.float64, device=logits.device)[:, None] * cumulative[:, -1:]
-    tokens = torch.searchsorted(cumulative, at, right=True)
-    return tokens.clamp_(max=logits.shape[1] - 1)[:, 0].tolist()
+    block = torch.searchsorted(cumulative, at, right=True).clamp_(max=cumulative.shape[1] - 1)  # [n, 1]
+    inside = blocks.gather(1, block[:, :, None].expand(-1, -1, _BLOCK))[:, 0].double().cumsum(dim=-1)  # [n, _BLOCK]
+    at -= torch.where(block > 0, cumulative.gather(1, (block - 1).clamp_(min=0)), 0.0)
+    at = torch.minimum(at, inside[:, -1:] * _BELOW_ONE)  # the block's sum was rounded in fp32
+    token = block * _BLOCK + torch.searchsorted(inside, at, right=True)
+    return token[:, 0].tolist()
 
 
 def report_logprobs(logits: torch.Tensor, tokens: list[int], counts: list[int]) -> list[TokenLogprob]:

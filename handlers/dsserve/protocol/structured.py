@@ -10,6 +10,8 @@ from dsserve.generation.grammar import GrammarCompiler, GrammarError
 from dsserve.protocol.openai_schema import ResponseFormat, Tool
 
 MAX_SCHEMA_CHARACTERS = 65_536
+# Between JSON's tokens; without a limit small models write blank lines for ever.
+_OPTIONS = {"x-guidance": {"whitespace_pattern": r"[ \n\t]{0,8}"}}
 
 
 def response_grammar(wanted: ResponseFormat | None, compiler: GrammarCompiler) -> str | None:
@@ -42,7 +44,7 @@ def call_grammar(tools: list[Tool], compiler: GrammarCompiler, opening: str, clo
         }
         for tool in tools
     ]
-    schema = calls[0] if len(calls) == 1 else {"anyOf": calls}
+    schema = (calls[0] if len(calls) == 1 else {"anyOf": calls}) | _OPTIONS
     _compile(schema, "tools", compiler)
     lark = f"start: {json.dumps(opening)} call {json.dumps(closing)}\ncall: %json {json.dumps(schema)}"
     return _checked(lark_grammar(lark), "tools", compiler)
@@ -58,7 +60,7 @@ def lark_grammar(text: str) -> str:
 def _compile(schema: dict[str, Any], param: str, compiler: GrammarCompiler) -> str:
     from llguidance import LLMatcher
 
-    text = json.dumps(schema)
+    text = json.dumps(schema | _OPTIONS)
     if len(text) > MAX_SCHEMA_CHARACTERS:
         raise RequestError(
             f"{param}: the schema has {len(text)} characters, at most {MAX_SCHEMA_CHARACTERS} are taken", param=param

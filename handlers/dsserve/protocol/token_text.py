@@ -16,9 +16,15 @@ class TokenText:
         self._tokenizer = tokenizer
         self._specials = set(tokenizer.all_special_tokens)
         self._is_byte_level = _is_byte_level(tokenizer)
+        self._known: dict[int, bytes] = {}
 
     def bytes_of(self, token: int) -> bytes:
         """The bytes that a token stands for; of a character's part these are no UTF-8."""
+        if token not in self._known:
+            self._known[token] = self._find(token)
+        return self._known[token]
+
+    def _find(self, token: int) -> bytes:
         piece = self._tokenizer.convert_ids_to_tokens(token)
         if piece is None:
             return b""

@@ -1,0 +1,24 @@
+"""Two real ranks, the real SmolLM2: keys and values that are taken over change no token, neither do neighbours."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.ranks import run_ranks
+
+
+@pytest.fixture(scope="module")
+def leader(smollm2: Path) -> dict:
+    return run_ranks("tests.distributed.reuse:texts", path=str(smollm2))[0]
+
+
+def test_a_good_part_of_the_prompts_was_not_computed_again(leader: dict) -> None:
+    assert leader["cached"] >= 2 * (40 + 60 + 60 + 30 + 17)
+
+
+@pytest.mark.parametrize("kind", ["greedy", "sampled"])
+def test_tokens_are_those_of_each_request_alone(leader: dict, kind: str) -> None:
+    assert len(set(leader[kind]["alone"])) == len(leader[kind]["alone"])
+    assert leader[kind]["together"] == leader[kind]["alone"]
