@@ -19,6 +19,18 @@ from scripts.package import Choice, package
 from scripts.run_dir import HOST, Ports, Record, RunDir
 
 SPARE_ROWS = 4
+# What the small server runs and lets wait.
+RUNNING, WAITING = 2, 3
+
+# ChatML with tools in the form of Hermes and Qwen.
+TOOL_TEMPLATE = """{% if tools %}<|im_start|>system
+Functions: {% for tool in tools %}{{ tool.function | tojson }} {% endfor %}
+Call one with <tool_call>{"name": ..., "arguments": ...}</tool_call><|im_end|>
+{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}
+{{ m.content }}{% for call in m.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>
+{%- endfor %}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
 
 
 def free_ports() -> Ports:
@@ -114,3 +126,20 @@ def parse(events: list[str]) -> list[dict[str, Any]]:
     """The JSON events before `[DONE]`."""
     assert events[-1] == "[DONE]"
     return [json.loads(event) for event in events[:-1]]
+
+
+@pytest.fixture(scope="session")
+def small(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """One rank, two slots, room for three to wait, and a chat template that knows tools."""
+    folder = tmp_path_factory.mktemp("small")
+    model = folder / "model"
+    model.mkdir()
+    for item in smollm2.iterdir():
+        if item.name != "chat_template.jinja":
+            (model / item.name).symlink_to(item)
+    (model / "chat_template.jinja").write_text(TOOL_TEMPLATE)
+    limits = {"max_running": RUNNING, "max_waiting": WAITING, "max_model_len": 2048, "prefix_cache_rows": 2}
+    archive = package_with(folder, "small", model, Choice(tp="1", device="cpu", dtype="bf16"), **limits)
+    served = serve(folder / "run", "small", archive)
+    yield served
+    assert server.stop(served.run) == 0, "processes had to be killed at the end"

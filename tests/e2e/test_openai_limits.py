@@ -4,31 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
 
-from scripts import server
-from scripts.package import Choice
-from tests.e2e.conftest import Served, package_with, serve
+from tests.e2e.conftest import RUNNING, WAITING, Served
 
-RUNNING, WAITING = 2, 3
 GONE = "client gone, slot freed"
-
-
-@pytest.fixture(scope="module")
-def small(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """One rank, two slots, room for three to wait."""
-    folder = tmp_path_factory.mktemp("small")
-    limits = {"max_running": RUNNING, "max_waiting": WAITING, "max_model_len": 2048, "prefix_cache_rows": 2}
-    archive = package_with(folder, "small", smollm2, Choice(tp="1", device="cpu", dtype="bf16"), **limits)
-    served = serve(folder / "run", "small", archive)
-    yield served
-    assert server.stop(served.run) == 0
 
 
 def body(**parameters: Any) -> dict[str, Any]:

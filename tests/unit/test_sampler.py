@@ -190,8 +190,21 @@ def test_without_a_seed_two_requests_differ() -> None:
     assert draws(SamplingParams(temperature=2.0)) != draws(SamplingParams(temperature=2.0))
 
 
-def test_a_tiny_temperature_stays_finite_and_is_greedy() -> None:
-    assert set(draws(SamplingParams(temperature=1e-30))) == {int(LOGITS.argmax())}
+@pytest.mark.parametrize("temperature", [5e-324, 1e-30, 1e-5, 5e-4])
+@pytest.mark.parametrize("rules", [{}, {"top_p": 0.9}, {"top_k": 3, "typical_p": 0.5}])
+def test_a_tiny_temperature_stays_finite_and_is_greedy(temperature: float, rules: dict[str, Any]) -> None:
+    assert set(draws(SamplingParams(temperature=temperature, **rules))) == {int(LOGITS.argmax())}
+
+
+@pytest.mark.parametrize("rules", [{}, {"top_p": 0.9}, {"top_k": 3}])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_no_numbers_fail_their_own_row_alone(value: float, rules: dict[str, Any]) -> None:
+    logits = LOGITS.expand(2, -1).clone()
+    logits[0, 5] = value
+    states = [state(SamplingParams(temperature=1.0, seed=1, **rules)) for _ in range(2)]
+    tokens = choose(logits, states)
+    assert [each.failed for each in states] == [True, False]
+    assert tokens[1] == choose(LOGITS[None], [state(SamplingParams(temperature=1.0, seed=1, **rules))])[0]
 
 
 def test_neighbours_change_nothing() -> None:

@@ -23,10 +23,16 @@ _BLOCK = 64
 
 @dataclass(frozen=True)
 class Candidates:
-    """The tokens of one row that may be drawn: ids `[k]`, ascending, and their probabilities, fp64, sum 1."""
+    """The tokens of one row that may be drawn: ids `[k]`, ascending, and their probabilities, fp64, sum 1.
+
+    Empty where the logits are no numbers."""
 
     ids: np.ndarray
     probabilities: np.ndarray
+
+    @property
+    def is_empty(self) -> bool:
+        return len(self.ids) == 0 or not np.isfinite(self.probabilities[0])
 
     def draw(self, uniform: float) -> int:
         """The token at `uniform` (0 to 1) of the cumulative distribution in the order of ids."""
@@ -107,7 +113,8 @@ def _apply(
         None for a row where a token beyond the values might be kept too.
     """
     count = values.shape[1]
-    weights = np.exp(values - values[:, :1])
+    with np.errstate(invalid="ignore"):  # an infinite logit makes its row empty
+        weights = np.exp(values - values[:, :1])
     last = np.minimum(rules.top_k, count).astype(np.int64) - 1
     keep = values >= np.take_along_axis(values, last[:, None], 1)  # equals of the last one stay, as in transformers
     bounded = is_whole | ~keep[:, -1]

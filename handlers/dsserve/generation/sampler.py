@@ -18,6 +18,8 @@ from dsserve.generation.grammar import Grammar, GrammarError
 from dsserve.generation.logits_edits import TokenHistory, edit_logits, mask_logits
 from dsserve.generation.request import GenerationRequest, SamplingParams, TokenLogprob
 
+# Below this temperature the likeliest token is taken (as in vLLM): dividing by less leaves fp32's range.
+GREEDY_BELOW = 1e-5
 _DRAWN_AT_ONCE = 64
 _TINY = 1e-3
 _BLOCK = 64
@@ -32,7 +34,7 @@ class SamplingState:
         grammar: what the text must match; None = anything.
 
     Attributes:
-        failed: the grammar gave up, so that the chosen token means nothing.
+        failed: the grammar gave up or the logits are no numbers, so that the chosen token means nothing.
     """
 
     def __init__(
@@ -47,7 +49,7 @@ class SamplingState:
 
     @property
     def is_greedy(self) -> bool:
-        return self.params.temperature == 0
+        return self.params.temperature < GREEDY_BELOW
 
     @property
     def is_plain(self) -> bool:
@@ -118,11 +120,13 @@ def _draw(logits: torch.Tensor, states: list[SamplingState]) -> list[int]:
     if ruled:
         candidates = find_candidates(_rows(logits, ruled), [states[row].params for row in ruled])
         for row, found in zip(ruled, candidates, strict=True):
-            tokens[row] = found.draw(next(states[row].uniforms))
+            states[row].failed |= found.is_empty
+            tokens[row] = 0 if found.is_empty else found.draw(next(states[row].uniforms))
     if free:
         drawn = draw_from_all(_rows(logits, free), [next(states[row].uniforms) for row in free])
         for row, token in zip(free, drawn, strict=True):
-            tokens[row] = token
+            states[row].failed |= token < 0
+            tokens[row] = max(token, 0)
     return tokens
 
 
@@ -132,7 +136,7 @@ def _rows(logits: torch.Tensor, rows: list[int]) -> torch.Tensor:
 
 def scale_by_temperature(logits: torch.Tensor, params: list[SamplingParams]) -> None:
     """Divides the rows `[n, V]` by their temperatures, in place."""
-    temperatures = [row.temperature for row in params]
+    temperatures = [max(row.temperature, GREEDY_BELOW) for row in params]
     if min(temperatures) < _TINY:  # the largest logit is taken off first, so that nothing overflows
         logits -= logits.amax(dim=-1, keepdim=True)
     logits /= torch.tensor(temperatures, dtype=torch.float32, device=logits.device)[:, None]
@@ -140,6 +144,8 @@ def scale_by_temperature(logits: torch.Tensor, params: list[SamplingParams]) -> 
 
 def draw_from_all(logits: torch.Tensor, numbers: list[float]) -> list[int]:
     """Draws from the softmax of the rows `[n, V]` at these places of the cumulative distribution.
+
+    -1 where the logits are no numbers.
 
     First the block in which the place lies, then the token in it: only sums of blocks are accumulated in fp64.
     """
@@ -152,7 +158,7 @@ def draw_from_all(logits: torch.Tensor, numbers: list[float]) -> list[int]:
     at -= torch.where(block > 0, cumulative.gather(1, (block - 1).clamp_(min=0)), 0.0)
     at = torch.minimum(at, inside[:, -1:] * _BELOW_ONE)  # the block's sum was rounded in fp32
     token = block * _BLOCK + torch.searchsorted(inside, at, right=True)
-    return token[:, 0].tolist()
+    return torch.where(cumulative[:, -1].isfinite(), token[:, 0], -1).tolist()
 
 
 def report_logprobs(logits: torch.Tensor, tokens: list[int], counts: list[int]) -> list[TokenLogprob]:

@@ -27,6 +27,8 @@ _POSTED: dict[str, Callable[[str, Any, ServedModel], Job | bytes]] = {
     "v1/tokenize": tokenize,
     "v1/detokenize": detokenize,
 }
+# The plain endpoint's path is empty.
+PATHS = ("", *_POSTED, *_READ)
 
 
 def answer(
@@ -45,8 +47,7 @@ def answer(
     if path in _READ:
         return _READ[path](served)
     if path not in _POSTED:
-        known = ", ".join([*_POSTED, *_READ])
-        raise RequestError(f"no such path; there are {known}", status=404, code="unknown_url")
+        raise RequestError(f"no such path; there are {', '.join(PATHS[1:])}", status=404, code="unknown_url")
     try:
         body = read_body(row, content_type)
         if isinstance(body, str):
