@@ -33,6 +33,12 @@ from scripts.run_dir import HOST, Ports, RunDir
 NAME = "bench"
 CONCURRENT = (1, 4, 8, 16)
 NEW_TOKENS = 64
+# Every sampling parameter at once; nothing ends a text before its length.
+SAMPLING = {
+    "temperature": 0.8, "top_p": 0.95, "top_k": 50, "min_p": 0.02, "typical_p": 0.95, "repetition_penalty": 1.1,
+    "presence_penalty": 0.1, "frequency_penalty": 0.1, "logit_bias": {"5": 1.0}, "seed": 1, "ignore_eos": True,
+    "min_tokens": NEW_TOKENS - 1, "stop": ["never to be seen"],
+}  # fmt: skip
 BASELINE_REPEATS = 3
 PACKAGES = ("torch", "transformers", "deepspeed", "torchserve")
 PORT_RANGE = range(20000, 30000, 10)
@@ -71,16 +77,19 @@ def measure_generate(model_path: str, dtype: str, device: str) -> bench_report.R
     return {int(batch): rates for batch, rates in json.loads(done.stdout.splitlines()[-1]).items()}
 
 
-def measure_http(url: str, prompts: list[str], repeats: int) -> dict[int, list[Round]]:
-    """`repeats` rounds for each number of concurrent requests, in turn, after one that is not counted."""
+def measure_http(url: str, prompts: list[str], repeats: int) -> dict[str, list[Round]]:
+    """`repeats` rounds for each number of concurrent requests and for sampled ones, in turn, after one that is not
+    counted."""
     address = urlsplit(url)
-    rounds: dict[int, list[Round]] = {concurrent: [] for concurrent in CONCURRENT}
+    cases: dict[str, tuple[int, dict[str, Any]]] = {str(concurrent): (concurrent, {}) for concurrent in CONCURRENT}
+    cases[bench_report.SAMPLED] = (max(CONCURRENT), SAMPLING)
+    rounds: dict[str, list[Round]] = {name: [] for name in cases}
     for repeat in range(repeats + 1):
-        for concurrent in CONCURRENT:
-            batch = prompts[:concurrent]
-            result = run_round(address.hostname or HOST, address.port or 80, address.path, batch, NEW_TOKENS)
+        for name, (concurrent, sampling) in cases.items():
+            batch, host, port = prompts[:concurrent], address.hostname or HOST, address.port or 80
+            result = run_round(host, port, address.path, batch, NEW_TOKENS, sampling)
             if repeat > 0:
-                rounds[concurrent].append(result)
+                rounds[name].append(result)
     return rounds
 
 

@@ -45,9 +45,21 @@ class Round:
     gap_ms: list[float]
 
 
-def run_round(host: str, port: int, path: str, prompts: list[str], new_tokens: int, timeout_s: float = 300) -> Round:
-    """Send one streaming request for each prompt, all at once, and measure. Raises BenchError."""
-    bodies = [{"prompt": prompt, "max_new_tokens": new_tokens, "temperature": 0, "stream": True} for prompt in prompts]
+def run_round(
+    host: str,
+    port: int,
+    path: str,
+    prompts: list[str],
+    new_tokens: int,
+    sampling: dict[str, Any] | None = None,
+    timeout_s: float = 300,
+) -> Round:
+    """Send one streaming request for each prompt, all at once, and measure; greedy without `sampling`.
+
+    Raises BenchError.
+    """
+    common = {"max_new_tokens": new_tokens, "temperature": 0, "stream": True, **(sampling or {})}
+    bodies = [{"prompt": prompt, **common} for prompt in prompts]
     try:
         streams = receive_all(host, port, [http_request(host, path, body) for body in bodies], timeout_s)
     except OSError as error:

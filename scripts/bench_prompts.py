@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-PROMPT_TOKENS = 17
+# Too short for prefix reuse, so that a prompt that comes again is computed again.
+PROMPT_TOKENS = 16
 OPENINGS = (
     "The history of the railway begins long before the first steam engine was built, when miners in the hills pushed",
     "Once upon a time, in a small village beside a wide river, there lived an old fisherman who had never",

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from dsserve.distributed import RankInfo
+from dsserve.distributed import RankInfo, select_device
 from dsserve.generation.engine import Engine
 from dsserve.generation.model_runner import ModelRunner
 from dsserve.generation.request import GenerationRequest, SamplingParams
@@ -21,12 +21,12 @@ SEED = 100
 SHARED_LENGTHS = (40, 60, 60, 61, 30, 17, 0, 0)
 
 
-def requests(sampled: bool) -> list[GenerationRequest]:
+def requests(sampled: bool, vocabulary: int) -> list[GenerationRequest]:
     generator = torch.Generator().manual_seed(9)
-    common = torch.randint(49152, (64,), generator=generator).tolist()
+    common = torch.randint(vocabulary, (64,), generator=generator).tolist()
     made = []
     for index, shared in enumerate(SHARED_LENGTHS):
-        own = torch.randint(49152, (5 + index,), generator=generator).tolist()
+        own = torch.randint(vocabulary, (5 + index,), generator=generator).tolist()
         sampling = SamplingParams(temperature=0.8, top_p=0.95, seed=SEED + index) if sampled else SamplingParams()
         if sampled and index % 2:
             sampling = SamplingParams(temperature=1.2, repetition_penalty=1.2, presence_penalty=0.3, seed=SEED + index)
@@ -34,13 +34,15 @@ def requests(sampled: bool) -> list[GenerationRequest]:
     return made
 
 
-def texts(path: str) -> dict[str, Any]:
-    """Tokens of each request: alone without reuse, and all arriving one by one with it."""
-    rank, module = RankInfo.from_env(), make_engine(path, "fp32").module
+def texts(path: str, device_type: str = "cpu") -> dict[str, Any]:
+    """Tokens of each request in fp32: alone without reuse, and all arriving one by one with it. GPUs use graphs."""
+    rank = RankInfo.from_env()
+    device = select_device(device_type, rank)
+    module = make_engine(path, "fp32", device_type).module
     found: dict[str, Any] = {"cached": 0}
     for sampled in (False, True):
-        plain, reusing = (make_engine_of(module, rank, kept) for kept in (0, 2))
-        wanted = requests(sampled)
+        plain, reusing = (make_engine_of(module, rank, device, kept) for kept in (0, 2))
+        wanted = requests(sampled, module.config.vocab_size)
         alone = [run(plain, rank, [request])[0][request.request_id] for request in wanted]
         together, cached = run(reusing, rank, wanted)
         name = "sampled" if sampled else "greedy"
@@ -49,8 +51,10 @@ def texts(path: str) -> dict[str, Any]:
     return found
 
 
-def make_engine_of(module: Any, rank: RankInfo, kept: int) -> Engine:
-    runner = ModelRunner(module, SLOTS, CONTEXT, torch.device("cpu"), kept)
+def make_engine_of(module: Any, rank: RankInfo, device: torch.device, kept: int) -> Engine:
+    runner = ModelRunner(module, SLOTS, CONTEXT, device, kept)
+    if device.type == "cuda":
+        runner.capture_graphs(rank.is_leader)
     return Engine(runner, rank, lambda _: Numbers(), frozenset())  # type: ignore[arg-type, return-value]
 
 

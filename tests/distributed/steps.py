@@ -19,10 +19,10 @@ from dsserve.packing import pack_weights
 from tests.contexts import make_context
 
 
-def make_engine(path: str, dtype: str) -> Any:
+def make_engine(path: str, dtype: str, device_type: str = "cpu") -> Any:
     """The real model, sharded; the model is loaded whole first, as a handler does."""
     model = AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval()
-    return get_ds_engine(model, make_context(path, {"deepspeed": {"dtype": dtype}}))
+    return get_ds_engine(model, make_context(path, {"deviceType": device_type, "deepspeed": {"dtype": dtype}}))
 
 
 def logits_and_shards(path: str) -> dict[str, Any]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,8 @@ from scripts import processes
 from tests.conftest import ROOT
 from tests.e2e.conftest import free_ports
 
-BLOCKS = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
 BY_HAND_PORTS = (8080, 8081, 8082, 7070, 7071)  # TorchServe's own
 OF_THE_OUTER_MAKE = {"MAKEFLAGS", "MAKELEVEL", "MFLAGS", "MAKEOVERRIDES", "QUESTION"}
 
@@ -25,7 +28,10 @@ def block(first_words: str) -> str:
     return found
 
 
-DEPLOY, LOOK_AND_STOP, REQUESTS, BY_HAND = map(block, ("make deploy", "make status", "curl", "make model"))
+URL = "curl http://127.0.0.1:8080/predictions/smollm2"
+DEPLOY, LOOK_AND_STOP, BY_HAND = map(block, ("make deploy", "make status", "make model"))
+REQUESTS, OPENAI_REQUESTS = block(f"{URL} "), block(f"{URL}/1.0/v1")
+(OPENAI_CLIENT,) = re.findall(r"```python\n(import openai\n.*?)```", README, flags=re.DOTALL)
 
 
 def run(commands: str, folder: Path, timeout_s: float = 240, **environ: str) -> str:
@@ -45,7 +51,7 @@ def run(commands: str, folder: Path, timeout_s: float = 240, **environ: str) -> 
 
 
 def test_no_command_of_the_readme_is_left_out() -> None:
-    assert sorted(BLOCKS) == sorted([DEPLOY, LOOK_AND_STOP, REQUESTS, BY_HAND])
+    assert sorted(BLOCKS) == sorted([DEPLOY, LOOK_AND_STOP, REQUESTS, OPENAI_REQUESTS, BY_HAND])
 
 
 def test_deploy_ask_requests_status_and_stop(tmp_path: Path) -> None:
@@ -61,6 +67,11 @@ def test_deploy_ask_requests_status_and_stop(tmp_path: Path) -> None:
         replies = run(REQUESTS.replace(":8080/", f":{port}/"), tmp_path)
         assert '"completion_tokens":20' in replies
         assert "data: [DONE]" in replies
+        replies = run(OPENAI_REQUESTS.replace(":8080/", f":{port}/"), tmp_path)
+        assert '"owned_by":"dsserve"' in replies and '"count":2' in replies and '"index":3' in replies
+        (tmp_path / "client.py").write_text(OPENAI_CLIENT.replace(":8080/", f":{port}/"))
+        printed = run(f"{sys.executable} {tmp_path / 'client.py'}", tmp_path)
+        assert set(json.loads(printed[printed.index("{") :])) == {"name", "age"}
         looked = run(LOOK_AND_STOP, tmp_path, **environ)
         assert "READY" in looked and "stopped" in looked
         for rank, rows in ((0, 384), (1, 192)):

@@ -97,3 +97,12 @@ def test_one_process_without_torchrun_is_one_rank(llama: str, ranks: int, result
     if ranks > 1:
         pytest.skip("one rank is what this is about")
     assert generate(llama, "fp32", graphs=True)["together"] == results["fp32"]["together"]
+
+
+def test_reuse_sampling_and_neighbours_change_no_token(llama: str, ranks: int) -> None:
+    """fp32, graphs, kept rows, requests that join in mid-stream; greedy and sampled."""
+    arguments = {"env": {"DS_ACCELERATOR": "cuda"}, "path": llama, "device_type": "gpu"}
+    found = run_ranks("tests.distributed.reuse:texts", ranks, **arguments)[0]
+    assert found["cached"] >= 2 * (40 + 60 + 60 + 30 + 17)
+    for kind in ("greedy", "sampled"):
+        assert found[kind]["together"] == found[kind]["alone"]

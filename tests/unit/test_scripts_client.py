@@ -186,8 +186,8 @@ def test_percentiles() -> None:
     assert math.isnan(bench_report.percentile([], 50))
 
 
-def make_report(rates: dict[int, float], first_ms: float) -> dict[str, Any]:
-    rounds = {n: [Round(rate, [first_ms] * n, [10.0] * n, [40.0] * n)] * 3 for n, rate in rates.items()}
+def make_report(rates: dict[str, float], first_ms: float) -> dict[str, Any]:
+    rounds = {name: [Round(rate, [first_ms], [10.0], [40.0])] * 3 for name, rate in rates.items()}
     http = bench_report.http_numbers(rounds)
     generate = bench_report.generate_numbers({1: [10.0], 8: [100.0]}, {1: [10.0], 8: [100.0]})
     machine = {"cpu": "c", "cores": 2, "versions": {"torch": "1"}}
@@ -198,9 +198,9 @@ def make_report(rates: dict[int, float], first_ms: float) -> dict[str, Any]:
 
 
 def test_aims_compare_http_with_generate() -> None:
-    report = make_report({1: 11.5, 4: 50.0, 8: 115.0, 16: 170.0}, first_ms=61.0)
-    assert [item["value"] for item in report["aims"]] == [1.15, 1.15, 1.7, 61.0]
-    assert [item["met"] for item in report["aims"]] == [True, False, True, False]
+    report = make_report({"1": 11.5, "4": 50.0, "8": 115.0, "16": 170.0, "16 sampled": 160.0}, first_ms=61.0)
+    assert [item["value"] for item in report["aims"]] == [1.15, 1.15, 1.7, 0.94, 61.0]
+    assert [item["met"] for item in report["aims"]] == [True, False, True, True, False]
     table = bench_report.table(report)
     assert table.count("MISSED") == 2
     assert "16 concurrent" in table
