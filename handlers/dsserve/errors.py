@@ -25,16 +25,24 @@ class RequestError(Exception):
         status: The HTTP status, 400 to 599.
         param: The request parameter at fault, where there is one.
         kind: The `type` of the error object, as OpenAI names them.
+        retry_after_s: Seconds after which the same request may succeed, the `Retry-After` header.
     """
 
     def __init__(
-        self, message: str, *, status: int = 400, param: str | None = None, kind: str = "invalid_request_error"
+        self,
+        message: str,
+        *,
+        status: int = 400,
+        param: str | None = None,
+        kind: str = "invalid_request_error",
+        retry_after_s: int | None = None,
     ) -> None:
         super().__init__(message)
         self.message = message
         self.status = status
         self.param = param
         self.kind = kind
+        self.retry_after_s = retry_after_s
 
     def body(self) -> dict[str, dict[str, str | None]]:
         """The reply's JSON body: `{"error": {"message", "type", "param"}}`."""

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from dsserve.errors import RequestError
 from dsserve.generation.detokenizer import TextStream
 from dsserve.generation.plan import Plan
 from dsserve.generation.request import FinishReason, GenerationRequest, Usage
@@ -26,7 +27,8 @@ PREFILL_TOKENS_A_STEP = 512
 class TokenEvent:
     """What one step gave one request: new text, and at the end the reason and the token counts.
 
-    `failed`: the request could not go on, for a fault of ours that concerns no other request.
+    `failed`: the request could not go on, for a fault of ours; `error` is what the client is told, if
+    that is more than "internal error".
     """
 
     request_id: str
@@ -34,6 +36,7 @@ class TokenEvent:
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
     failed: bool = False
+    error: RequestError | None = None
 
 
 class Sequence:

@@ -14,7 +14,7 @@ from http import HTTPStatus
 from typing import Any
 
 from dsserve.errors import RequestError
-from dsserve.generation.engine import Engine
+from dsserve.generation.leader import RETRY_AFTER_S, LeaderEngine
 from dsserve.generation.request import Limits
 from dsserve.generation.scheduler import TokenEvent
 from dsserve.protocol.prompt import build_request
@@ -43,28 +43,45 @@ class LiveBatch:
     Args:
         engine: rank 0's engine.
         max_steps: most decode steps in one call.
+        is_draining: whether new requests are to be refused; asked once a call.
     """
 
-    def __init__(self, engine: Engine, tokenizer: Any, limits: Limits, max_steps: int) -> None:
+    def __init__(
+        self,
+        engine: LeaderEngine,
+        tokenizer: Any,
+        limits: Limits,
+        max_steps: int,
+        is_draining: Callable[[], bool] = lambda: False,
+    ) -> None:
         self._engine = engine
         self._tokenizer = tokenizer
         self._limits = limits
         self._max_steps = max_steps
+        self._is_draining = is_draining
         self._rows: dict[str, _Row] = {}
+
+    @property
+    def live(self) -> int:
+        """Requests that were not answered to their end yet."""
+        return len(self._rows)
 
     def serve(self, data: list[dict[str, Any]], ctx: Any) -> list[bytes]:
         """One call of the handler: answers what is wrong, admits what is new, runs the engine, collects the frames."""
         ids = [ctx.request_ids[index] for index in range(len(data))]
         self._drop_gone(set(ids))
         refused: dict[str, RequestError] = {}
+        draining = self._is_draining()
         for index, request_id in enumerate(ids):
             if request_id not in self._rows:
                 try:
+                    if draining:
+                        raise drain_error(request_id)
                     self._start(index, request_id, data[index], ctx)
                 except RequestError as error:
                     refused[request_id] = error
         for event in self._engine.run(self._max_steps):
-            self._take(event)
+            self._take(event, refused)
         return self._collect(ids, refused, ctx)
 
     def _drop_gone(self, ids: set[str]) -> None:
@@ -93,12 +110,17 @@ class LiveBatch:
             request.max_new_tokens,
         )
 
-    def _take(self, event: TokenEvent) -> None:
+    def _take(self, event: TokenEvent, refused: dict[str, RequestError]) -> None:
         row = self._rows.get(event.request_id)
         if row is None:
             return
         if event.failed:
-            row.frame += row.reply.fail(RequestError("the server failed on this request", status=500, kind=_INTERNAL))
+            error = event.error or RequestError("the server failed on this request", status=500, kind=_INTERNAL)
+            if row.is_new:  # its status has not gone out yet
+                refused[event.request_id] = error
+                del self._rows[event.request_id]
+                return
+            row.frame += row.reply.fail(error)
             row.done = True
             return
         if event.finish_reason is None or event.usage is None:
@@ -118,6 +140,8 @@ class LiveBatch:
                 error = refused[request_id]
                 ctx.set_response_status(error.status, HTTPStatus(error.status).phrase, index)
                 ctx.set_response_header(index, "content-type", "application/json")
+                if error.retry_after_s is not None:
+                    ctx.set_response_header(index, "Retry-After", str(error.retry_after_s))
                 items.append(error_body(error))
                 criteria.append(_plain)
                 continue
@@ -133,6 +157,15 @@ class LiveBatch:
                 del self._rows[request_id]
         ctx.stopping_criteria = criteria
         return items
+
+
+def drain_error(request_id: str) -> RequestError:
+    """What a request gets that arrives while the server ends."""
+    logger.info("[dsserve] %s: refused with 503 (draining)", request_id)
+    return RequestError(
+        "the server is shutting down: send the request again, to another server or later",
+        status=503, kind="server_error", retry_after_s=RETRY_AFTER_S,
+    )  # fmt: skip
 
 
 def _more(_: Any) -> bool:
