@@ -19,6 +19,7 @@ from dsserve.errors import LoadError
 from dsserve.generation.build import build_engine, check_engine_choice
 from dsserve.generation.leader import EngineThread, LeaderEngine
 from dsserve.hf_model import load_model
+from dsserve.logs import set_serving_level
 from dsserve.protocol.batch import LiveBatch
 from dsserve.settings import check_server_settings, read_time_limits
 from dsserve.watchdog import end_process
@@ -54,6 +55,7 @@ class DeepSpeedHandler(BaseDeepSpeedHandler):
             self._load(ctx, config, slots)
         self.initialized = True
         logger.info("[dsserve] rank %d: ready after %.1f s", self.rank.rank, time.perf_counter() - started)
+        set_serving_level(self.rank.rank, config.log_level)
 
     def _load(self, ctx: Any, config: HandlerConfig, slots: int) -> None:
         started = time.perf_counter()

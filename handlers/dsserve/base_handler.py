@@ -6,7 +6,6 @@ load a model; `get_ds_engine` shards one.
 
 from __future__ import annotations
 
-import logging
 from abc import ABC
 from pathlib import Path
 from typing import Any
@@ -16,13 +15,10 @@ from ts.context import Context
 from ts.torch_handler.distributed.base_deepspeed_handler import BaseDeepSpeedHandler as TorchServeDeepSpeedHandler
 
 from dsserve.distributed import RankInfo, init_process_group, prepare_environment, select_device
-from dsserve.leftovers import own_temporary_folder, sweep
+from dsserve.leftovers import sweep, torchrun_log_folder
+from dsserve.logs import set_up_logs
 from dsserve.parents import Parents, die_with_parent
 from dsserve.watchdog import Watchdog
-
-# TorchServe 0.12 writes these for every call, that is for every token: its log would grow by kilobytes a step.
-_PER_CALL_MESSAGES = ("Backend received inference at", "skip sending response at rank")
-_PER_CALL_METRIC = "[METRICS]PredictionTime"
 
 
 class BaseDeepSpeedHandler(TorchServeDeepSpeedHandler, ABC):
@@ -51,21 +47,10 @@ class BaseDeepSpeedHandler(TorchServeDeepSpeedHandler, ABC):
         self.rank = RankInfo.from_env()
         die_with_parent()
         self.watchdog = Watchdog(self.rank.rank, Parents.now()).start()
-        quiet_per_call_logs()
-        self.device = select_device(self.yaml_config.get("deviceType"), self.rank)
         section = self.yaml_config.get("handler") or {}
+        set_up_logs(self.rank.rank, str(section.get("log_format", "text")))
+        self.device = select_device(self.yaml_config.get("deviceType"), self.rank)
         prepare_environment(self.device, self.rank, section.get("num_threads"))
         if self.rank.is_leader:
-            sweep(own_temporary_folder())
+            sweep(torchrun_log_folder())
         init_process_group(self.rank)
-
-
-def quiet_per_call_logs() -> None:
-    """Drops the lines that TorchServe's worker writes on every call and keeps all others."""
-
-    def is_worth_keeping(record: logging.LogRecord) -> bool:
-        message = str(record.msg)
-        return not message.startswith((*_PER_CALL_MESSAGES, _PER_CALL_METRIC))
-
-    for handler in logging.getLogger().handlers:
-        handler.addFilter(is_worth_keeping)

@@ -51,6 +51,10 @@ class HandlerConfig(BaseModel):
     collective_timeout: float = Field(
         60.0, gt=0, description="s; a call of the engine that takes longer ends the worker"
     )
+    log_format: Literal["text", "json"] = Field("text", description="the worker's log lines")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="of rank 0 while it serves; the other ranks write warnings"
+    )
 
     @model_validator(mode="after")
     def _default_within_limit(self) -> HandlerConfig:

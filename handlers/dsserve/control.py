@@ -1,9 +1,9 @@
 """How the scripts and rank 0 speak: two small files in the server's run directory. Rank 0 only; nothing of HTTP.
 
-`drain`: while it exists, new requests are refused. `live/<worker's pid>`: the number of requests that rank 0 answers
-now, written on each call, so that a script knows when a worker has nothing left to do. TorchServe's management API
-names the same pid (torchrun's) and the requests that wait. Both are absent for a server that was started without our
-scripts.
+`drain`: while it exists, new requests are refused. `live/<torchrun's pid>`: the number of requests that rank 0 answers
+now, written on each call, so that a script knows when a worker has nothing left to do (TorchServe's management API
+names one of the ranks, a child of that torchrun, and the requests that wait). Both are absent for a server that was
+started without our scripts.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ class ControlFiles:
 
     Args:
         run_dir: the server's run directory; None = nobody drains and nobody asks.
-        worker_pid: the process id under which TorchServe knows this worker.
+        launcher_pid: torchrun, the parent of all ranks of this worker.
     """
 
-    def __init__(self, run_dir: Path | None, worker_pid: int) -> None:
+    def __init__(self, run_dir: Path | None, launcher_pid: int) -> None:
         self._drain = str(run_dir / DRAIN_FILE) if run_dir else None
         self._live: int | None = None
         if run_dir:
@@ -34,7 +34,7 @@ class ControlFiles:
                 folder = run_dir / LIVE_FOLDER
                 folder.mkdir(exist_ok=True)
                 _forget_dead(folder)
-                self._live = os.open(folder / str(worker_pid), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+                self._live = os.open(folder / str(launcher_pid), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self.report(0)
 
     @classmethod

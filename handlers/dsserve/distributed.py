@@ -76,9 +76,11 @@ def prepare_environment(device: torch.device, rank: RankInfo, num_threads: int |
 
     LOCAL_SIZE: DeepSpeed's shared-memory all-reduce crashes unless it is the number of ranks, and torchrun sets only
     LOCAL_WORLD_SIZE.
+    Weights: what DeepSpeed unpickles from .bin files may hold tensors only, no code.
     Threads: with more threads than cores the ranks' spinning all-reduce makes a step about 100 times slower.
     """
     os.environ["LOCAL_SIZE"] = str(rank.local_world_size)
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         cores = len(os.sched_getaffinity(0))

@@ -1,7 +1,7 @@
-"""Removes what ranks that were killed left on this host: shared-memory segments and torchrun's temporary folders.
+"""Removes what ranks that were killed left on this host: shared-memory segments and torchrun's log folders.
 
-Only ours, and only what no living process holds: names with this user's id, or folders in this server's own temporary
-folder. Does not remove TorchServe's sockets: its workers use the same names again, and `make stop` clears the folder.
+Only ours, and only what no living process holds: names with this user's id, or folders beside this worker's own. Does
+not remove TorchServe's sockets: its workers use the same names again, and `make stop` clears their folder.
 """
 
 from __future__ import annotations
@@ -20,16 +20,17 @@ SHARED_MEMORY = Path("/dev/shm")
 # A segment exists for a moment before its owner maps it.
 MIN_AGE_S = 60.0
 _ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
+_TORCHRUN_LOGS = "torchelastic_ts"
 
 
-def sweep(temporary: Path | None, shared_memory: Path = SHARED_MEMORY, min_age_s: float = MIN_AGE_S) -> list[Path]:
+def sweep(torchrun_logs: Path | None, shared_memory: Path = SHARED_MEMORY, min_age_s: float = MIN_AGE_S) -> list[Path]:
     """Removes the leftovers of dead owners and returns their paths.
 
     Args:
-        temporary: the server's own temporary folder; None where it is shared with others, and then it is left alone.
+        torchrun_logs: the folder in which TorchServe's torchruns make one folder each; None = there is none.
     """
     segments = _old(shared_memory.glob(f"deepspeed_allreduce_buffer_{os.getuid()}_*"), min_age_s)
-    folders = _old(temporary.glob("torchelastic_*"), min_age_s) if temporary else []
+    folders = _old(torchrun_logs.iterdir(), min_age_s) if torchrun_logs else []
     if not segments and not folders:
         return []
     held = list(_held_paths())
@@ -42,10 +43,10 @@ def sweep(temporary: Path | None, shared_memory: Path = SHARED_MEMORY, min_age_s
     return swept
 
 
-def own_temporary_folder() -> Path | None:
-    """TorchServe's temporary folder where it belongs to this server alone, as our scripts start it."""
-    run_dir, folder = os.environ.get("DSSERVE_RUN_DIR"), os.environ.get("TMPDIR")
-    return Path(folder) if run_dir and folder else None
+def torchrun_log_folder() -> Path | None:
+    """`torchelastic_ts` in TorchServe's log folder: this worker's torchrun has a folder in it, and so had dead ones."""
+    error_file = os.environ.get(_ERROR_FILE, "")
+    return next((path for path in Path(error_file).parents if path.name == _TORCHRUN_LOGS), None)
 
 
 def _old(paths: Iterator[Path], min_age_s: float) -> list[Path]:

@@ -9,7 +9,9 @@ import sys
 import time
 from pathlib import Path
 
-from dsserve.leftovers import own_temporary_folder, sweep
+import pytest
+
+from dsserve.leftovers import sweep, torchrun_log_folder
 
 OLD_S = time.time() - 3600
 
@@ -34,22 +36,23 @@ def test_only_old_segments_of_ours_that_nobody_maps_are_removed(tmp_path: Path) 
     assert sorted(tmp_path.iterdir()) == sorted([young, mapped, strange, other])
 
 
-def test_torchruns_folders_go_with_their_torchrun(tmp_path: Path) -> None:
-    dead, alive = tmp_path / "torchelastic_dead", tmp_path / "torchelastic_alive"
+def test_torchruns_folders_go_with_their_torchrun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    logs = tmp_path / "torchelastic_ts"
+    dead, alive = logs / "m_29500_dead", logs / "m_29500_alive"
     for folder in (dead, alive):
-        folder.mkdir()
-        (folder / "error.json").write_text("{}")
+        (folder / "attempt_0" / "0").mkdir(parents=True)
         os.utime(folder, (OLD_S, OLD_S))
-    environ = {**os.environ, "TORCHELASTIC_ERROR_FILE": str(alive / "attempt_0" / "error.json")}
-    with subprocess.Popen([sys.executable, "-c", "input()"], env=environ, stdin=subprocess.PIPE) as rank:
-        assert sweep(tmp_path, shared_memory=tmp_path / "none") == [dead]
+    error_file = str(alive / "attempt_0" / "0" / "error.json")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", error_file)
+    assert torchrun_log_folder() == logs
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as rank:
+        assert sweep(logs, shared_memory=tmp_path / "none") == [dead]
         rank.kill()
     assert not dead.exists() and alive.exists()
 
 
-def test_a_temporary_folder_that_is_shared_is_left_alone(monkeypatch) -> None:
-    monkeypatch.setenv("TMPDIR", "/tmp")
-    monkeypatch.delenv("DSSERVE_RUN_DIR", raising=False)
-    assert own_temporary_folder() is None
-    monkeypatch.setenv("DSSERVE_RUN_DIR", "/run/x")
-    assert own_temporary_folder() == Path("/tmp")
+def test_folders_of_another_torchrun_are_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "/tmp/torchelastic_x/attempt_0/0/error.json")
+    assert torchrun_log_folder() is None
+    monkeypatch.delenv("TORCHELASTIC_ERROR_FILE")
+    assert torchrun_log_folder() is None
