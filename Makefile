@@ -10,6 +10,7 @@ PORT    ?= 8080
 HOST    ?= 127.0.0.1
 RUN_DIR ?= run/$(NAME)-$(PORT)
 DRAIN   ?= 30
+MINUTES ?= 30
 QUESTION ?= What is the capital of France?
 export QUESTION
 
@@ -37,7 +38,7 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup ops model mar deploy start run stop health token rollout status logs ask test test-faults check bench clean
+.PHONY: help setup ops model mar deploy start run stop health token rollout status logs ask test test-faults check bench soak clean
 
 help: ## list the targets and variables
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -114,6 +115,9 @@ check: $(STAMP) ## ruff and mypy
 
 bench: setup ## measure tokens per second through HTTP beside plain transformers
 	@$(PY) -m scripts.bench --model '$(MODEL)' --tp '$(TP)' --device '$(DEVICE)' --dtype '$(DTYPE)'
+
+soak: setup ## MINUTES=30 of mixed load with a fault a minute: every reply right or a clean error, memory flat
+	@$(PY) -m scripts.soak --minutes '$(MINUTES)'
 
 clean: ## remove archives, stopped servers' folders, converted models and caches (.venv stays)
 	@$(PY) -m scripts.clean

@@ -29,20 +29,13 @@ LONG = {"prompt": "Once upon a time", "max_new_tokens": 2000}
 
 def make_archive(name: str, model: Path, store: Path, **handler: Any) -> Path:
     """SmolLM2 in fp32 with the faulty handler and short limits; `handler` adds to the `handler:` section."""
-
-    def render(*args: Any, **kwargs: Any) -> Any:
-        model_config, ds_config = packaging_render(*args, **kwargs)
-        model_config["responseTimeout"] = 30
-        model_config["handler"] |= {"collective_timeout": COLLECTIVE_TIMEOUT_S, "warmup": False, **handler}
-        return model_config, ds_config
-
-    packaging_render, entry = packaging.render, packaging.ENTRY
-    packaging.render = render  # type: ignore[assignment]
-    packaging.ENTRY = os.path.relpath(FAULTY_HANDLER, packaging.ROOT / packaging.HANDLERS)  # type: ignore[assignment]
+    limits = {"collective_timeout": COLLECTIVE_TIMEOUT_S, "max_model_len": 2304, "warmup": False, **handler}
+    entry, packaging.ENTRY = packaging.ENTRY, os.path.relpath(FAULTY_HANDLER, packaging.ROOT / packaging.HANDLERS)
     try:
-        return packaging.package(name, str(model), Choice(tp="2", device="cpu", dtype="fp32"), model_store=store)
+        choice = Choice(tp="2", device="cpu", dtype="fp32")
+        return packaging.package(name, str(model), choice, model_store=store, handler=limits)
     finally:
-        packaging.render, packaging.ENTRY = packaging_render, entry  # type: ignore[assignment]
+        packaging.ENTRY = entry
 
 
 @dataclass

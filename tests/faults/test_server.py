@@ -142,7 +142,7 @@ def test_shared_memory_that_fills_up_later(smollm2: Path, tmp_path: Path, measur
             while True:
                 file.write(b"\1" * 2**20)
         assert shutil.disk_usage(room).free < 2**20
-        long_prompt = {"prompt": "word " * 3000, "max_new_tokens": 2}  # large sums: pages that were never touched
+        long_prompt = {"prompt": "word " * 2000, "max_new_tokens": 2}  # large sums: pages that were never touched
         victim.ask(long_prompt)
         measured(served_again_after=victim.wait_until_served(120))
         victim.process("rank 1").kill()
