@@ -38,7 +38,7 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup ops model mar deploy start run stop health token rollout status logs ask test test-faults check bench soak clean
+.PHONY: help setup ops model mar deploy start run stop health token rollout status logs ask test test-faults check audit bench soak clean
 
 help: ## list the targets and variables
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -108,10 +108,15 @@ test: setup ## run all tests that need no GPU, faults in a short form
 test-faults: setup ## break everything that can break, one after the other (about 15 minutes)
 	@$(PY) -m pytest -m faults --timeout 600
 
-check: $(STAMP) ## ruff and mypy
+check: $(STAMP) ## ruff and mypy, and the audit where its database can be reached
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
 	@$(PY) -m mypy
+	@$(PY) -m scripts.audit --if-possible
+
+audit: $(STAMP) ## known vulnerabilities of the exact versions (needs the internet)
+	@$(PIP) -c constraints.txt pip-audit==2.10.1
+	@$(PY) -m scripts.audit
 
 bench: setup ## measure tokens per second through HTTP beside plain transformers
 	@$(PY) -m scripts.bench --model '$(MODEL)' --tp '$(TP)' --device '$(DEVICE)' --dtype '$(DTYPE)'

@@ -15,8 +15,9 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+import typer
 
-from scripts import drain, health, soak
+from scripts import audit, drain, health, soak
 from scripts.management import Version
 from scripts.rollout import RolloutError, archive_version
 from scripts.run_dir import HOST, Ports, RunDir, is_loopback, server_properties
@@ -212,3 +213,27 @@ def test_growth_is_found() -> None:
     report = {"wrong": [], "growth": [], "outcomes": Counter(right=5)}
     assert soak.is_passed(report)
     assert not soak.is_passed(report | {"wrong": ["x"]}) and not soak.is_passed(report | {"outcomes": {}})
+
+
+def test_the_audit_reads_every_exact_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = "# head\na==1\nb==2; python_version < '3.11'\nb==3; python_version >= '3.11'\nc>=4\n"
+    assert audit.exact_versions(lines) == ["a==1", "b==2", "b==3"]
+    files: list[str] = []
+
+    def run(command: list[str], **_: Any) -> Any:
+        files.append(Path(command[command.index("--requirement") + 1]).read_text())
+        return type("Done", (), {"returncode": len(files) - 1})()
+
+    monkeypatch.setattr(audit.subprocess, "run", run)
+    assert audit.audit(["a==1", "b==2", "b==3"]) == 1
+    assert files == ["a==1\nb==2\n", "b==3\n"]
+
+
+def test_an_audit_that_cannot_be_done_is_not_called_done(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(audit, "is_reachable", lambda: False)
+    audit.main(if_possible=True)
+    assert "NOT audited" in capsys.readouterr().err
+    with pytest.raises(typer.Exit):
+        audit.main(if_possible=False)
