@@ -162,10 +162,10 @@ class RunDir:
 
 
 def read_token(key_file: Path, kind: str) -> str | None:
-    """A token out of TorchServe's key file; None where there is no file."""
+    """A token out of TorchServe's key file; None where there is no file, or one that is being written."""
     try:
         return str(json.loads(key_file.read_text(encoding="utf-8"))[kind]["key"])
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError, KeyError):
         return None
 
 

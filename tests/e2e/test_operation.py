@@ -164,12 +164,14 @@ def test_a_rolling_restart_fails_no_request(opened: Served, smollm2: Path) -> No
     with ThreadPoolExecutor(4) as pool:
         for caller in callers:
             pool.submit(caller.run)
-        left = roll_out(manager, "opened", archive, lambda stage: None)
-        sent = len(callers[0].replies)
-        while len(callers[0].replies) < sent + 3:
-            time.sleep(0.1)
-        for caller in callers:
-            caller.over.set()
+        try:
+            left = roll_out(manager, "opened", archive, lambda stage: None)
+            sent = len(callers[0].replies)
+            while len(callers[0].replies) < sent + 3:
+                time.sleep(0.1)
+        finally:
+            for caller in callers:
+                caller.over.set()
     assert left == 0
     assert manager.default_version("opened") == "2.0" and manager.version("opened", "1.0") is None
     replies = [reply for caller in callers for reply in caller.replies]

@@ -25,7 +25,8 @@ def block(first_words: str) -> str:
     return found
 
 
-DEPLOY, LOOK_AND_STOP, REQUESTS, BY_HAND = map(block, ("make deploy", "make status", "curl", "make model"))
+FIRST_WORDS = ("make deploy", "make status", "curl", "make health", "make model")
+DEPLOY, LOOK_AND_STOP, REQUESTS, OPERATE, BY_HAND = map(block, FIRST_WORDS)
 
 
 def run(commands: str, folder: Path, timeout_s: float = 240, **environ: str) -> str:
@@ -45,7 +46,7 @@ def run(commands: str, folder: Path, timeout_s: float = 240, **environ: str) -> 
 
 
 def test_no_command_of_the_readme_is_left_out() -> None:
-    assert sorted(BLOCKS) == sorted([DEPLOY, LOOK_AND_STOP, REQUESTS, BY_HAND])
+    assert sorted(BLOCKS) == sorted([DEPLOY, LOOK_AND_STOP, REQUESTS, OPERATE, BY_HAND])
 
 
 def test_deploy_ask_requests_status_and_stop(tmp_path: Path) -> None:
@@ -61,6 +62,8 @@ def test_deploy_ask_requests_status_and_stop(tmp_path: Path) -> None:
         replies = run(REQUESTS.replace(":8080/", f":{port}/"), tmp_path)
         assert '"completion_tokens":20' in replies
         assert "data: [DONE]" in replies
+        operated = run(OPERATE, tmp_path, **environ)
+        assert "ready: smollm2 answers" in operated and "done after" in operated
         looked = run(LOOK_AND_STOP, tmp_path, **environ)
         assert "READY" in looked and "stopped" in looked
         for rank, rows in ((0, 384), (1, 192)):

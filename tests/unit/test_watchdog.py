@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import signal
 import subprocess
@@ -138,3 +139,26 @@ def test_the_parent_of_a_process_with_an_odd_name() -> None:
     assert parent_of(os.getpid()) == os.getppid()
     assert parent_of(2**22 + 1) is None
     assert Parents.now().lost() is None
+
+
+def test_no_time_limit_hangs_on_the_wall_clock() -> None:
+    """A clock that is set forward or back must end nothing: only file ages and log lines may read it."""
+    readers = {
+        path.name
+        for path in HANDLERS.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and ast.unparse(node) in ("time.time", "time.time_ns", "datetime.now")
+    }
+    assert readers <= {"leftovers.py"}
+
+
+def test_a_jump_of_the_wall_clock_ends_nothing() -> None:
+    code = """
+import itertools
+jumps = itertools.count(0, 86400)
+time.time = lambda: float(next(jumps))
+dog = Watchdog(0).start()
+with dog.limit(5, "a step"):
+    time.sleep(0.5)
+"""
+    assert run(code)[:2] == (0, "")
