@@ -154,8 +154,9 @@ def status(run: RunDir) -> list[str]:
         return [f"no server runs in {run.path}{left}"]
     ports = Ports(record.port)
     worker = management.worker_of(ports, record.name, run.token("management"))
+    draining = ", draining: new requests are refused" if run.drain_file.exists() else ""
     return [
-        f"model       {record.name}: {worker['status'] if worker else 'no worker'}",
+        f"model       {record.name}: {worker['status'] if worker else 'no worker'}{draining}",
         f"inference   http://{record.host}:{ports.inference}/predictions/{record.name}",
         f"management  http://{HOST}:{ports.management}/models/{record.name}",
         f"metrics     http://{HOST}:{ports.metrics}/metrics",

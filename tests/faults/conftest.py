@@ -29,7 +29,13 @@ LONG = {"prompt": "Once upon a time", "max_new_tokens": 2000}
 
 def make_archive(name: str, model: Path, store: Path, **handler: Any) -> Path:
     """SmolLM2 in fp32 with the faulty handler and short limits; `handler` adds to the `handler:` section."""
-    limits = {"collective_timeout": COLLECTIVE_TIMEOUT_S, "max_model_len": 2304, "warmup": False, **handler}
+    limits = {
+        "collective_timeout": COLLECTIVE_TIMEOUT_S,
+        "max_model_len": 2304,
+        "warmup": False,
+        "log_format": "json",
+        **handler,
+    }
     entry, packaging.ENTRY = packaging.ENTRY, os.path.relpath(FAULTY_HANDLER, packaging.ROOT / packaging.HANDLERS)
     try:
         choice = Choice(tp="2", device="cpu", dtype="fp32")
