@@ -56,14 +56,13 @@ def make_references(model_path: str) -> list[Reference]:
     return references
 
 
-def wait_until_served(ports: Ports) -> float:
-    """Seconds until a token comes again. Raises BenchError."""
+def wait_until_served(ports: Ports) -> None:
+    """Returns when a token comes again. Raises BenchError."""
     started = time.monotonic()
     while check(ports, NAME, timeout_s=RECOVERY_S).state is not State.READY:
         if time.monotonic() - started > RECOVERY_S:
             raise BenchError(f"not served again within {RECOVERY_S:.0f} s: see {ROOT / 'run'}")
         time.sleep(0.5)
-    return time.monotonic() - started
 
 
 def soak(run: RunDir, record: Record, references: list[Reference], minutes: float, period_s: float) -> dict[str, Any]:
@@ -83,11 +82,12 @@ def soak(run: RunDir, record: Record, references: list[Reference], minutes: floa
             if time.monotonic() - started + period_s > minutes * 60:
                 break
             name, inject = sequence[len(events) % len(sequence)]
+            began = time.monotonic()
             inject()
             # A stalled rank is noticed at the end of its time limit, a dead one at once.
             time.sleep(COLLECTIVE_TIMEOUT_S + 6 if name.startswith("stop") else 1)
-            seconds = wait_until_served(ports)
-            events.append({"fault": name, "served_again_after_s": round(seconds, 1)})
+            wait_until_served(ports)
+            events.append({"fault": name, "served_again_after_s": round(time.monotonic() - began, 1)})
             say(f"{(time.monotonic() - started) / 60:5.1f} min  {name}: served again; {dict(tally.outcomes)}")
     finally:
         over.set()
