@@ -7,7 +7,10 @@ TP      ?= auto
 DEVICE  ?= auto
 DTYPE   ?= auto
 PORT    ?= 8080
+HOST    ?= 127.0.0.1
 RUN_DIR ?= run/$(NAME)-$(PORT)
+DRAIN   ?= 30
+MINUTES ?= 30
 QUESTION ?= What is the capital of France?
 export QUESTION
 
@@ -35,14 +38,14 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup ops model mar deploy start stop status logs ask test check bench clean
+.PHONY: help setup ops model mar deploy start run stop health token rollout status logs ask test test-faults check audit bench soak clean
 
 help: ## list the targets and variables
-	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo "  MODEL=$(MODEL) (smollm2, a local Hugging Face folder, or a hub id)   NAME=$(NAME)   VERSION=$(VERSION)"
 	@echo "  TP=$(TP) (ranks: 2 on a CPU, all visible GPUs otherwise)   DEVICE=$(DEVICE) (cpu, gpu)   DTYPE=$(DTYPE) (bf16, fp16, fp32)"
-	@echo "  PORT=$(PORT) (inference; +1 management, +2 metrics, +5 and +6 gRPC)   RUN_DIR=$(RUN_DIR)"
+	@echo "  PORT=$(PORT) (inference; +1 management, +2 metrics, +5 and +6 gRPC)   HOST=$(HOST)   DRAIN=$(DRAIN) s   RUN_DIR=$(RUN_DIR)"
 	@echo "  PYTHON=$(PYTHON) (one that has everything is used as it is; default: a virtual environment in $(VENV))"
 
 setup: $(STAMP) $(OPS_STAMP) ## install what is needed into .venv, exact versions, and compile the CPU operations
@@ -71,12 +74,24 @@ mar: $(STAMP) ## pack MODEL as model-store/NAME.mar
 	@$(PY) -m scripts.package --name '$(NAME)' --model '$(MODEL)' --version '$(VERSION)' --tp '$(TP)' --device '$(DEVICE)' --dtype '$(DTYPE)'
 
 start: $(STAMP) ## start TorchServe with model-store/NAME.mar and wait until the model is ready
-	@$(PY) -m scripts.serve start --run-dir '$(RUN_DIR)' --name '$(NAME)' --archive 'model-store/$(NAME).mar' --port '$(PORT)'
+	@$(PY) -m scripts.serve start --run-dir '$(RUN_DIR)' --name '$(NAME)' --archive 'model-store/$(NAME).mar' --port '$(PORT)' --host '$(HOST)'
 
 deploy: setup mar start ask ## set up, prepare, pack, start, ask one question: the one command
 
-stop: ## stop the server and its workers
-	@$(PY) -m scripts.serve stop --run-dir '$(RUN_DIR)'
+stop: ## stop the server: running requests have DRAIN=30 seconds to end, a second `make stop` ends at once
+	@$(PY) -m scripts.serve stop --run-dir '$(RUN_DIR)' --drain-s '$(DRAIN)'
+
+run: $(STAMP) ## like start, in the foreground, for containers: SIGTERM drains and stops
+	@exec $(PY) -m scripts.serve run --run-dir '$(RUN_DIR)' --name '$(NAME)' --archive 'model-store/$(NAME).mar' --port '$(PORT)' --host '$(HOST)' --drain-s '$(DRAIN)'
+
+health: ## exit code 0 if the model answers now, 1 if not, 2 if the server is dead
+	@$(PY) -m scripts.health --name '$(NAME)' --port '$(PORT)' --key-file '$(RUN_DIR)/key_file.json'
+
+token: ## print the inference token of a server with HOST=0.0.0.0
+	@$(PY) -m scripts.tokens --run-dir '$(RUN_DIR)' --port '$(PORT)'
+
+rollout: ## replace the served version by model-store/NAME.mar (`make mar VERSION=2.0`) with no failed request
+	@$(PY) -m scripts.rollout --run-dir '$(RUN_DIR)' --name '$(NAME)' --port '$(PORT)' --archive 'model-store/$(NAME).mar'
 
 status: ## show model, ports, processes
 	@$(PY) -m scripts.serve status --run-dir '$(RUN_DIR)'
@@ -85,18 +100,29 @@ logs: ## print the workers' log
 	@$(PY) -m scripts.serve logs --run-dir '$(RUN_DIR)'
 
 ask: ## ask QUESTION
-	@$(PY) -m scripts.ask --name '$(NAME)' --port '$(PORT)' "$$QUESTION"
+	@$(PY) -m scripts.ask --name '$(NAME)' --port '$(PORT)' --key-file '$(RUN_DIR)/key_file.json' "$$QUESTION"
 
-test: setup ## run all tests that need no GPU
-	@$(PY) -m pytest -m 'not gpu'
+test: setup ## run all tests that need no GPU, faults in a short form
+	@$(PY) -m pytest -m 'not gpu and not long'
 
-check: $(STAMP) ## ruff and mypy
+test-faults: setup ## break everything that can break, one after the other (about 15 minutes)
+	@$(PY) -m pytest -m faults --timeout 600
+
+check: $(STAMP) ## ruff and mypy, and the audit where its database can be reached
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
 	@$(PY) -m mypy
+	@$(PY) -m scripts.audit --if-possible
+
+audit: $(STAMP) ## known vulnerabilities of the exact versions (needs the internet)
+	@$(PIP) -c constraints.txt pip-audit==2.10.1
+	@$(PY) -m scripts.audit
 
 bench: setup ## measure tokens per second through HTTP beside plain transformers
 	@$(PY) -m scripts.bench --model '$(MODEL)' --tp '$(TP)' --device '$(DEVICE)' --dtype '$(DTYPE)'
+
+soak: setup ## MINUTES=30 of mixed load with a fault a minute: every reply right or a clean error, memory flat
+	@$(PY) -m scripts.soak --minutes '$(MINUTES)'
 
 clean: ## remove archives, stopped servers' folders, converted models and caches (.venv stays)
 	@$(PY) -m scripts.clean

@@ -11,17 +11,24 @@ import time
 from typing import Any
 
 from dsserve.base_handler import BaseDeepSpeedHandler
-from dsserve.config import read_handler_config
+from dsserve.config import HandlerConfig, read_handler_config
+from dsserve.control import ControlFiles
 from dsserve.distributed import end_rank
 from dsserve.ds_engine import get_ds_engine
 from dsserve.errors import LoadError
 from dsserve.generation.build import build_engine, check_engine_choice
+from dsserve.generation.leader import EngineThread, LeaderEngine
 from dsserve.hf_model import load_model
+from dsserve.logs import set_serving_level
 from dsserve.protocol.batch import LiveBatch
 from dsserve.protocol.served import describe_model
-from dsserve.settings import check_server_settings
+from dsserve.settings import check_server_settings, read_time_limits
+from dsserve.watchdog import end_process
 
 logger = logging.getLogger(__name__)
+
+# After an answer that is the worker's last one: the time it has to leave through the socket.
+ANSWER_S = 0.5
 
 
 class DeepSpeedHandler(BaseDeepSpeedHandler):
@@ -44,27 +51,49 @@ class DeepSpeedHandler(BaseDeepSpeedHandler):
         config = read_handler_config(ctx.model_yaml_config or {})
         sequences = config.max_running + config.max_waiting
         check_server_settings(ctx.model_yaml_config, ctx.system_properties["batch_size"], sequences)
+        self._limits = read_time_limits(ctx.model_yaml_config, config.collective_timeout)
         super().initialize(ctx)
+        with self.watchdog.limit(self._limits.load_s, "the load"):
+            self._load(ctx, config)
+        self.initialized = True
+        logger.info("[dsserve] rank %d: ready after %.1f s", self.rank.rank, time.perf_counter() - started)
+        set_serving_level(self.rank.rank, config.log_level)
+
+    def _load(self, ctx: Any, config: HandlerConfig) -> None:
+        started = time.perf_counter()
         logger.info("[dsserve] rank %d of %d: loading on %s", self.rank.rank, self.rank.world_size, self.device)
         loaded = load_model(config, self.model_dir)
         logger.info("[dsserve] rank %d: loaded in %.1f s", self.rank.rank, time.perf_counter() - started)
         check_engine_choice(ctx, self.rank.world_size)
         ds_engine = get_ds_engine(loaded.model, ctx)
         self.model = ds_engine.module
-        self._engine, limits, grammars = build_engine(ds_engine, loaded, config, self.rank, self.device)
+        if not self.rank.is_leader:
+            self._engine, _, _ = build_engine(ds_engine, loaded, config, self.rank, self.device)
+            return
+        thread = EngineThread(self.device)
+        engine, limits, grammars = thread.call(lambda: build_engine(ds_engine, loaded, config, self.rank, self.device))
         served = describe_model(ctx.model_name, ds_engine.module, loaded, limits, grammars, self.rank.world_size)
-        self._batch = LiveBatch(self._engine, served, config.num_scheduler_steps)
-        self.initialized = True
-        logger.info("[dsserve] rank %d: ready after %.1f s", self.rank.rank, time.perf_counter() - started)
+        self._control = ControlFiles.from_env()
+        self._leader = LeaderEngine(engine, thread, self._limits.engine_s, lambda: self.watchdog.end_in(ANSWER_S))
+        self._batch = LiveBatch(self._leader, served, config.num_scheduler_steps, self._control.is_draining)
 
     def handle(self, data: list[dict[str, Any]], context: Any) -> list[Any]:
         """One call: all live requests in `data`, one item a row back."""
         try:
-            if self.rank.is_leader:
-                return self._batch.serve(data, context)
-            self._engine.follow()
-            return [b""] * len(data)
+            with self.watchdog.limit(self._limits.call_s, "a call of the handler"):
+                if self.rank.is_leader:
+                    return self._lead(data, context)
+                self._engine.follow()
+                return [b""] * len(data)
         except Exception as error:
             # The ranks no longer agree on what comes next, and a rank that waits for another waits for ever.
             end_rank(error)
             raise
+
+    def _lead(self, data: list[dict[str, Any]], context: Any) -> list[Any]:
+        if self._leader.has_failed:  # the errors have left: what TorchServe sends now goes to the next worker, or fails
+            end_process()
+        self._control.report(len(data))
+        items = self._batch.serve(data, context)
+        self._control.report(self._batch.live)
+        return items

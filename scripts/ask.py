@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import shlex
+from pathlib import Path
 from typing import Any
 
 import typer
 
 from scripts.console import fail, say
 from scripts.prepare_model import DEMO_MODEL
-from scripts.run_dir import HOST
+from scripts.run_dir import HOST, read_token
 from scripts.web import OK, Unreachable, request_json
 
 QUESTION = "What is the capital of France?"
@@ -22,23 +23,23 @@ class AskError(Exception):
     """No answer; the message says why."""
 
 
-def ask(url: str, question: str, max_new_tokens: int) -> tuple[str, dict[str, Any]]:
+def ask(url: str, question: str, max_new_tokens: int, token: str | None = None) -> tuple[str, dict[str, Any]]:
     """The answer, and the JSON body that brought it: a chat message, or a plain prompt for a model without chat
     template. Raises AskError."""
     message = {"role": "user", "content": question}
     body: dict[str, Any] = {"messages": [message], "max_new_tokens": max_new_tokens}
-    status, reply = post(url, body)
+    status, reply = post(url, body, token)
     if status == BAD_REQUEST and error_of(reply).get("param") == "messages":
         body = {"prompt": question, "max_new_tokens": max_new_tokens}
-        status, reply = post(url, body)
+        status, reply = post(url, body, token)
     if status != OK or not isinstance(reply, dict) or "text" not in reply:
         raise AskError(f"status {status}: {error_of(reply).get('message') or reply}")
     return str(reply["text"]), body
 
 
-def post(url: str, body: dict[str, Any]) -> tuple[int, Any]:
+def post(url: str, body: dict[str, Any], token: str | None = None) -> tuple[int, Any]:
     try:
-        return request_json(url, body, TIMEOUT_S)
+        return request_json(url, body, TIMEOUT_S, token)
     except Unreachable as error:
         raise AskError(
             f"no reply from {url} ({error}): start the server with `make deploy`, or see `make logs`"
@@ -63,16 +64,18 @@ def main(
     name: str = typer.Option(DEMO_MODEL, help="name of the served model"),
     port: int = typer.Option(8080, help="inference port"),
     max_new_tokens: int = typer.Option(128, help="longest answer, in tokens"),
+    key_file: Path = typer.Option(None, help="TorchServe's key_file.json, where it asks for tokens"),
 ) -> None:
     """Ask one question."""
     url = f"http://{HOST}:{port}/predictions/{name}"
+    token = read_token(key_file, "inference") if key_file else None
     try:
-        answer, body = ask(url, question, max_new_tokens)
+        answer, body = ask(url, question, max_new_tokens, token)
     except AskError as error:
         fail(str(error))
     say(f"\nquestion: {question}")
     typer.echo(answer)
-    say(f"\nask again:\n  {curl_line(url, body)}")
+    say(f"\nask again:\n  {curl_line(url, body)}" + (' -H "Authorization: Bearer $(make -s token)"' if token else ""))
 
 
 if __name__ == "__main__":

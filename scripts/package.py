@@ -65,12 +65,23 @@ def render(config_dir: Path, model_path: str, choice: Choice) -> tuple[dict[str,
     return model_config, ds_config
 
 
-def package(name: str, model_path: str, choice: Choice, version: str = "1.0", model_store: Path = MODEL_STORE) -> Path:
-    """Write `model_store`/<name>.mar and return its path. Raises PackageError, MachineError."""
+def package(
+    name: str,
+    model_path: str,
+    choice: Choice,
+    version: str = "1.0",
+    model_store: Path = MODEL_STORE,
+    handler: dict[str, Any] | None = None,
+) -> Path:
+    """Write `model_store`/<name>.mar and return its path; `handler` overrides keys of the `handler:` section.
+
+    Raises PackageError, MachineError.
+    """
     if not NAME_PATTERN.fullmatch(name):
         raise PackageError(f"NAME={name} is not fit for a URL: use letters, digits, '_', '.' and '-'")
     config_dir = CONFIGS / name if (CONFIGS / name).is_dir() else CONFIGS / DEMO_MODEL
     model_config, ds_config = render(config_dir, model_path, choice)
+    model_config["handler"] |= handler or {}
     model_store.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="dsserve-mar-") as scratch:
         folder = Path(scratch)

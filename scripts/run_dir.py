@@ -17,6 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent
 LOG4J_TEMPLATE = ROOT / "configs" / "torchserve" / "log4j2.xml"
 HOST = "127.0.0.1"
 RECORD = "server.json"
+# 30 days; TorchServe's default of 60 minutes would lock everybody out within the hour.
+TOKEN_MINUTES = 30 * 24 * 60
 # The path of a Unix socket holds at most 107 bytes; TorchServe puts `.ts.sock.9000` into its temporary folder.
 SOCKET_FOLDER_BYTES = 107 - len("/.ts.sock.00000")
 
@@ -71,6 +73,7 @@ class Record:
     port: int
     temp: str
     started_at_s: float
+    host: str = HOST
 
 
 @dataclass(frozen=True)
@@ -103,8 +106,28 @@ class RunDir:
     def log4j_file(self) -> Path:
         return self.path / "log4j2.xml"
 
+    @property
+    def drain_file(self) -> Path:
+        """While it exists, rank 0 refuses new requests (`dsserve.control`)."""
+        return self.path / "drain"
+
+    @property
+    def live(self) -> Path:
+        """One file a worker, named by its torchrun's pid: the number of requests that it answers now."""
+        return self.path / "live"
+
+    @property
+    def key_file(self) -> Path:
+        """TorchServe's tokens; absent where it asks for none."""
+        return self.path / "key_file.json"
+
+    def token(self, kind: str) -> str | None:
+        """The `management`, `inference` or `API` token; None where the server asks for none."""
+        return read_token(self.key_file, kind)
+
     def create(self, properties: dict[str, str]) -> Path:
         """Make the folder with empty logs and the configuration; return the (empty) temporary folder to use."""
+        self._forget()
         shutil.rmtree(self.logs, ignore_errors=True)
         self.logs.mkdir(parents=True)
         self.config_file.write_text("".join(f"{key}={value}\n" for key, value in properties.items()), encoding="utf-8")
@@ -129,13 +152,36 @@ class RunDir:
     def clear(self, record: Record) -> None:
         """Remove what a stopped server leaves: sockets, unpacked archives, the record. Logs stay."""
         shutil.rmtree(record.temp, ignore_errors=True)
+        self._forget()
         (self.path / RECORD).unlink(missing_ok=True)
 
+    def _forget(self) -> None:
+        self.drain_file.unlink(missing_ok=True)
+        self.key_file.unlink(missing_ok=True)
+        shutil.rmtree(self.live, ignore_errors=True)
 
-def server_properties(ports: Ports, name: str, archive: Path, device: str) -> dict[str, str]:
-    """config.properties for one model: loopback addresses only, no tokens, metrics for Prometheus."""
+
+def read_token(key_file: Path, kind: str) -> str | None:
+    """A token out of TorchServe's key file; None where there is no file, or one that is being written."""
+    try:
+        return str(json.loads(key_file.read_text(encoding="utf-8"))[kind]["key"])
+    except (FileNotFoundError, ValueError, KeyError):
+        return None
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach the address."""
+    return host == "localhost" or host.startswith("127.")
+
+
+def server_properties(ports: Ports, name: str, archive: Path, device: str, host: str = HOST) -> dict[str, str]:
+    """config.properties for one model, metrics for Prometheus.
+
+    Management, metrics and gRPC listen on loopback. Inference does too, unless `host` is another address: then every
+    call needs a token.
+    """
     properties = {
-        "inference_address": f"http://{HOST}:{ports.inference}",
+        "inference_address": f"http://{host}:{ports.inference}",
         "management_address": f"http://{HOST}:{ports.management}",
         "metrics_address": f"http://{HOST}:{ports.metrics}",
         "grpc_inference_address": HOST,
@@ -144,7 +190,10 @@ def server_properties(ports: Ports, name: str, archive: Path, device: str) -> di
         "grpc_management_port": str(ports.grpc_management),
         "model_store": str(archive.parent),
         "load_models": f"{name}={archive.name}",
-        "disable_token_authorization": "true",
+        "disable_token_authorization": str(is_loopback(host)).lower(),
+        "token_expiration_min": str(TOKEN_MINUTES),
+        "enable_model_api": "true",  # rolling restarts register versions
+        "allowed_urls": "file:///nowhere",  # out of the model store alone
         "disable_system_metrics": "true",  # the collector needs packages of its own on GPU hosts, and breaks there
         "metrics_mode": "prometheus",
         "vmargs": "-Xms64m -Xmx1g -XX:+UseSerialGC",  # the cores belong to the ranks

@@ -2,48 +2,117 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import typer
 
-from scripts import server
+from scripts import health, server
 from scripts.console import fail, progress, say
+from scripts.drain import DRAIN_S
 from scripts.machine import MachineError
-from scripts.run_dir import HOST, Ports, RunDir
+from scripts.run_dir import HOST, Ports, Record, RunDir
 from scripts.worker_log import LogTail
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
 RUN_DIR = typer.Option(..., help="folder of the server: logs, configuration, temporary files")
+ARCHIVE = typer.Option(..., help="the .mar to serve")
+NAME = typer.Option(..., help="name under which TorchServe serves the model")
+PORT = typer.Option(8080, min=1024, max=65529, help="inference; +1 management, +2 metrics, +5 and +6 gRPC")
+TIMEOUT = typer.Option(server.START_TIMEOUT_S, help="give up after so many seconds")
+POLL_S = 0.2
+BIND = typer.Option(HOST, help="address of the inference port; beyond loopback every call needs a token")
+CANARY_S = 60.0  # the first token of a server that was not warmed up
+DRAIN = typer.Option(DRAIN_S, min=0, help="seconds that running requests have to end")
 
 
 @app.command()
 def start(
     run_dir: Path = RUN_DIR,
-    archive: Path = typer.Option(..., help="the .mar to serve"),
-    name: str = typer.Option(..., help="name under which TorchServe serves the model"),
-    port: int = typer.Option(8080, min=1024, max=65529, help="inference; +1 management, +2 metrics, +5 and +6 gRPC"),
-    timeout_s: float = typer.Option(server.START_TIMEOUT_S, help="give up after so many seconds"),
+    archive: Path = ARCHIVE,
+    name: str = NAME,
+    port: int = PORT,
+    host: str = BIND,
+    timeout_s: float = TIMEOUT,
 ) -> None:
-    """Start TorchServe and wait until the model is ready; on failure say why and stop it again."""
-    run, ports = RunDir(run_dir.resolve()), Ports(port)
+    """Start TorchServe and wait until the model answers; on failure say why and stop it again."""
+    launch(RunDir(run_dir.resolve()), archive, name, Ports(port), host, timeout_s)
+
+
+@app.command()
+def run(
+    run_dir: Path = RUN_DIR,
+    archive: Path = ARCHIVE,
+    name: str = NAME,
+    port: int = PORT,
+    host: str = BIND,
+    timeout_s: float = TIMEOUT,
+    drain_s: float = DRAIN,
+) -> None:
+    """Start and stay, for containers: SIGTERM or SIGINT drains and stops, a second one stops at once."""
+    folder, signals = RunDir(run_dir.resolve()), list[int]()
+
+    def note(number: int, _: object) -> None:
+        signals.append(number)
+
+    signal.signal(signal.SIGTERM, interrupt)
+    record = launch(folder, archive, name, Ports(port), host, timeout_s)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, note)
+    tail = LogTail(folder.model_log)
+    while not signals and server.is_alive(folder, record):
+        for line in tail.new_lines():
+            typer.echo(line)
+        reap_children()
+        time.sleep(POLL_S)
+    if not signals:
+        server.stop(folder)
+        fail(f"TorchServe ended: {server.last_line(folder.server_log)}")
+    say(f"draining for up to {drain_s:.0f} s; a second signal ends at once")
+    killed = server.stop(folder, drain_s, lambda: len(signals) > 1)
+    say("stopped" + (f" ({killed} processes had to be killed)" if killed else ""))
+
+
+def interrupt(*_: object) -> None:
+    """While the model loads, a signal ends the start."""
+    raise KeyboardInterrupt
+
+
+def reap_children() -> None:
+    """As process 1 of a container we inherit what others leave: nobody else would take their exit codes."""
+    with suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG) != (0, 0):
+            pass
+
+
+def launch(run: RunDir, archive: Path, name: str, ports: Ports, host: str, timeout_s: float) -> Record:
+    """Start the server and return when the model has given a token; on failure say why and stop it again."""
     started_s = time.monotonic()
     try:
-        record = server.start(run, name, archive.resolve(), ports)
+        record = server.start(run, name, archive.resolve(), ports, host)
     except (server.ServerError, MachineError) as error:
         fail(str(error))
     say(f"TorchServe started in {run.path}")
     try:
         with progress(f"loading {name}") as show:
             server.wait_until_ready(run, record, elapsed(show, started_s), timeout_s)
+        found = health.check(ports, name, run.key_file, CANARY_S)
+        if found.state is not health.State.READY:
+            raise server.ServerError(f"loaded, but {found.line()}")
     except server.ServerError as error:
         server.stop(run)
         fail(f"{error}\nlogs: {run.logs}")
     except KeyboardInterrupt:
         server.stop(run)
         fail("interrupted; the server was stopped")
-    say(f"ready after {time.monotonic() - started_s:.1f} s: http://{HOST}:{port}/predictions/{name}")
+    say(f"ready after {time.monotonic() - started_s:.1f} s: http://{host}:{ports.inference}/predictions/{name}")
+    if run.key_file.is_file():
+        say("calls need a token: `make token` prints it")
+    return record
 
 
 def elapsed(show: Callable[[str], None], started_s: float) -> Callable[[str], None]:
@@ -52,9 +121,9 @@ def elapsed(show: Callable[[str], None], started_s: float) -> Callable[[str], No
 
 
 @app.command()
-def stop(run_dir: Path = RUN_DIR) -> None:
-    """Stop the server and all its workers."""
-    killed = server.stop(RunDir(run_dir.resolve()))
+def stop(run_dir: Path = RUN_DIR, drain_s: float = DRAIN) -> None:
+    """Refuse new requests, let the running ones end, stop the server. A second `stop` beside it ends at once."""
+    killed = server.stop(RunDir(run_dir.resolve()), drain_s)
     if killed is None:
         say(f"no server runs in {run_dir}")
     else:

@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 import yaml
 
-from scripts import management, processes
+from scripts import drain, management, processes
 from scripts.machine import find_java_home
 from scripts.run_dir import HOST, Ports, Record, RunDir, server_properties
 from scripts.worker_log import LogTail, find_error, find_stages
@@ -64,7 +64,7 @@ def worker_environment(run: RunDir, temp: Path, config: dict[str, Any]) -> dict[
     return environ
 
 
-def start(run: RunDir, name: str, archive: Path, ports: Ports) -> Record:
+def start(run: RunDir, name: str, archive: Path, ports: Ports, host: str = HOST) -> Record:
     """Start TorchServe in the background and return at once. Raises ServerError, MachineError."""
     if processes.find_marked(run.path):
         raise ServerError(f"a server runs already in {run.path}: end it with `make stop`, or look with `make status`")
@@ -75,7 +75,7 @@ def start(run: RunDir, name: str, archive: Path, ports: Ports) -> Record:
             "choose another PORT, or stop the program that listens there"
         )
     config = read_archive(archive)
-    temp = run.create(server_properties(ports, name, archive, str(config.get("deviceType"))))
+    temp = run.create(server_properties(ports, name, archive, str(config.get("deviceType")), host))
     command = [sys.executable, "-m", "ts.model_server", "--start", "--ncs"]
     command += ["--ts-config", str(run.config_file), "--log-config", str(run.log4j_file)]
     with run.console_log.open("wb") as console:
@@ -87,7 +87,7 @@ def start(run: RunDir, name: str, archive: Path, ports: Ports) -> Record:
     pid_file = temp / ".model_server.pid"
     if launched.returncode != 0 or not pid_file.is_file():
         raise ServerError(f"TorchServe did not start: {last_line(run.console_log)}")
-    record = Record(int(pid_file.read_text()), name, ports.inference, str(temp), time.time())
+    record = Record(int(pid_file.read_text()), name, ports.inference, str(temp), time.time(), host)
     run.write_record(record)
     return record
 
@@ -101,7 +101,7 @@ def wait_until_ready(
     """
     ports, tail, lines = Ports(record.port), LogTail(run.model_log), list[str]()
     deadline = time.monotonic() + timeout_s
-    while not management.is_ready(ports, record.name):
+    while not management.is_ready(ports, record.name, run.token("management")):
         new = tail.new_lines()
         lines += new
         for stage in find_stages(new):
@@ -130,11 +130,16 @@ def is_alive(run: RunDir, record: Record) -> bool:
         return False
 
 
-def stop(run: RunDir) -> int | None:
-    """End the server and all its workers. None if none ran, else how many processes had to be killed."""
+def stop(run: RunDir, drain_s: float = 0.0, is_over: Callable[[], bool] = lambda: False) -> int | None:
+    """End the server and all its workers. None if none ran, else how many processes had to be killed.
+
+    Running requests have `drain_s` seconds to end, unless this is the second `stop`, or `is_over` says so.
+    """
     record = run.read_record()
     if record is None and not processes.find_marked(run.path):
         return None
+    if record is not None and drain_s > 0 and is_alive(run, record) and drain.raise_flag(run):
+        drain.drain(run, Ports(record.port), drain_s, lambda: is_over() or not is_alive(run, record))
     killed = processes.end_all(run.path, STOP_GRACE_S)
     if record is not None:
         run.clear(record)
@@ -148,10 +153,11 @@ def status(run: RunDir) -> list[str]:
         left = f" ({len(found)} processes are left: `make stop` ends them)" if found else ""
         return [f"no server runs in {run.path}{left}"]
     ports = Ports(record.port)
-    worker = management.worker_of(ports, record.name)
+    worker = management.worker_of(ports, record.name, run.token("management"))
+    draining = ", draining: new requests are refused" if run.drain_file.exists() else ""
     return [
-        f"model       {record.name}: {worker['status'] if worker else 'no worker'}",
-        f"inference   http://{HOST}:{ports.inference}/predictions/{record.name}",
+        f"model       {record.name}: {worker['status'] if worker else 'no worker'}{draining}",
+        f"inference   http://{record.host}:{ports.inference}/predictions/{record.name}",
         f"management  http://{HOST}:{ports.management}/models/{record.name}",
         f"metrics     http://{HOST}:{ports.metrics}/metrics",
         f"processes   {', '.join(f'{processes.describe(item)} {item.pid}' for item in found)}",

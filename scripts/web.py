@@ -15,13 +15,21 @@ class Unreachable(Exception):
     """No reply: nobody listens there, the connection broke, or the time is over."""
 
 
-def request_json(url: str, body: Any = None, timeout_s: float = 5.0) -> tuple[int, Any]:
+def request_json(
+    url: str, body: Any = None, timeout_s: float = 5.0, token: str | None = None, method: str | None = None
+) -> tuple[int, Any]:
     """GET, or POST if there is a body. Returns the status and the reply: parsed JSON, or text where it is none.
+
+    `token` goes out as `Authorization: Bearer`.
 
     Raises Unreachable.
     """
     data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data=data, headers={"Content-Type": "application/json"})
+    # TorchServe takes a POST of that type for a JSON body, and fails where there is none.
+    headers = {"Content-Type": "application/json"} if data is not None else {}
+    if token:
+        headers["Authorization"] = f"Bearer {token}"
+    request = urllib.request.Request(url, data=data, headers=headers, method=method)
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with opener.open(request, timeout=timeout_s) as reply:

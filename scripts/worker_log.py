@@ -6,11 +6,13 @@ ranks' lines interleave. TorchServe itself reports only "worker died".
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 STAGE_MARK = "[dsserve] "
+MODEL_LOG = " MODEL_LOG - "
 DIED = "Backend worker process died"
 LINE = re.compile(r"\[\w+ *\] (?P<stream>\S+) MODEL_LOG - (?P<text>.*)$")
 RANK = re.compile(r"^(\[rank\d+\]:) ?")
@@ -28,6 +30,10 @@ class LogTail:
         self.path = path
         self.offset = 0
 
+    def skip(self) -> None:
+        """Starts at the file's present end."""
+        self.offset = self.path.stat().st_size if self.path.is_file() else 0
+
     def new_lines(self) -> list[str]:
         """Complete lines only; none while the file does not exist."""
         if not self.path.is_file():
@@ -42,7 +48,18 @@ class LogTail:
 
 def find_stages(lines: Iterable[str]) -> list[str]:
     """The handler's own announcements, without TorchServe's prefix."""
-    return [line.partition(STAGE_MARK)[2].strip() for line in lines if STAGE_MARK in line]
+    return [plain(line).partition(STAGE_MARK)[2].strip() for line in lines if STAGE_MARK in line]
+
+
+def plain(line: str) -> str:
+    """A line of `log_format: json` as it is with `text`; other lines as they are."""
+    head, mark, text = line.partition(MODEL_LOG)
+    if not text.startswith("{"):
+        return line
+    try:
+        return f"{head}{mark}{json.loads(text)['message']}"
+    except (ValueError, KeyError, TypeError):
+        return line
 
 
 def find_error(lines: Iterable[str]) -> str | None:
@@ -51,7 +68,7 @@ def find_error(lines: Iterable[str]) -> str | None:
     A LoadError of the handler is taken as it is. Any other death gives the last line of the first traceback: what
     follows are its consequences, on this rank and on the others.
     """
-    lines = list(lines)
+    lines = [plain(line) for line in lines]
     for line in lines:
         match = LOAD_ERROR.search(line)
         if match:

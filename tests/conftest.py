@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-KINDS = {"unit", "contract", "distributed", "e2e", "gpu"}
+KINDS = {"unit", "contract", "distributed", "e2e", "faults", "gpu"}
 
 # No test may look for a model on the network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

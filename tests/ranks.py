@@ -38,7 +38,7 @@ def run_ranks(
 
 
 def main() -> None:
-    from dsserve.distributed import die_with_parent
+    from dsserve.parents import die_with_parent
 
     die_with_parent()  # ranks that spin would outlive a torchrun that is killed at its time limit
     function, kwargs, folder = sys.argv[1:]

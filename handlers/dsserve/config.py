@@ -54,6 +54,13 @@ class HandlerConfig(BaseModel):
     cuda_graphs: bool = Field(True, description="decode steps as CUDA graphs (GPU only)")
     num_threads: int | None = Field(None, ge=1, description="CPU threads of a rank; default: cores // ranks")
     warmup: bool = Field(True, description="run every prefill and decode shape once at load")
+    collective_timeout: float = Field(
+        60.0, gt=0, description="s; a call of the engine that takes longer ends the worker"
+    )
+    log_format: Literal["text", "json"] = Field("text", description="the worker's log lines")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="of rank 0 while it serves; the other ranks write warnings"
+    )
 
     @model_validator(mode="after")
     def _default_within_limit(self) -> HandlerConfig:

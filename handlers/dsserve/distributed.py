@@ -8,13 +8,11 @@ requests (`generation`).
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import glob
 import io
 import logging
 import os
 import shutil
-import signal
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,7 +29,6 @@ GROUP_TIMEOUT_S = 600
 # What DeepSpeed 0.19.8 maps for each rank: 2 small and 2 large buffers (csrc/cpu/comm/shm.cpp).
 _SHM_SEGMENT_BYTES = 66 * 2**20
 _SHM_OP = "deepspeed_shm_comm"
-_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -79,9 +76,11 @@ def prepare_environment(device: torch.device, rank: RankInfo, num_threads: int |
 
     LOCAL_SIZE: DeepSpeed's shared-memory all-reduce crashes unless it is the number of ranks, and torchrun sets only
     LOCAL_WORLD_SIZE.
+    Weights: what DeepSpeed unpickles from .bin files may hold tensors only, no code.
     Threads: with more threads than cores the ranks' spinning all-reduce makes a step about 100 times slower.
     """
     os.environ["LOCAL_SIZE"] = str(rank.local_world_size)
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         cores = len(os.sched_getaffinity(0))
@@ -90,12 +89,6 @@ def prepare_environment(device: torch.device, rank: RankInfo, num_threads: int |
         torch.cuda.set_device(device)
         # TorchServe's base handler allows TF32, which is not fp32.
         torch.set_float32_matmul_precision("highest")
-
-
-def die_with_parent() -> None:
-    """Asks the kernel to kill this rank when torchrun dies, so that it cannot live on as an orphan (Linux)."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def end_rank(error: Exception) -> None:

@@ -26,7 +26,7 @@ class RequestError(Exception):
         param: The request parameter at fault, where there is one.
         kind: The `type` of the error object, as OpenAI names them.
         code: A short name that programs can tell errors apart by, as OpenAI has them.
-        retry_after_s: When it is worth trying again.
+        retry_after_s: Seconds after which the same request may succeed, the `Retry-After` header.
     """
 
     def __init__(

@@ -5,6 +5,7 @@ Loads whole models into host memory, in every rank; `ds_engine` shards them. Doe
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,7 @@ def load_model(config: HandlerConfig, model_dir: Path) -> LoadedModel:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **source)
         model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", low_cpu_mem_usage=True, **source)
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
         reason = f"{type(error).__name__}: {error}"[:400]
         raise LoadError(
             f"{YAML_FILE}: handler.model_path: {config.model_path} could not be loaded: {reason}"

@@ -6,6 +6,7 @@ Checks what would otherwise hang or lose requests without an error; reads nothin
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from dsserve.config import YAML_FILE
@@ -43,3 +44,41 @@ def check_server_settings(yaml_config: Mapping[str, Any] | None, batch_size: int
             f"{sequences} requests are held, and one more must get through to be refused; set batchSize: "
             f"{sequences + 1} or more"
         )
+
+
+# TorchServe's own defaults of responseTimeout and startupTimeout.
+_DEFAULT_TIMEOUT_S = 120
+# The other ranks wait this much longer than rank 0: the death of any of them cuts all streams before rank 0 answers.
+ANSWER_MARGIN_S = 5.0
+# Of startupTimeout: our log line says where the load hangs, TorchServe's only that it does.
+_LOAD_SHARE = 0.95
+
+
+@dataclass(frozen=True)
+class TimeLimits:
+    """Seconds after which a rank gives up: rank 0 a call of its engine, every rank a call of the handler, the load."""
+
+    engine_s: float
+    call_s: float
+    load_s: float
+
+
+def read_time_limits(yaml_config: Mapping[str, Any] | None, collective_timeout_s: float) -> TimeLimits:
+    """The limits that lie below TorchServe's own, so that a stalled worker is ended and answered by us.
+
+    Raises:
+        LoadError: `handler.collective_timeout` leaves TorchServe's `responseTimeout` no room.
+    """
+    config = yaml_config or {}
+    response_s = config.get("responseTimeout", _DEFAULT_TIMEOUT_S)
+    startup_s = config.get("startupTimeout", _DEFAULT_TIMEOUT_S)
+    for key, value in (("responseTimeout", response_s), ("startupTimeout", startup_s)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
+            raise LoadError(f"{YAML_FILE}: {key} must be a number of seconds above 0 (found {value!r:.80})")
+    call_s = collective_timeout_s + ANSWER_MARGIN_S
+    if call_s >= response_s:
+        raise LoadError(
+            f"{YAML_FILE}: handler.collective_timeout ({collective_timeout_s:g} s) + {ANSWER_MARGIN_S:g} s must be "
+            f"below responseTimeout ({response_s:g} s): lower the one or raise the other"
+        )
+    return TimeLimits(collective_timeout_s, call_s, startup_s * _LOAD_SHARE)

@@ -11,7 +11,10 @@ from ts.context import RequestProcessor
 from ts.utils.util import list_classes_from_module
 
 import deepspeed_handler
+from dsserve.distributed import RankInfo
 from dsserve.errors import LoadError
+from dsserve.settings import TimeLimits
+from dsserve.watchdog import Watchdog
 from tests.contexts import make_context
 
 
@@ -57,6 +60,8 @@ def test_one_rank_alone_generates(smollm2: Path) -> None:
         ({"continuousBatching": False}, ["continuousBatching"]),
         ({"torchrun": {"nproc-per-node": 2}}, ["nproc-per-node", "tp_size", "deviceIds"]),
         ({"deviceType": "gpu"}, ["GPU", "deviceType"]),
+        ({"responseTimeout": 60}, ["collective_timeout", "60 s", "5 s", "responseTimeout"]),
+        ({"startupTimeout": "long"}, ["startupTimeout", "long"]),
     ],
 )
 def test_a_load_that_cannot_work_is_one_line_in_the_log(
@@ -79,7 +84,8 @@ def test_an_engine_that_breaks_ends_the_rank(monkeypatch: pytest.MonkeyPatch) ->
     ended: list[Exception] = []
     monkeypatch.setattr(deepspeed_handler, "end_rank", ended.append)
     handler = deepspeed_handler.DeepSpeedHandler()
-    handler.rank = type("Rank", (), {"is_leader": False})()  # type: ignore[assignment]
+    handler.rank = RankInfo(rank=1, local_rank=1, world_size=2, local_world_size=2)
+    handler.watchdog, handler._limits = Watchdog(1), TimeLimits(1.0, 2.0, 3.0)
 
     class Broken:
         def follow(self) -> None:

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from ts.context import RequestProcessor
 from ts.protocol.otf_message_handler import create_predict_response
 
+from dsserve.errors import RequestError
 from dsserve.generation.grammar import GrammarCompiler
 from dsserve.generation.request import GenerationRequest, Limits, TokenEvent
 from dsserve.protocol.batch import LiveBatch
@@ -55,8 +56,14 @@ class Worker:
 
     def __init__(self) -> None:
         self.engine = FakeEngine()
+        self.draining = False
         self.served = served_model(make_tokenizer(), Limits(64, 16, 32, max_running=2, max_waiting=2))
-        self.batch = LiveBatch(self.engine, self.served, max_steps=4)  # type: ignore[arg-type]
+        self.batch = LiveBatch(
+            self.engine,  # type: ignore[arg-type]
+            self.served,
+            max_steps=4,
+            is_draining=lambda: self.draining,
+        )
         self.ctx = make_context(".", {})
 
     def call(self, rows: dict[str, dict[str, Any]], events: list[TokenEvent] | None = None) -> dict[str, Any]:
@@ -183,3 +190,27 @@ def test_a_request_that_breaks_in_mid_stream_says_so_and_ends(worker: Worker, st
     payload = item.decode().removeprefix("data: ").split("\n\n")[0]
     assert json.loads(payload)["error"]["type"] == "internal_error"
     assert item.endswith(b"[DONE]\n\n") is stream
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_request_that_breaks_in_its_first_call_gets_the_status(worker: Worker, stream: bool) -> None:
+    error = RequestError("restarting", status=503, kind="server_error", retry_after_s=10)
+    event = TokenEvent("a", "", failed=True, error=error)
+    item, status, content_type, stream_next = worker.call({"a": body(stream=stream)}, [event])["a"]
+    assert (status, content_type, stream_next) == (503, "application/json", None)
+    assert json.loads(item)["error"] == {"message": "restarting", "type": "server_error", "param": None, "code": None}
+    assert worker.ctx.get_response_headers(0)["Retry-After"] == "10"
+    assert worker.batch.live == 0
+
+
+def test_a_server_that_drains_refuses_new_requests_and_finishes_the_old(worker: Worker) -> None:
+    worker.call({"a": body(stream=True)}, [TokenEvent("a", "x")])
+    worker.draining = True
+    replies = worker.call({"a": {}, "b": body()}, [TokenEvent("a", "y")])
+    assert replies["a"][0] == b'data: {"text":"y"}\n\n' and replies["a"][3] == "true"
+    assert replies["b"][1] == 503 and json.loads(replies["b"][0])["error"]["type"] == "server_error"
+    assert worker.ctx.get_response_headers(1)["Retry-After"]
+    assert [request.request_id for request in worker.engine.admitted] == ["a"]
+    assert worker.batch.live == 1
+    worker.call({"a": {}}, [done("a")])
+    assert worker.batch.live == 0

@@ -84,10 +84,10 @@ class Served:
         return self.run.model_log.read_text(encoding="utf-8")
 
 
-def serve(folder: Path, name: str, archive: Path) -> Served:
+def serve(folder: Path, name: str, archive: Path, host: str = HOST) -> Served:
     """Starts a server and waits until it is ready; stops it again where it never is."""
     run = RunDir(folder)
-    record = server.start(run, name, archive, free_ports())
+    record = server.start(run, name, archive, free_ports(), host)
     try:
         server.wait_until_ready(run, record, lambda _: None)
     except BaseException:

@@ -29,7 +29,7 @@ def block(first_words: str) -> str:
 
 
 URL = "curl http://127.0.0.1:8080/predictions/smollm2"
-DEPLOY, LOOK_AND_STOP, BY_HAND = map(block, ("make deploy", "make status", "make model"))
+DEPLOY, LOOK_AND_STOP, OPERATE, BY_HAND = map(block, ("make deploy", "make status", "make health", "make model"))
 REQUESTS, OPENAI_REQUESTS = block(f"{URL} "), block(f"{URL}/1.0/v1")
 (OPENAI_CLIENT,) = re.findall(r"```python\n(import openai\n.*?)```", README, flags=re.DOTALL)
 
@@ -51,7 +51,7 @@ def run(commands: str, folder: Path, timeout_s: float = 240, **environ: str) -> 
 
 
 def test_no_command_of_the_readme_is_left_out() -> None:
-    assert sorted(BLOCKS) == sorted([DEPLOY, LOOK_AND_STOP, REQUESTS, OPENAI_REQUESTS, BY_HAND])
+    assert sorted(BLOCKS) == sorted([DEPLOY, LOOK_AND_STOP, REQUESTS, OPENAI_REQUESTS, OPERATE, BY_HAND])
 
 
 def test_deploy_ask_requests_status_and_stop(tmp_path: Path) -> None:
@@ -72,6 +72,8 @@ def test_deploy_ask_requests_status_and_stop(tmp_path: Path) -> None:
         (tmp_path / "client.py").write_text(OPENAI_CLIENT.replace(":8080/", f":{port}/"))
         printed = run(f"{sys.executable} {tmp_path / 'client.py'}", tmp_path)
         assert set(json.loads(printed[printed.index("{") :])) == {"name", "age"}
+        operated = run(OPERATE, tmp_path, **environ)
+        assert "ready: smollm2 answers" in operated and "done after" in operated
         looked = run(LOOK_AND_STOP, tmp_path, **environ)
         assert "READY" in looked and "stopped" in looked
         for rank, rows in ((0, 384), (1, 192)):

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from dsserve.errors import RequestError
+
 FinishReason = Literal["stop", "length"]
 
 
@@ -98,7 +100,8 @@ class TokenEvent:
         prompt_logprobs: of the whole prompt, in the first event, where asked for.
         completion_tokens: new tokens so far, an end-of-text token included.
         cached_tokens: tokens of the prompt that were not computed again.
-        failed: the sequence could not go on, for a fault of ours that concerns no other request.
+        failed: the sequence could not go on, for a fault of ours.
+        error: what the client is told then, if that is more than "internal error".
     """
 
     request_id: str
@@ -111,6 +114,7 @@ class TokenEvent:
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     failed: bool = False
+    error: RequestError | None = None
 
     @property
     def is_last(self) -> bool:

@@ -14,7 +14,7 @@ from http import HTTPStatus
 from typing import Any
 
 from dsserve.errors import RequestError
-from dsserve.generation.engine import Engine
+from dsserve.generation.leader import RETRY_AFTER_S, LeaderEngine
 from dsserve.generation.request import TokenEvent
 from dsserve.protocol.job import Job
 from dsserve.protocol.reply import JSON_TYPE, Reply, error_body
@@ -25,7 +25,7 @@ from dsserve.protocol.served import ServedModel
 logger = logging.getLogger(__name__)
 
 _INTERNAL = "internal_error"
-_RETRY_AFTER_S = 1
+_RETRY_WHEN_FULL_S = 1
 
 
 @dataclass
@@ -45,26 +45,40 @@ class LiveBatch:
         engine: rank 0's engine.
         served: the model and its limits.
         max_steps: most decode steps in one call.
+        is_draining: whether new requests are to be refused; asked once a call.
     """
 
-    def __init__(self, engine: Engine, served: ServedModel, max_steps: int) -> None:
+    def __init__(
+        self,
+        engine: LeaderEngine,
+        served: ServedModel,
+        max_steps: int,
+        is_draining: Callable[[], bool] = lambda: False,
+    ) -> None:
         self._engine = engine
         self._served = served
         self._max_steps = max_steps
+        self._is_draining = is_draining
         self._rows: dict[str, _Row] = {}
+
+    @property
+    def live(self) -> int:
+        """Requests that were not answered to their end yet."""
+        return len(self._rows)
 
     def serve(self, data: list[dict[str, Any]], ctx: Any) -> list[bytes]:
         """One call of the handler: answers what is wrong, admits what is new, runs the engine, collects the frames."""
         ids = [ctx.request_ids[index] for index in range(len(data))]
         self._drop_gone(set(ids))
         answered: dict[str, bytes | RequestError] = {}
+        draining = self._is_draining()
         for index, request_id in enumerate(ids):
             if request_id not in self._rows:
-                found = self._start(index, request_id, data[index], ctx)
+                found = drain_error(request_id) if draining else self._start(index, request_id, data[index], ctx)
                 if found is not None:
                     answered[request_id] = found
         for event in self._engine.run(self._max_steps):
-            self._take(event)
+            self._take(event, answered)
         return self._collect(ids, answered, ctx)
 
     def _drop_gone(self, ids: set[str]) -> None:
@@ -105,7 +119,7 @@ class LiveBatch:
                 status=429,
                 kind="rate_limit_error",
                 code="rate_limit_exceeded",
-                retry_after_s=_RETRY_AFTER_S,
+                retry_after_s=_RETRY_WHEN_FULL_S,
             )
 
     def _admit(self, request_id: str, job: Job) -> None:
@@ -118,14 +132,19 @@ class LiveBatch:
             request_id, len(job.requests), longest, max(request.max_new_tokens for request in job.requests),
         )  # fmt: skip
 
-    def _take(self, event: TokenEvent) -> None:
+    def _take(self, event: TokenEvent, answered: dict[str, bytes | RequestError]) -> None:
         row = self._rows.get(event.request_id)
         if row is None or row.done:
             return
         if event.failed:
-            row.frame += row.reply.fail(RequestError("the server failed on this request", status=500, kind=_INTERNAL))
-            row.done = True
+            error = event.error or RequestError("the server failed on this request", status=500, kind=_INTERNAL)
             self._engine.evict(event.request_id)  # its other texts have no reply to go to
+            if row.is_new:  # its status has not gone out yet
+                answered[event.request_id] = error
+                del self._rows[event.request_id]
+                return
+            row.frame += row.reply.fail(error)
+            row.done = True
             return
         row.frame += row.reply.take(event)
         if row.reply.is_done:
@@ -157,13 +176,22 @@ class LiveBatch:
         return items
 
 
+def drain_error(request_id: str) -> RequestError:
+    """What a request gets that arrives while the server ends."""
+    logger.info("[dsserve] %s: refused with 503 (draining)", request_id)
+    return RequestError(
+        "the server is shutting down: send the request again, to another server or later",
+        status=503, kind="server_error", retry_after_s=RETRY_AFTER_S,
+    )  # fmt: skip
+
+
 def _answer_at_once(index: int, found: bytes | RequestError, ctx: Any) -> bytes:
     ctx.set_response_header(index, "content-type", JSON_TYPE)
     if isinstance(found, bytes):
         return found
     ctx.set_response_status(found.status, HTTPStatus(found.status).phrase, index)
     if found.retry_after_s is not None:
-        ctx.set_response_header(index, "retry-after", str(found.retry_after_s))
+        ctx.set_response_header(index, "Retry-After", str(found.retry_after_s))
     return error_body(found)
 
 

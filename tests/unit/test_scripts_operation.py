@@ -1,0 +1,239 @@
+"""Drain, health probe, tokens and the soak's judgement, without a server."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import os
+import threading
+import zipfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+import typer
+
+from scripts import audit, drain, health, soak
+from scripts.management import Version
+from scripts.rollout import RolloutError, archive_version
+from scripts.run_dir import HOST, Ports, RunDir, is_loopback, server_properties
+from scripts.soak_faults import Sample
+from scripts.soak_load import Client, Reference, Tally
+
+TEXT = Reference("prompt", 4, "one two three")
+
+
+def test_the_flag_is_raised_once(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    assert drain.raise_flag(run) and run.drain_file.exists()
+    assert not drain.raise_flag(run)
+
+
+def test_a_new_start_forgets_the_flag_and_the_tokens(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    drain.raise_flag(run)
+    run.key_file.write_text('{"inference": {"key": "old"}}')
+    assert run.token("inference") == "old"
+    run.create({})
+    assert not run.drain_file.exists() and run.token("inference") is None
+
+
+def test_waiting_and_running_requests_are_counted(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    run.live.mkdir()
+    parent = psutil.Process().ppid()
+    version = Version("m", "1.0", 3, {"pid": os.getpid(), "status": "READY"})
+    assert drain.requests_left(run, version) == 3  # the worker has written nothing yet
+    (run.live / str(parent)).write_text("       4\n")
+    assert drain.requests_left(run, version) == 7
+    assert drain.requests_left(run, Version("m", "1.0", 2, None)) == 2
+
+
+def test_calm_is_several_zeros_in_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drain, "POLL_S", 0.0)
+    counts = iter([2, 0, 0, 1, 0, 0, 0])
+    assert drain.wait_until_calm(lambda: next(counts), 60, calm_polls=3) == 0
+    assert list(counts) == []
+    assert drain.wait_until_calm(lambda: 5, 0.01) == 5
+
+
+class Answers(http.server.BaseHTTPRequestHandler):
+    """Answers as TorchServe and a handler would: by path, as the test says."""
+
+    replies: dict[str, tuple[int, Any]]
+
+    def do_GET(self) -> None:
+        self._reply()
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self._reply()
+
+    def _reply(self) -> None:
+        status, body = self.replies[self.path]
+        data = json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def torchserve() -> Iterator[Ports]:
+    """Management and inference on two ports in a row."""
+    while True:
+        inference = http.server.ThreadingHTTPServer((HOST, 0), Answers)
+        try:
+            management = http.server.ThreadingHTTPServer((HOST, inference.server_port + 1), Answers)
+            break
+        except OSError:
+            inference.server_close()
+    servers = (inference, management)
+    for server in servers:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield Ports(inference.server_port)
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def model(status: str | None) -> list[dict[str, Any]]:
+    return [{"modelVersion": "1.0", "workers": [{"status": status}] if status else []}]
+
+
+@pytest.mark.parametrize(
+    ("described", "canary", "state", "word"),
+    [
+        ((200, model("READY")), (200, {"text": "a"}), health.State.READY, "answers"),
+        (
+            (200, model("READY")),
+            (503, {"error": {"message": "shutting down"}}),
+            health.State.NOT_READY,
+            "shutting down",
+        ),
+        ((200, model("READY")), (503, {"code": 503, "message": "no worker"}), health.State.NOT_READY, "no worker"),
+        ((200, model("READY")), (500, {}), health.State.NOT_READY, "500"),
+        ((200, model("UNLOADED")), None, health.State.NOT_READY, "UNLOADED"),
+        ((200, model(None)), None, health.State.NOT_READY, "missing"),
+        ((404, {"message": "not found"}), None, health.State.DEAD, "404"),
+    ],
+)
+def test_what_the_probe_says(torchserve: Ports, described: Any, canary: Any, state: health.State, word: str) -> None:
+    Answers.replies = {"/models/m": described, "/predictions/m": canary}
+    found = health.check(torchserve, "m", timeout_s=5)
+    assert found.state is state and word in found.detail
+    assert (found.canary_ms is not None) == (state is health.State.READY)
+    assert json.loads(found.to_json())["state"] == state.name.lower()
+
+
+@pytest.mark.parametrize(
+    ("host", "open_to_all"), [("127.0.0.1", True), ("127.0.0.9", True), ("localhost", True), ("0.0.0.0", False)]
+)
+def test_tokens_are_asked_for_beyond_loopback(host: str, open_to_all: bool) -> None:
+    properties = server_properties(Ports(9000), "m", Path("/store/m.mar"), "cpu", host)
+    assert is_loopback(host) is open_to_all
+    assert properties["disable_token_authorization"] == str(open_to_all).lower()
+    assert properties["inference_address"] == f"http://{host}:9000"
+    assert all(HOST in properties[key] for key in ("management_address", "metrics_address", "grpc_inference_address"))
+    assert int(properties["token_expiration_min"]) > 60
+
+
+def test_the_version_of_an_archive(tmp_path: Path) -> None:
+    archive = tmp_path / "m.mar"
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr("MAR-INF/MANIFEST.json", '{"model": {"modelVersion": "2.0"}}')
+    assert archive_version(archive) == "2.0"
+    archive.write_text("no archive")
+    with pytest.raises(RolloutError, match="make mar VERSION"):
+        archive_version(archive)
+
+
+def sse(*events: str) -> str:
+    return "".join(f"data: {event}\n\n" for event in events)
+
+
+STALL = '{"error":{"message":"restarting","type":"server_error","param":null}}'
+
+
+@pytest.mark.parametrize(
+    ("reply", "expected"),
+    [
+        (httpx.Response(200, text=sse('{"text":"one "}', '{"text":"two three"}', "[DONE]")), "right"),
+        (httpx.Response(200, text=sse('{"text":"one "}', '{"text":"2"}', "[DONE]")), "wrong"),
+        (httpx.Response(200, text=sse('{"text":"one two three"}')), "wrong"),  # the end is missing
+        (httpx.Response(200, text=sse('{"text":"one "}', STALL, "[DONE]")), "clean error"),
+        (httpx.Response(200, text=sse('{"text":"1"}', STALL, "[DONE]")), "wrong"),
+        (httpx.Response(503, json={"error": {"message": "x"}}), "clean error"),
+        (httpx.Response(503, json={"code": 503, "message": "x"}), "clean error"),
+        (httpx.Response(503, text="x"), "wrong"),
+        (httpx.Response(400, json={"error": {"message": "x"}}), "wrong"),  # the request was right
+    ],
+)
+def test_the_soak_judges_streams(monkeypatch: pytest.MonkeyPatch, reply: httpx.Response, expected: str) -> None:
+    over = threading.Event()
+    over.set()  # no pauses
+    client = Client("http://x", [TEXT], Tally(), over, 0)
+
+    class Stream:
+        def __enter__(self) -> httpx.Response:
+            return reply
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+    monkeypatch.setattr(httpx, "stream", lambda *_, **__: Stream())
+    assert client._stream(TEXT)[0] == expected
+
+
+@pytest.mark.parametrize(
+    ("status", "answer", "expected"),
+    [(200, {"text": "one two three"}, "right"), (200, {"text": "one"}, "wrong"), (200, {"error": {}}, "clean error")],
+)
+def test_the_soak_judges_json(monkeypatch: pytest.MonkeyPatch, status: int, answer: Any, expected: str) -> None:
+    client = Client("http://x", [TEXT], Tally(), threading.Event(), 0)
+    monkeypatch.setattr(httpx, "post", lambda *_, **__: httpx.Response(status, json=answer))
+    assert client._json(TEXT)[0] == expected
+
+
+def test_growth_is_found() -> None:
+    first = Sample({"rank 0": 500.0, "TorchServe": 300.0}, {"rank 0": 30, "TorchServe": 100}, 0, 2, 1)
+    assert soak.grown(first, first) == []
+    last = Sample({"rank 0": 900.0, "TorchServe": 400.0}, {"rank 0": 31, "TorchServe": 400}, 1, 3, 1)
+    found = " ".join(soak.grown(first, last))
+    for word in ("900", "400 open files", "/dev/shm", "sockets"):
+        assert word in found
+    assert "TorchServe: 300" not in found
+    report = {"wrong": [], "growth": [], "outcomes": Counter(right=5)}
+    assert soak.is_passed(report)
+    assert not soak.is_passed(report | {"wrong": ["x"]}) and not soak.is_passed(report | {"outcomes": {}})
+
+
+def test_the_audit_reads_every_exact_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = "# head\na==1\nb==2; python_version < '3.11'\nb==3; python_version >= '3.11'\nc>=4\n"
+    assert audit.exact_versions(lines) == ["a==1", "b==2", "b==3"]
+    files: list[str] = []
+
+    def run(command: list[str], **_: Any) -> Any:
+        files.append(Path(command[command.index("--requirement") + 1]).read_text())
+        return type("Done", (), {"returncode": len(files) - 1})()
+
+    monkeypatch.setattr(audit.subprocess, "run", run)
+    assert audit.audit(["a==1", "b==2", "b==3"]) == 1
+    assert files == ["a==1\nb==2\n", "b==3\n"]
+
+
+def test_an_audit_that_cannot_be_done_is_not_called_done(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(audit, "is_reachable", lambda: False)
+    audit.main(if_possible=True)
+    assert "NOT audited" in capsys.readouterr().err
+    with pytest.raises(typer.Exit):
+        audit.main(if_possible=False)
