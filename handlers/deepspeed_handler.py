@@ -16,9 +16,10 @@ from dsserve.distributed import end_rank
 from dsserve.ds_engine import get_ds_engine
 from dsserve.errors import LoadError
 from dsserve.generation.build import build_engine, check_engine_choice
-from dsserve.hf_model import load_model
+from dsserve.hf_model import load_model, load_outline
 from dsserve.protocol.batch import LiveBatch
 from dsserve.settings import check_server_settings
+from dsserve.sharding.heads import plan_kv_copies
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +45,7 @@ class DeepSpeedHandler(BaseDeepSpeedHandler):
         slots = check_server_settings(ctx.model_yaml_config, ctx.system_properties["batch_size"])
         super().initialize(ctx)
         logger.info("[dsserve] rank %d of %d: loading on %s", self.rank.rank, self.rank.world_size, self.device)
+        plan_kv_copies(load_outline(config, self.model_dir), self.rank.world_size)  # refuses before the long load
         loaded = load_model(config, self.model_dir)
         logger.info("[dsserve] rank %d: loaded in %.1f s", self.rank.rank, time.perf_counter() - started)
         check_engine_choice(ctx, self.rank.world_size)
