@@ -18,11 +18,12 @@ from dsserve.ds_engine import get_ds_engine
 from dsserve.errors import LoadError
 from dsserve.generation.build import build_engine, check_engine_choice
 from dsserve.generation.leader import EngineThread, LeaderEngine
-from dsserve.hf_model import load_model
+from dsserve.hf_model import load_model, load_outline
 from dsserve.logs import set_serving_level
 from dsserve.protocol.batch import LiveBatch
 from dsserve.protocol.served import describe_model
 from dsserve.settings import check_server_settings, read_time_limits
+from dsserve.sharding.heads import plan_kv_copies
 from dsserve.watchdog import end_process
 
 logger = logging.getLogger(__name__)
@@ -62,6 +63,7 @@ class DeepSpeedHandler(BaseDeepSpeedHandler):
     def _load(self, ctx: Any, config: HandlerConfig) -> None:
         started = time.perf_counter()
         logger.info("[dsserve] rank %d of %d: loading on %s", self.rank.rank, self.rank.world_size, self.device)
+        plan_kv_copies(load_outline(config, self.model_dir), self.rank.world_size)  # refuses before the long load
         loaded = load_model(config, self.model_dir)
         logger.info("[dsserve] rank %d: loaded in %.1f s", self.rank.rank, time.perf_counter() - started)
         check_engine_choice(ctx, self.rank.world_size)

@@ -11,7 +11,7 @@ import io
 import logging
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from ts.context import Context
@@ -22,6 +22,12 @@ from dsserve.distributed import RankInfo, init_process_group, prepare_environmen
 from dsserve.errors import LoadError
 from dsserve.hf_model import model_dtype
 from dsserve.self_check import SelfCheck
+from dsserve.sharding.alibi import use_rank_alibi
+from dsserve.sharding.heads import repeat_kv_heads
+from dsserve.sharding.phi3 import use_rank_query_heads
+
+if TYPE_CHECKING:
+    from dsserve.ds_config import DeepSpeedSettings
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +44,7 @@ def get_ds_engine(model: Any, ctx: Context) -> Any:
         logits, None where the check is off or the model came on the meta device or is no causal language model.
 
     Raises:
-        LoadError: settings that cannot work, or logits that changed.
+        LoadError: settings that cannot work, a rank without attention heads, or logits that changed.
     """
     rank = RankInfo.from_env()
     device = select_device((ctx.model_yaml_config or {}).get("deviceType"), rank)
@@ -56,7 +62,7 @@ def get_ds_engine(model: Any, ctx: Context) -> Any:
     if settings.checkpoint:
         init["checkpoint"] = _prepare_checkpoint(model, ctx, settings.checkpoint, rank, model_dir, on_meta)
     started = time.perf_counter()
-    engine = _init_inference(model, init, settings.dtype, settings.tp_size)
+    engine = _shard(model, init, settings, rank)
     checkpoint.check_nothing_on_meta(engine.module)
     engine.self_check = check
     _report(engine, rank, settings.tp_size, time.perf_counter() - started)
@@ -84,6 +90,19 @@ def _prepare_checkpoint(model: Any, ctx: Context, name: str, rank: RankInfo, mod
     if on_meta:
         checkpoint.restore_buffers(model)
     return str(destination)
+
+
+def _shard(model: Any, init: dict[str, Any], settings: DeepSpeedSettings, rank: RankInfo) -> Any:
+    """DeepSpeed's engine; around AutoTP's split, what makes it right for every number of ranks (`sharding`)."""
+    if settings.kernel_inject:
+        return _init_inference(model, init, settings.dtype, settings.tp_size)
+    copies = repeat_kv_heads(model, settings.tp_size)
+    if copies > 1 and rank.is_leader:
+        logger.info("[dsserve] every KV head %d times, so that each rank has one", copies)
+    engine = _init_inference(model, init, settings.dtype, settings.tp_size)
+    use_rank_alibi(engine.module, rank.rank, settings.tp_size)
+    use_rank_query_heads(engine.module)
+    return engine
 
 
 def _init_inference(model: Any, init: dict[str, Any], dtype: torch.dtype, tp_size: int) -> Any:

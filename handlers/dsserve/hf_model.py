@@ -5,7 +5,9 @@ Loads whole models into host memory, in every rank; `ds_engine` shards them. Doe
 
 from __future__ import annotations
 
+import contextlib
 import pickle
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,18 +66,42 @@ def load_model(config: HandlerConfig, model_dir: Path) -> LoadedModel:
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    path = resolve_model_path(config, model_dir)
-    source = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
-    try:
+    path, source = resolve_model_path(config, model_dir), _source(config)
+    with _loading(config):
         tokenizer = AutoTokenizer.from_pretrained(path, **source)
         model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", low_cpu_mem_usage=True, **source)
+    model.eval()
+    return LoadedModel(model, tokenizer, _eos_ids(model, tokenizer), _max_position(model.config))
+
+
+def load_outline(config: HandlerConfig, model_dir: Path) -> Any:
+    """The model on the meta device, without weights: enough to refuse a shape before the long load.
+
+    Raises:
+        LoadError: as `load_model`.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    path, source = resolve_model_path(config, model_dir), _source(config)
+    with _loading(config), torch.device("meta"):
+        model_config = AutoConfig.from_pretrained(path, **source)
+        return AutoModelForCausalLM.from_config(model_config, trust_remote_code=config.trust_remote_code)
+
+
+def _source(config: HandlerConfig) -> dict[str, Any]:
+    return {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+
+
+@contextlib.contextmanager
+def _loading(config: HandlerConfig) -> Iterator[None]:
+    """Turns what transformers raises into one line that names the key."""
+    try:
+        yield
     except (OSError, ValueError, ImportError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
         reason = f"{type(error).__name__}: {error}"[:400]
         raise LoadError(
             f"{YAML_FILE}: handler.model_path: {config.model_path} could not be loaded: {reason}"
         ) from error
-    model.eval()
-    return LoadedModel(model, tokenizer, _eos_ids(model, tokenizer), _max_position(model.config))
 
 
 def _eos_ids(model: Any, tokenizer: Any) -> frozenset[int]:

@@ -32,21 +32,25 @@ class PackedLinear(nn.Module):
     """`x @ weight.T + bias` with a prepacked weight.
 
     Args:
-        weight: `[out, in]`, this rank's shard.
+        weight: `[out, in]`, this rank's shard; empty where DeepSpeed gave this rank none of a narrow layer.
         bias: `[out]` or None. Of a row-parallel layer it is added once, after the sum.
         row_parallel: sum the result over the ranks.
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, row_parallel: bool) -> None:
         super().__init__()
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous())
+        self._rows = weight.shape[0]
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous()) if weight.numel() else None
         self._bias = None if bias is None else bias.detach()
         self._row_parallel = row_parallel
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., in]` -> `[..., out]`."""
         bias = None if self._row_parallel else self._bias
-        output = torch.ops.mkldnn._linear_pointwise.default(x, self._packed, bias, "none", [], "")
+        if self._packed is None:
+            output = x.new_zeros(*x.shape[:-1], self._rows)
+        else:
+            output = torch.ops.mkldnn._linear_pointwise.default(x, self._packed, bias, "none", [], "")
         if not self._row_parallel:
             return output
         all_reduce(output)

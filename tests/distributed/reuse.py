@@ -11,7 +11,7 @@ from dsserve.generation.engine import Engine
 from dsserve.generation.model_runner import ModelRunner
 from dsserve.generation.request import GenerationRequest, SamplingParams
 from tests.distributed.steps import make_engine
-from tests.gpu.steps import Numbers, more
+from tests.streams import Numbers, more
 
 SLOTS, CONTEXT, NEW_TOKENS = 3, 128, 12
 # A seed's number may fall between two sums of probabilities that differ in their rounding (4e-7 of all numbers,

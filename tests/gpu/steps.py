@@ -17,21 +17,10 @@ from dsserve.generation.model_runner import ModelRunner
 from dsserve.generation.request import GenerationRequest
 from dsserve.generation.warmup import verify_runner
 from tests.contexts import make_context
+from tests.streams import Numbers, run
 
 SLOTS, CONTEXT, NEW_TOKENS = 4, 256, 24
 PROMPT_LENGTHS = (1, 17, 5, 73, 40, 2, 33, 9)
-
-
-class Numbers:
-    """In a detokenizer's place: the tokens themselves."""
-
-    stopped = False
-
-    def push(self, token: int, may_stop: bool = True) -> str:
-        return f"{token} "
-
-    def flush(self) -> str:
-        return ""
 
 
 def prompts(vocabulary: int) -> list[tuple[int, ...]]:
@@ -63,28 +52,3 @@ def generate(path: str, dtype: str, graphs: bool) -> dict[str, Any]:
         "alone": alone,
         "together": [together[request.request_id] for request in requests],
     }
-
-
-def run(engine: Engine, rank: RankInfo, arrivals: list[list[GenerationRequest]]) -> dict[str, list[int]]:
-    """Runs until all have ended; each group arrives one call later. Other ranks follow, and return nothing."""
-    texts: dict[str, str] = {request.request_id: "" for group in arrivals for request in group}
-    open_ = set(texts)
-    while more(rank, bool(open_)):
-        if not rank.is_leader:
-            engine.follow()
-            continue
-        for request in arrivals.pop(0) if arrivals else []:
-            engine.admit(request)
-        for event in engine.run(max_steps=2):
-            texts[event.request_id] += event.text
-            open_ -= {event.request_id} if event.finish_reason else set()
-    return {name: [int(number) for number in text.split()] for name, text in texts.items()}
-
-
-def more(rank: RankInfo, wanted: bool) -> bool:
-    """Rank 0's word on every rank."""
-    if rank.world_size == 1:
-        return wanted
-    box = [wanted]
-    torch.distributed.broadcast_object_list(box, src=0)
-    return box[0]

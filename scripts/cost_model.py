@@ -1,0 +1,43 @@
+"""Prints a cost model of decode steps: its costs, its error on what was measured, and what it predicts for more ranks.
+
+The model is in `cost_terms`, the fit in `cost_fit`. Measures nothing.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+from scripts.console import say
+from scripts.cost_fit import fit, read_points
+from scripts.cost_report import error_table, prediction_table, summary_table
+from scripts.cost_terms import load
+
+MEASUREMENTS = Path(__file__).resolve().parent.parent / "configs" / "measurements" / "llama-6.7b.json"
+
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def main(
+    measurements: Path = typer.Option(MEASUREMENTS, help="what was measured, and the machine's bandwidths"),
+    plot: Path | None = typer.Option(None, help="also write this picture (.svg, .png); needs matplotlib"),
+) -> None:
+    """Print the model's costs, its error on every measured step, and what it predicts."""
+    given = load(measurements)
+    points = read_points(given)
+    costs = fit(given, points)
+    say(f"{given.what}\n{given.source}")
+    tables = error_table(given, points, costs), summary_table(given, points, costs), prediction_table(given, costs)
+    print("\n\n".join(tables))
+    if plot is not None:
+        from scripts.cost_plot import draw
+
+        draw(given, points, costs, plot)
+        say(f"wrote {plot}")
+
+
+if __name__ == "__main__":
+    app()
