@@ -35,6 +35,7 @@ def describe() -> dict[str, Any]:
         path or "/": {"post": _operation(body, summary, streams)} for path, (body, summary, streams) in _POSTED.items()
     }
     paths["/1.0/v1/models"] = {"get": {"summary": "The model behind this path", "responses": _responses(False)}}
+    paths["/1.0/health"] = {"get": {"summary": "Whether the handler answers", "responses": _responses(False)}}
     return {
         "openapi": "3.1.0",
         "info": {"title": "DeepSpeed handlers for TorchServe", "version": "1"},

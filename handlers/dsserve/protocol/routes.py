@@ -20,6 +20,7 @@ from dsserve.protocol.served import ServedModel
 _READ: dict[str, Callable[[ServedModel], bytes]] = {
     "v1/models": list_models,
     "v1/openapi.json": lambda served: to_json(describe()),
+    "health": lambda served: to_json({"status": "ok"}),  # load tools ask for it first
 }
 _POSTED: dict[str, Callable[[str, Any, ServedModel], Job | bytes]] = {
     "v1/completions": complete,
