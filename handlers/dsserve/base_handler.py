@@ -15,7 +15,7 @@ from ts.context import Context
 from ts.torch_handler.distributed.base_deepspeed_handler import BaseDeepSpeedHandler as TorchServeDeepSpeedHandler
 
 from dsserve.distributed import RankInfo, init_process_group, prepare_environment, select_device
-from dsserve.leftovers import sweep, torchrun_log_folder
+from dsserve.leftovers import sweep, sweep_build_locks, torchrun_log_folder
 from dsserve.logs import set_up_logs
 from dsserve.parents import Parents, die_with_parent
 from dsserve.watchdog import Watchdog
@@ -53,4 +53,5 @@ class BaseDeepSpeedHandler(TorchServeDeepSpeedHandler, ABC):
         prepare_environment(self.device, self.rank, section.get("num_threads"))
         if self.rank.is_leader:
             sweep(torchrun_log_folder())
+            sweep_build_locks()
         init_process_group(self.rank)

@@ -1,4 +1,4 @@
-"""Removes what ranks that were killed left on this host: shared-memory segments and torchrun's log folders.
+"""Removes what ranks that were killed left on this host: shared-memory segments, torchrun's log folders, build locks.
 
 Only ours, and only what no living process holds: names with this user's id, or folders beside this worker's own. Does
 not remove TorchServe's sockets: its workers use the same names again, and `make stop` clears their folder.
@@ -7,6 +7,7 @@ not remove TorchServe's sockets: its workers use the same names again, and `make
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import os
 import shutil
@@ -41,6 +42,32 @@ def sweep(torchrun_logs: Path | None, shared_memory: Path = SHARED_MEMORY, min_a
     if swept:
         logger.info("[dsserve] removed %d leftover(s) of dead ranks", len(swept))
     return swept
+
+
+def sweep_build_locks(extensions: Path | None = None, min_age_s: float = MIN_AGE_S) -> list[Path]:
+    """Removes locks of compilations that were killed, for which every later load would wait for ever.
+
+    Args:
+        extensions: torch's folder of compiled operations; None = where torch looks.
+    """
+    if extensions is None:
+        from torch.utils.cpp_extension import get_default_build_root
+
+        extensions = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    locks = _old(itertools.chain(extensions.glob("*/lock"), extensions.glob("*/*/lock")), min_age_s)
+    busy = set(_working_folders()) if locks else set()
+    swept = [lock for lock in locks if lock.parent not in busy]
+    for lock in swept:
+        lock.unlink(missing_ok=True)
+        logger.warning("[dsserve] removed the lock of a compilation that was killed: %s", lock.parent.name)
+    return swept
+
+
+def _working_folders() -> Iterator[Path]:
+    """Where this user's living processes work; a compilation works in its build folder."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            yield (process / "cwd").readlink()
 
 
 def torchrun_log_folder() -> Path | None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from dsserve.leftovers import sweep, torchrun_log_folder
+from dsserve.leftovers import sweep, sweep_build_locks, torchrun_log_folder
 
 OLD_S = time.time() - 3600
 
@@ -56,3 +56,20 @@ def test_folders_of_another_torchrun_are_not_looked_at(monkeypatch: pytest.Monke
     assert torchrun_log_folder() is None
     monkeypatch.delenv("TORCHELASTIC_ERROR_FILE")
     assert torchrun_log_folder() is None
+
+
+def test_a_lock_of_a_dead_compilation_is_removed_and_a_living_ones_stays(tmp_path: Path) -> None:
+    for name in ("dead", "living", "young"):
+        (tmp_path / "py311_cpu" / name).mkdir(parents=True)
+    dead, living, young = (
+        make(tmp_path / "py311_cpu" / "dead" / "lock"),
+        make(tmp_path / "py311_cpu" / "living" / "lock"),
+        make(tmp_path / "py311_cpu" / "young" / "lock", time.time()),
+    )
+    compiler = subprocess.Popen([sys.executable, "-c", "input()"], cwd=living.parent, stdin=subprocess.PIPE)
+    try:
+        assert sweep_build_locks(tmp_path) == [dead]
+    finally:
+        compiler.communicate(b"\n")
+    assert living.exists() and young.exists()
+    assert sweep_build_locks(tmp_path) == [living]
