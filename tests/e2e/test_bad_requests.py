@@ -35,7 +35,7 @@ CASES: list[tuple[str, bytes | dict, dict, int, str | None, list[str]]] = [
     ("another server's parameter", {"prompt": "x", "max_tokens": 5}, JSON, 400, "max_tokens", ["max_new_tokens"]),
     ("temperature below 0", {"prompt": "x", "temperature": -1}, JSON, 400, "temperature", ["0"]),
     ("top_p above 1", {"prompt": "x", "top_p": 1.5}, JSON, 400, "top_p", ["1"]),
-    ("negative seed", {"prompt": "x", "seed": -1}, JSON, 400, "seed", ["0"]),
+    ("seed of 65 bits", {"prompt": "x", "seed": 2**64}, JSON, 400, "seed", [str(2**63 - 1)]),
     ("empty stop", {"prompt": "x", "stop": ""}, JSON, 400, "stop", []),
     ("unknown role", {"messages": [{"role": "wizard", "content": "x"}]}, JSON, 400, "messages", ["user"]),
     ("lone surrogate", b'{"prompt": "\\ud800"}', JSON, 400, "prompt", []),
