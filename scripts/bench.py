@@ -36,7 +36,7 @@ NEW_TOKENS = 64
 # Every sampling parameter at once; nothing ends a text before its length.
 SAMPLING = {
     "temperature": 0.8, "top_p": 0.95, "top_k": 50, "min_p": 0.02, "typical_p": 0.95, "repetition_penalty": 1.1,
-    "presence_penalty": 0.1, "frequency_penalty": 0.1, "logit_bias": {"5": 1.0}, "seed": 1, "ignore_eos": True,
+    "presence_penalty": 0.1, "frequency_penalty": 0.1, "logit_bias": {"5": 1.0}, "seed": 1,
     "min_tokens": NEW_TOKENS - 1, "stop": ["never to be seen"],
 }  # fmt: skip
 BASELINE_REPEATS = 3

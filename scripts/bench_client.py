@@ -58,7 +58,7 @@ def run_round(
 
     Raises BenchError.
     """
-    common = {"max_new_tokens": new_tokens, "temperature": 0, "stream": True, **(sampling or {})}
+    common = {"max_new_tokens": new_tokens, "temperature": 0, "ignore_eos": True, "stream": True, **(sampling or {})}
     bodies = [{"prompt": prompt, **common} for prompt in prompts]
     try:
         streams = receive_all(host, port, [http_request(host, path, body) for body in bodies], timeout_s)
@@ -130,7 +130,7 @@ def check_answer(stream: Stream, new_tokens: int) -> None:
         raise BenchError("the stream broke off before [DONE]")
     last = json.loads(events[-2])
     if last.get("finish_reason") != "length" or last["usage"]["completion_tokens"] != new_tokens:
-        raise BenchError(f"an answer ended early ({last.get('finish_reason')}, {last.get('usage')}): use other prompts")
+        raise BenchError(f"an answer ended early ({last.get('finish_reason')}, {last.get('usage')})")
 
 
 def join_chunks(body: bytes) -> bytes:
