@@ -3,7 +3,8 @@
 Both run on this machine, one rank and one thread each (CPU), on ports of their own. Counts what clients saw: requests
 that were being answered by the killed server are cut, all others must be answered in full. The last line is one JSON
 document; `scripts.capacity` checks its simulation against it. Not covered: hosts that vanish without closing their
-connections (HAProxy's `timeout server` and its health check then decide).
+connections (HAProxy's `timeout server` and its health check then decide). In fp32 every text is compared with
+transformers' own; in bf16 it may differ from run to run, and only the number of tokens is checked.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from scripts import balancer, failover_report, open_load, processes, server
 from scripts.balancer import Balancer, BalancerError
 from scripts.bench import describe_machine, free_ports
 from scripts.bench_client import BenchError, run_round
+from scripts.bench_generate import load
 from scripts.bench_prompts import PROMPT_TOKENS, cut_prompts
 from scripts.bench_report import http_numbers
 from scripts.console import fail, say
@@ -130,9 +132,23 @@ def measure_alone(ports: Ports, prompts: list[str], tokens: int) -> dict[str, di
     return http_numbers(rounds)
 
 
-def kill_and_add_back(both: Pair, target: Balancer, load: Load, calm_s: float) -> dict[str, Any]:
+def right_texts(model_path: str, prompts: list[str], tokens: int) -> list[str]:
+    """transformers' own texts in fp32, greedy, each prompt alone."""
+    import torch
+
+    tokenizer, network = load(model_path, "fp32", "cpu")
+    texts = []
+    for prompt in prompts:
+        inputs = tokenizer(prompt, return_tensors="pt")
+        with torch.inference_mode():
+            output = network.generate(**inputs, do_sample=False, max_new_tokens=tokens)
+        texts.append(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+    return texts
+
+
+def kill_and_add_back(both: Pair, target: Balancer, steady: Load, calm_s: float) -> dict[str, Any]:
     """The same load goes on while s2 is killed, is down for a while, starts and serves again."""
-    background = Background(target, load)
+    background = Background(target, steady)
     time.sleep(calm_s)
     open_there = int(target.servers()["s2"]["scur"])
     killed_at = time.monotonic()
@@ -167,6 +183,7 @@ def failover(model: str, dtype: str, rate_per_s: float | None, seconds: float, t
 
     model_path = prepare(model)
     prompts = cut_prompts(AutoTokenizer.from_pretrained(model_path))
+    texts = right_texts(model_path, prompts, tokens) if dtype == "fp32" else None
     with tempfile.TemporaryDirectory(prefix="dsserve-failover-") as name, contextlib.ExitStack() as stack:
         folder = Path(name)
         both = stack.enter_context(pair(model_path, dtype, folder))
@@ -176,18 +193,18 @@ def failover(model: str, dtype: str, rate_per_s: float | None, seconds: float, t
         for server_name in both.runs:
             front.wait_until(server_name, True, UP_TIMEOUT_S)
         bodies = [open_load.completion(prompt, tokens) for prompt in prompts]
-        load = Load(open_load.poisson(rate, seconds, seed=1), bodies)
+        calm = Load(open_load.poisson(rate, seconds, seed=1), bodies, texts)
         phases = {}
         for servers in (2, 1):
             say(f"{rate} requests/s for {seconds:.0f} s on {servers} server(s) ...")
             front.set_enabled("s2", servers == 2)
-            phases[str(servers)] = failover_report.phase(send(front, load))
+            phases[str(servers)] = failover_report.phase(send(front, calm))
         front.set_enabled("s2", True)
         say("the same load; s2 is killed and added back ...")
         moments = open_load.poisson(rate, seconds + LONGEST_OUTAGE_S, seed=2)
         # Some requests have just come when the server dies, and none of them has its first token.
         moments += [seconds / 2 - BURST_BEFORE_S] * BURST
-        steady = Load(sorted(moments), bodies)
+        steady = Load(sorted(moments), bodies, texts)
         found = kill_and_add_back(both, front, steady, seconds / 2)
     setting = {"model": Path(model).name, "dtype": dtype, "prompt_tokens": PROMPT_TOKENS, "new_tokens": tokens}
     setting |= {"rate_per_s": rate, "seconds": seconds, "seed": 1, "server": "1 rank, 1 thread, max_running 16"}

@@ -51,7 +51,7 @@ def table(report: dict[str, Any]) -> str:
     """Lines for people, in Markdown."""
     setting, killed = report["setting"], report["failover"]
     lines = [
-        f"{setting['model']} {setting['dtype']}, {setting['rate_per_s']} requests/s, {setting['new_tokens']} tokens each",
+        f"{setting['model']} {setting['dtype']}, {setting['rate_per_s']} requests/s of {setting['new_tokens']} tokens",
         "",
         "| servers | requests | whole | failed | first token, median / p95 | whole answer, median / p95 |",
         "| --- | --- | --- | --- | --- | --- |",

@@ -43,7 +43,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Load:
-    """What is sent: the moments (s), and for each of them one of the bodies, in turn.
+    """What is sent: the moments (s, ascending), and for each of them one of the bodies, in turn.
 
     `texts`: the right text of each body, or None where only the number of tokens can be known (bf16).
     """
@@ -100,20 +100,17 @@ async def send(
 ) -> list[Answer]:
     """Sends everything, each at its moment, and returns the answers in the same order; raises nothing of the network.
 
-    What is due after `is_over` became true is not sent, and has no answer.
+    Nothing is sent, and there are no answers, from the first moment on at which `is_over` is true.
     """
-    started = time.monotonic()
-
-    async def one(index: int) -> Answer | None:
-        await asyncio.sleep(max(0.0, started + load.moments[index] - time.monotonic()))
+    started, sent = time.monotonic(), list[asyncio.Task[Answer]]()
+    for index, moment in enumerate(load.moments):
+        await asyncio.sleep(max(0.0, started + moment - time.monotonic()))
         if is_over():
-            return None
+            break
         number = index % len(load.bodies)
         right = load.texts[number] if load.texts else None
-        return await ask(host, port, path, load.bodies[number], load.moments[index], started, right)
-
-    answers = await asyncio.gather(*(one(index) for index in range(len(load.moments))))
-    return [answer for answer in answers if answer is not None]
+        sent.append(asyncio.create_task(ask(host, port, path, load.bodies[number], moment, started, right)))
+    return list(await asyncio.gather(*sent))
 
 
 async def ask(
