@@ -57,6 +57,9 @@ class HandlerConfig(BaseModel):
     collective_timeout: float = Field(
         60.0, gt=0, description="s; a call of the engine that takes longer ends the worker"
     )
+    request_timeout: float = Field(
+        600.0, gt=0, description="s; longest time of a request, and the default of its parameter `timeout`"
+    )
     log_format: Literal["text", "json"] = Field("text", description="the worker's log lines")
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="of rank 0 while it serves; the other ranks write warnings"

@@ -68,7 +68,8 @@ def read_limits(config: HandlerConfig, max_position: int | None, model_config: A
             f"up to that length; set handler.max_model_len: {window}"
         )
     limit = min(config.max_new_tokens_limit or length - 1, length - 1)
-    return Limits(length, min(config.max_new_tokens, limit), limit, config.max_running, config.max_waiting)
+    default = min(config.max_new_tokens, limit)
+    return Limits(length, default, limit, config.max_running, config.max_waiting, config.request_timeout)
 
 
 def _sliding_window(model_config: Any) -> int | None:

@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 
+from dsserve.distributed import RankInfo
 from dsserve.generation.cuda_graphs import DecodeGraphs
 from dsserve.generation.kv_cache import SlotCache
 from dsserve.generation.packed_prompts import PackedPrompts
 from dsserve.generation.plan import Admission, Plan
+from dsserve.generation.prefill_memory import PrefillMemory
 
 # Attention reads up to the longest live row, rounded up to this.
 KV_STEP = 16
@@ -26,10 +28,13 @@ class StepLogits:
     Attributes:
         next: `[n, V]`, of the decoded rows, then of the last token of each admitted prompt.
         prompts: `[T, V]` for each prompt whose logits were all wanted, in the order of admission.
+        admitted: False where the admitted prompts did not fit into memory: they hold no rows, `next` is of the decoded
+            rows alone.
     """
 
     next: torch.Tensor
     prompts: tuple[torch.Tensor, ...] = ()
+    admitted: bool = True
 
 
 class ModelRunner:
@@ -41,9 +46,18 @@ class ModelRunner:
         slots: most live rows.
         max_model_len: prompt + output of one row, in tokens.
         kept: rows behind the slots for prompts that may come again.
+        memory: refuses prefills that do not fit; default: this rank's device.
     """
 
-    def __init__(self, module: Any, slots: int, max_model_len: int, device: torch.device, kept: int = 0) -> None:
+    def __init__(
+        self,
+        module: Any,
+        slots: int,
+        max_model_len: int,
+        device: torch.device,
+        kept: int = 0,
+        memory: PrefillMemory | None = None,
+    ) -> None:
         self._module = module
         self._device = device
         self._dtype = next(module.parameters()).dtype
@@ -51,6 +65,7 @@ class ModelRunner:
         self.kept = kept
         self.max_model_len = max_model_len
         self.vocabulary = module.config.get_text_config().vocab_size
+        self._memory = memory or PrefillMemory(device, RankInfo.from_env(), self.vocabulary)
         num_layers = module.config.get_text_config().num_hidden_layers
         capacity = -(-max_model_len // KV_STEP) * KV_STEP
         self.cache = SlotCache(num_layers, slots + kept, capacity)
@@ -59,6 +74,7 @@ class ModelRunner:
         self._graphs: DecodeGraphs | None = None
         self._first_cells = torch.arange(slots, device=device) * capacity
         self._columns = torch.arange(capacity, device=device)
+        self._no_logits = torch.empty(0, self.vocabulary, device=device)
 
     @property
     def live(self) -> int:
@@ -75,7 +91,9 @@ class ModelRunner:
         decoded = self._decode(plan.tokens) if plan.tokens else None
         if not plan.admit:
             return None if decoded is None else StepLogits(decoded)
-        logits = self._prefill(plan.admit)
+        logits = self._prefill_if_it_fits(plan.admit)
+        if logits is None:
+            return StepLogits(self._no_logits if decoded is None else decoded, admitted=False)
         sizes = [len(admission.tokens) if admission.all_logits else 1 for admission in plan.admit]
         parts = logits.split(sizes)
         last = logits if sum(sizes) == len(sizes) else torch.stack([part[-1] for part in parts])
@@ -88,6 +106,12 @@ class ModelRunner:
             self.cache.copy(last, row, self._lengths[last])
             self._lengths[row] = self._lengths[last]
         self._lengths.pop()
+
+    def _prefill_if_it_fits(self, prompts: tuple[Admission, ...]) -> torch.Tensor | None:
+        """What `_prefill` gives, or None on all ranks where one of them has not the memory for it."""
+        tokens = sum(len(prompt.tokens) for prompt in prompts)
+        logits = sum(len(prompt.tokens) if prompt.all_logits else 1 for prompt in prompts)
+        return self._memory.run(lambda: self._prefill(prompts), tokens, logits)
 
     def _prefill(self, prompts: tuple[Admission, ...]) -> torch.Tensor:
         """Logits `[n, V]` of the prompts' last tokens; of all tokens where a prompt wants them."""
