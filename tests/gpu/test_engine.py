@@ -106,3 +106,10 @@ def test_reuse_sampling_and_neighbours_change_no_token(llama: str, ranks: int) -
     assert found["cached"] >= 2 * (40 + 60 + 60 + 30 + 17)
     for kind in ("greedy", "sampled"):
         assert found[kind]["together"] == found[kind]["alone"]
+
+
+def test_a_prompt_that_does_not_fit_into_memory_fails_alone(llama: str, ranks: int) -> None:
+    found = run_ranks("tests.gpu.steps:fill_memory", ranks, env={"DS_ACCELERATOR": "cuda"}, path=llama)[0]
+    assert found["full"]["long"] == 507
+    assert found["full"]["short"] == found["before"]["short"]
+    assert found["after"] == found["before"] and len(found["before"]["long"].split()) == NEW_TOKENS
