@@ -12,10 +12,13 @@ from transformers import AutoModelForCausalLM
 
 from dsserve.distributed import RankInfo, select_device
 from dsserve.ds_engine import get_ds_engine
+from dsserve.fused_ops import load_ops, use_fused_ops
+from dsserve.generation.decode_attention import use_decode_attention
 from dsserve.generation.engine import Engine
 from dsserve.generation.model_runner import ModelRunner
 from dsserve.generation.request import GenerationRequest
 from dsserve.generation.warmup import verify_runner
+from dsserve.packing import pack_weights
 from tests.contexts import make_context
 from tests.streams import Numbers, run, run_or_fail
 
@@ -29,15 +32,22 @@ def prompts(vocabulary: int) -> list[tuple[int, ...]]:
     return [tuple(torch.randint(vocabulary, (n,), generator=generator).tolist()) for n in PROMPT_LENGTHS]
 
 
-def generate(path: str, dtype: str, graphs: bool) -> dict[str, Any]:
+def generate(path: str, dtype: str, step: str) -> dict[str, Any]:
     """Tokens of each prompt alone and of all together (twice as many as slots, admitted at different steps), and the
-    engine's error against the unsharded model."""
+    engine's error against the unsharded model.
+
+    Args:
+        step: `eager`, `graphs`, or `fused`: graphs with fused matmuls and operations and our own attention.
+    """
     rank = RankInfo.from_env()
     device = select_device("gpu", rank)
     model = AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval()
     ds_engine = get_ds_engine(model, make_context(path, {"deviceType": "gpu", "deepspeed": {"dtype": dtype}}))
+    if step == "fused":
+        assert pack_weights(ds_engine.module) and use_decode_attention(ds_engine.module)
+        assert use_fused_ops(ds_engine.module, load_ops(device)) == 3 * model.config.num_hidden_layers + 2
     runner = ModelRunner(ds_engine.module, SLOTS, CONTEXT, device)
-    if graphs:
+    if step != "eager":
         runner.capture_graphs(rank.is_leader)
     error = verify_runner(runner, ds_engine.self_check)
     engine = Engine(runner, rank, lambda _: Numbers(), frozenset())  # type: ignore[arg-type, return-value]

@@ -35,10 +35,10 @@ def ranks(request: pytest.FixtureRequest) -> int:
     return request.param
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["graphs", "eager"])
+@pytest.fixture(scope="module", params=["fused", "graphs", "eager"])
 def results(request: pytest.FixtureRequest, llama: str, ranks: int) -> dict[str, dict]:
     """Rank 0's results for each dtype, each made in fresh processes."""
-    arguments = {"env": {"DS_ACCELERATOR": "cuda"}, "path": llama, "graphs": request.param}
+    arguments = {"env": {"DS_ACCELERATOR": "cuda"}, "path": llama, "step": request.param}
     return {dtype: run_ranks("tests.gpu.steps:generate", ranks, dtype=dtype, **arguments)[0] for dtype in DTYPES}
 
 
