@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 
 _WIDTH = 1024  # elements of the gated product that a program computes
+# What a program of a one-row matmul computes and reads at a time.
+_ROWS, _COLUMNS, _ROW_WARPS = 4, 1024, 4
 
 
 @triton.jit
@@ -33,41 +35,45 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 @triton.jit
 def _rotate(
-    x_ptr, cos_ptr, sin_ptr, out_ptr, x_batch, x_head, x_token, turn_batch, tokens, heads,
+    q_ptr, k_ptr, cos_ptr, sin_ptr, q_out_ptr, k_out_ptr,
+    q_batch, q_head, q_token, k_batch, k_head, k_token, turn_batch, tokens, q_heads, k_heads,
     DIM: tl.constexpr, PAD: tl.constexpr,
 ):  # fmt: skip
     place, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     batch, token = place // tokens, place % tokens
+    if head < q_heads:
+        source = q_ptr + batch * q_batch + head * q_head + token * q_token
+        target = q_out_ptr + (place * q_heads + head) * DIM
+    else:
+        source = k_ptr + batch * k_batch + (head - q_heads) * k_head + token * k_token
+        target = k_out_ptr + (place * k_heads + head - q_heads) * DIM
     half = tl.arange(0, PAD)
     inside = half < DIM // 2
-    x_at = x_ptr + batch * x_batch + head * x_head + token * x_token + half
-    low = tl.load(x_at, mask=inside, other=0.0)
-    high = tl.load(x_at + DIM // 2, mask=inside, other=0.0)
+    low = tl.load(source + half, mask=inside, other=0.0).to(tl.float32)
+    high = tl.load(source + DIM // 2 + half, mask=inside, other=0.0).to(tl.float32)
     turn = batch * turn_batch + token * DIM + half
-    kind = out_ptr.dtype.element_ty
     low_cos = tl.load(cos_ptr + turn, mask=inside, other=0.0).to(tl.float32)
     low_sin = tl.load(sin_ptr + turn, mask=inside, other=0.0).to(tl.float32)
     high_cos = tl.load(cos_ptr + turn + DIM // 2, mask=inside, other=0.0).to(tl.float32)
     high_sin = tl.load(sin_ptr + turn + DIM // 2, mask=inside, other=0.0).to(tl.float32)
-    low, high = low.to(tl.float32), high.to(tl.float32)
     # Each product is rounded to the tensors' dtype before the sum, as in torch.
+    kind = q_out_ptr.dtype.element_ty
     new_low = (low * low_cos).to(kind).to(tl.float32) - (high * low_sin).to(kind).to(tl.float32)
     new_high = (high * high_cos).to(kind).to(tl.float32) + (low * high_sin).to(kind).to(tl.float32)
-    out_at = out_ptr + (place * heads + head) * DIM + half
-    tl.store(out_at, new_low.to(kind), mask=inside)
-    tl.store(out_at + DIM // 2, new_high.to(kind), mask=inside)
+    tl.store(target + half, new_low.to(kind), mask=inside)
+    tl.store(target + DIM // 2 + half, new_high.to(kind), mask=inside)
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """One of `gpu_ops.rotary`'s two: `[B, H, T, D]`, the result with whole tokens in memory."""
-    batch, heads, tokens, dim = x.shape
-    out = torch.empty(batch, tokens, heads, dim, dtype=x.dtype, device=x.device)
+def rotary(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `gpu_ops.rotary`; the results have whole tokens in memory."""
+    batch, heads, tokens, dim = q.shape
+    new_q, new_k = (torch.empty(batch, tokens, x.shape[1], dim, dtype=q.dtype, device=q.device) for x in (q, k))
     turn_batch = cos.stride(0) if cos.shape[0] > 1 else 0
-    _rotate[batch * tokens, heads](
-        x, cos, sin, out, x.stride(0), x.stride(1), x.stride(2), turn_batch, tokens, heads,
+    _rotate[batch * tokens, heads + k.shape[1]](
+        q, k, cos, sin, new_q, new_k, *q.stride()[:3], *k.stride()[:3], turn_batch, tokens, heads, k.shape[1],
         DIM=dim, PAD=triton.next_power_of_2(dim // 2), num_warps=1,
     )  # fmt: skip
-    return out.transpose(1, 2)
+    return new_q.transpose(1, 2), new_k.transpose(1, 2)
 
 
 @triton.jit
@@ -91,25 +97,66 @@ def gated_silu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 
 
 @triton.jit
-def _store(stored_ptr, new_ptr, cells_ptr, new_batch, new_head, new_token, tokens, SIZE: tl.constexpr,
-           DIM: tl.constexpr, PAD: tl.constexpr):  # fmt: skip
+def _store(
+    keys_ptr, values_ptr, k_ptr, v_ptr, cells_ptr, k_batch, k_head, k_token, v_batch, v_head, v_token, tokens,
+    SIZE: tl.constexpr, DIM: tl.constexpr, PAD: tl.constexpr,
+):  # fmt: skip
     place, at = tl.program_id(0).to(tl.int64), tl.arange(0, PAD)
-    inside = at < SIZE
-    batch, token = place // tokens, place % tokens
-    new_at = batch * new_batch + token * new_token + (at // DIM) * new_head + at % DIM
+    batch, token, head, dim = place // tokens, place % tokens, at // DIM, at % DIM
+    if tl.program_id(1) == 0:
+        source = k_ptr + batch * k_batch + token * k_token + head * k_head + dim
+        target = keys_ptr
+    else:
+        source = v_ptr + batch * v_batch + token * v_token + head * v_head + dim
+        target = values_ptr
     cell = tl.load(cells_ptr + place)
-    tl.store(stored_ptr + cell * SIZE + at, tl.load(new_ptr + new_at, mask=inside, other=0.0), mask=inside)
+    inside = (at < SIZE) & (cell >= 0)
+    tl.store(target + cell * SIZE + at, tl.load(source, mask=inside, other=0.0), mask=inside)
 
 
-def store(stored: torch.Tensor, new: torch.Tensor, cells: torch.Tensor) -> None:
-    """One of `gpu_ops.store`'s two."""
-    _, heads, tokens, dim = new.shape
+def store(
+    keys: torch.Tensor, values: torch.Tensor, new_keys: torch.Tensor, new_values: torch.Tensor, cells: torch.Tensor
+) -> None:
+    """See `gpu_ops.store`."""
+    _, heads, tokens, dim = new_keys.shape
     size = heads * dim
     pad = triton.next_power_of_2(size)
-    _store[(cells.shape[0],)](
-        stored, new, cells, new.stride(0), new.stride(1), new.stride(2), tokens,
+    _store[cells.shape[0], 2](
+        keys, values, new_keys, new_values, cells, *new_keys.stride()[:3], *new_values.stride()[:3], tokens,
         SIZE=size, DIM=dim, PAD=pad, num_warps=_warps(pad),
     )  # fmt: skip
+
+
+@triton.jit
+def _multiply_row(
+    x_ptr, weight_ptr, bias_ptr, out_ptr, outputs, size, weight_row,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    rows, at = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDTH)
+    is_row = rows < outputs
+    source = weight_ptr + rows[:, None].to(tl.int64) * weight_row
+    sums = tl.zeros([ROWS, WIDTH], tl.float32)
+    for start in range(0, size, WIDTH):
+        columns = start + at
+        inside = columns < size
+        x = tl.load(x_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+        weight = tl.load(source + columns[None, :], mask=is_row[:, None] & inside[None, :], other=0.0)
+        sums += weight.to(tl.float32) * x[None, :]
+    result = tl.sum(sums, 1)
+    if HAS_BIAS:
+        result += tl.load(bias_ptr + rows, mask=is_row, other=0.0).to(tl.float32)
+    tl.store(out_ptr + rows, result.to(out_ptr.dtype.element_ty), mask=is_row)
+
+
+def multiply_row(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """See `gpu_ops.multiply_row`."""
+    outputs, size = weight.shape
+    out = torch.empty(*x.shape[:-1], outputs, dtype=x.dtype, device=x.device)
+    _multiply_row[(triton.cdiv(outputs, _ROWS),)](
+        x, weight, weight if bias is None else bias, out, outputs, size, weight.stride(0),
+        ROWS=_ROWS, WIDTH=_COLUMNS, HAS_BIAS=bias is not None, num_warps=_ROW_WARPS,
+    )  # fmt: skip
+    return out
 
 
 def _warps(elements: int) -> int:

@@ -40,7 +40,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 def rotary(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """`[B, H, T, D]` and `[B, KV, T, D]` turned by `[B or 1, T, D]`; every product is rounded, as torch's are."""
-    return _kernels.rotate(q, cos, sin), _kernels.rotate(k, cos, sin)
+    return _kernels.rotary(q, k, cos, sin)
 
 
 def gated_silu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -54,7 +54,11 @@ def store(
     """Writes tokens `[B, KV, T, D]`, in the order of B and T, to cells of `[rows, max_len, KV, D]`.
 
     Args:
-        cells: `[n]`, row * max_len + position; tokens after the n-th are padding.
+        cells: `[n]`, row * max_len + position; tokens after the n-th, and those of negative cells, are padding.
     """
-    _kernels.store(keys, new_keys, cells)
-    _kernels.store(values, new_values, cells)
+    _kernels.store(keys, values, new_keys, new_values, cells)
+
+
+def multiply_row(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """`x @ weight.T + bias` for a single row, `[..., in]` with one row in all: bound by reading the weight."""
+    return _kernels.multiply_row(x, weight, bias)

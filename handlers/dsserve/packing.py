@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from dsserve import gpu_ops
 from dsserve.distributed import all_reduce
 from dsserve.vocab_head import VocabParallelHead, gather_rows
 
@@ -59,6 +60,8 @@ class ShardedLinear(nn.Module):
         return weight
 
     def _multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        if x.is_cuda and gpu_ops.is_loaded() and x.numel() == x.shape[-1] and self._weight.numel():
+            return gpu_ops.multiply_row(x, self._weight, bias)
         return F.linear(x, self._weight, bias)
 
 

@@ -48,7 +48,7 @@ def generate(path: str, dtype: str, step: str) -> dict[str, Any]:
         assert use_fused_ops(ds_engine.module, load_ops(device)) == 3 * model.config.num_hidden_layers + 2
     runner = ModelRunner(ds_engine.module, SLOTS, CONTEXT, device)
     if step != "eager":
-        runner.capture_graphs(rank.is_leader)
+        runner.capture_graphs(rank.is_leader, prefill=step == "fused")
     error = verify_runner(runner, ds_engine.self_check)
     engine = Engine(runner, rank, lambda _: Numbers(), frozenset())  # type: ignore[arg-type, return-value]
     requests = [

@@ -96,7 +96,7 @@ def test_half_precision_tokens_differ_at_ties_only(llama: str, results: dict[str
 def test_one_process_without_torchrun_is_one_rank(llama: str, ranks: int, results: dict[str, dict]) -> None:
     if ranks > 1:
         pytest.skip("one rank is what this is about")
-    assert generate(llama, "fp32", graphs=True)["together"] == results["fp32"]["together"]
+    assert generate(llama, "fp32", "graphs")["together"] == results["fp32"]["together"]
 
 
 def test_reuse_sampling_and_neighbours_change_no_token(llama: str, ranks: int) -> None:

@@ -17,7 +17,7 @@ from dsserve.config import YAML_FILE, HandlerConfig
 from dsserve.distributed import RankInfo, agree_on_least
 from dsserve.errors import LoadError
 from dsserve.fused_ops import load_ops, use_fused_ops
-from dsserve.generation.decode_attention import use_decode_attention
+from dsserve.generation.decode_attention import use_decode_attention, uses_decode_attention
 from dsserve.generation.detokenizer import TextStream
 from dsserve.generation.engine import Engine
 from dsserve.generation.grammar import GrammarCompiler
@@ -136,7 +136,7 @@ def build_engine(
             layers = module.config.get_text_config().num_hidden_layers
             logger.info("[dsserve] all-reduces in a decode step: %d for %d layers", all_reduces, layers)
     if config.cuda_graphs and device.type == "cuda":
-        runner.capture_graphs(rank.is_leader)
+        runner.capture_graphs(rank.is_leader, prefill=uses_decode_attention(module))
     if ds_engine.self_check is not None:
         error = verify_runner(runner, ds_engine.self_check)
         if rank.is_leader:

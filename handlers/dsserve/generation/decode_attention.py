@@ -33,6 +33,11 @@ def use_decode_attention(module: nn.Module) -> bool:
     return True
 
 
+def uses_decode_attention(module: nn.Module) -> bool:
+    """Whether `use_decode_attention` has switched this model."""
+    return module.config.get_text_config()._attn_implementation == NAME  # type: ignore[operator, union-attr]
+
+
 def attend(
     module: nn.Module,
     query: torch.Tensor,

@@ -15,6 +15,7 @@ from dsserve.generation.cuda_graphs import DecodeGraphs
 from dsserve.generation.kv_cache import SlotCache
 from dsserve.generation.packed_prompts import PackedPrompts
 from dsserve.generation.plan import Admission, Plan
+from dsserve.generation.prefill_graphs import PrefillGraphs
 from dsserve.generation.prefill_memory import PrefillMemory
 
 # Attention reads up to the longest live row, rounded up to this.
@@ -72,6 +73,7 @@ class ModelRunner:
         self._capacity = capacity
         self._lengths: list[int] = []
         self._graphs: DecodeGraphs | None = None
+        self._prefill_graphs: PrefillGraphs | None = None
         self._first_cells = torch.arange(slots, device=device) * capacity
         self._columns = torch.arange(capacity, device=device)
         self._no_logits = torch.empty(0, self.vocabulary, device=device)
@@ -119,6 +121,13 @@ class ModelRunner:
             if prompt.shared:
                 self.cache.copy(prompt.source, row, prompt.shared)
         packed = PackedPrompts(prompts, self.live, self._capacity)
+        logits = self._prefill_graphs.run(packed) if self._prefill_graphs is not None else None
+        if logits is None:
+            logits = self._prefill_eagerly(packed)
+        self._lengths += [prompt.shared + len(prompt.tokens) for prompt in prompts]
+        return logits
+
+    def _prefill_eagerly(self, packed: PackedPrompts) -> torch.Tensor:
         window = self.cache.window
         window.cells, window.kv_len = packed.cells.to(self._device), None
         window.read = None if packed.read is None else packed.read.to(self._device)
@@ -131,20 +140,44 @@ class ModelRunner:
             use_cache=True,
             logits_to_keep=packed.wanted.to(self._device),
         )
-        self._lengths += [prompt.shared + len(prompt.tokens) for prompt in prompts]
         return output.logits[0]
 
-    def capture_graphs(self, is_leader: bool) -> None:
-        """Decodes in CUDA graphs from now on. No row may be live.
+    def _forward_prefill(self, inputs: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        """One pass on device tensors, see `PrefillGraphs`."""
+        tokens, positions, cells, prompts = inputs
+        window = self.cache.window
+        window.cells, window.kv_len, window.read = cells, None, None
+        hidden = (prompts[:, None] != prompts) | (positions[:, None] < positions)
+        mask = torch.zeros(hidden.shape, dtype=self._dtype, device=self._device).masked_fill_(hidden, float("-inf"))
+        output = self._module(
+            input_ids=tokens[None],  # [1, T]
+            position_ids=positions[None],  # [1, T]
+            attention_mask=mask[None, None],  # [1, 1, T, T], additive
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=wanted,
+        )
+        return output.logits[0]
+
+    def capture_graphs(self, is_leader: bool, prefill: bool = False) -> None:
+        """Decodes in CUDA graphs from now on, and prefills short prompts in them where wanted. No row may be live.
+
+        Args:
+            prefill: needs writes to the cache that skip negative cells (`gpu_ops`).
 
         Raises:
-            LoadError: see `DecodeGraphs.capture`.
+            LoadError: see `cuda_graphs.capture`.
         """
         self.execute(Plan(admit=(Admission((0,)),)))  # makes the cache's tensors
         self.execute(Plan(evict=(0,)))
+        pool = torch.cuda.graph_pool_handle()
         graphs = DecodeGraphs(self._forward_decode, self.slots, self._capacity, self._device)
-        graphs.capture(is_leader)
+        graphs.capture(is_leader, pool)
         self._graphs = graphs
+        if prefill:
+            passes = PrefillGraphs(self._forward_prefill, self.slots, self.max_model_len - 1, self._device)
+            passes.capture(pool)
+            self._prefill_graphs = passes
 
     def _decode(self, tokens: tuple[int, ...]) -> torch.Tensor:
         if self._graphs is not None:
