@@ -9,8 +9,9 @@ import triton
 import triton.language as tl
 
 _WIDTH = 1024  # elements of the gated product that a program computes
-# What a program of a one-row matmul computes and reads at a time.
-_ROWS, _COLUMNS, _ROW_WARPS = 4, 1024, 4
+# What a program of a one-row matmul computes and reads at a time: the best of 13 on an H200 for the matrices of a 6.7
+# billion Llama, 71 to 97 % of the read bandwidth (cuBLAS 59 to 91 %).
+_ROWS, _COLUMNS, _ROW_WARPS = 2, 1024, 4
 
 
 @triton.jit
