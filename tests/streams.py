@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from dsserve.distributed import RankInfo
@@ -23,8 +25,14 @@ class Numbers:
 
 def run(engine: Engine, rank: RankInfo, arrivals: list[list[GenerationRequest]]) -> dict[str, list[int]]:
     """Runs until all have ended; each group arrives one call later. Other ranks follow, and return nothing."""
-    texts: dict[str, str] = {request.request_id: "" for group in arrivals for request in group}
-    open_ = set(texts)
+    texts = run_or_fail(engine, rank, arrivals)
+    return {name: [int(number) for number in text.split()] for name, text in texts.items()}
+
+
+def run_or_fail(engine: Engine, rank: RankInfo, arrivals: list[list[GenerationRequest]]) -> dict[str, Any]:
+    """As `run`; the tokens as text, or the status of the error that a request got in their place."""
+    found: dict[str, Any] = {request.request_id: "" for group in arrivals for request in group}
+    open_ = set(found)
     while more(rank, bool(open_)):
         if not rank.is_leader:
             engine.follow()
@@ -32,9 +40,10 @@ def run(engine: Engine, rank: RankInfo, arrivals: list[list[GenerationRequest]])
         for request in arrivals.pop(0) if arrivals else []:
             engine.admit(request)
         for event in engine.run(max_steps=2):
-            texts[event.request_id] += event.text
-            open_ -= {event.request_id} if event.finish_reason else set()
-    return {name: [int(number) for number in text.split()] for name, text in texts.items()}
+            failure = event.error.status if event.error else 500
+            found[event.request_id] = failure if event.failed else found[event.request_id] + event.text
+            open_ -= {event.request_id} if event.is_last else set()
+    return found
 
 
 def more(rank: RankInfo, wanted: bool) -> bool:

@@ -49,13 +49,20 @@ class HandlerConfig(BaseModel):
         description="KV rows that keep ended requests for prompts that begin alike; auto = up to 8; 0 = no reuse",
     )
     num_scheduler_steps: int = Field(4, ge=1, le=64, description="most decode steps in one call of the handler")
-    pack_weights: Literal["auto"] | bool = Field("auto", description="prepacked oneDNN weights (CPU only)")
-    compiled_ops: Literal["auto"] | bool = Field("auto", description="norm, rotary and KV writes compiled (CPU only)")
+    pack_weights: Literal["auto"] | bool = Field(
+        "auto", description="one matmul for q, k, v and one for gate, up; on CPUs with oneDNN's prepacked weights"
+    )
+    compiled_ops: Literal["auto"] | bool = Field(
+        "auto", description="norm, rotary, KV writes (GPU: gated MLP, decode attention too) as fused operations"
+    )
     cuda_graphs: bool = Field(True, description="decode steps as CUDA graphs (GPU only)")
     num_threads: int | None = Field(None, ge=1, description="CPU threads of a rank; default: cores // ranks")
     warmup: bool = Field(True, description="run every prefill and decode shape once at load")
     collective_timeout: float = Field(
         60.0, gt=0, description="s; a call of the engine that takes longer ends the worker"
+    )
+    request_timeout: float = Field(
+        600.0, gt=0, description="s; longest time of a request, and the default of its parameter `timeout`"
     )
     log_format: Literal["text", "json"] = Field("text", description="the worker's log lines")
     log_level: Literal["debug", "info", "warning", "error"] = Field(

@@ -173,6 +173,9 @@ def uses_shared_memory() -> bool:
 
 def all_reduce(tensor: torch.Tensor) -> torch.Tensor:
     """Sums `tensor` over all ranks, in place, the way DeepSpeed's layers do. fp32, fp16 or bf16."""
+    if tensor.device.type == "cuda":  # what DeepSpeed calls in the end, in a form that torch.compile can follow
+        torch.distributed.all_reduce(tensor)
+        return tensor
     from deepspeed.comm import comm
 
     comm.cdb.inference_all_reduce(tensor, torch.distributed.ReduceOp.SUM)
@@ -185,17 +188,26 @@ def count_all_reduces() -> Any:
     from deepspeed.comm import comm
 
     counter = [0]
-    original: Callable[..., Any] | None = getattr(comm.cdb, "inference_all_reduce", None)
-    if original is None:
+    with contextlib.ExitStack() as patches:
+        # What `all_reduce` and DeepSpeed's layers call, on a CPU and on a GPU (where DeepSpeed calls torch's).
+        for owner, name, device_type in (
+            (comm.cdb, "inference_all_reduce", "cpu"), (torch.distributed, "all_reduce", "cuda")
+        ):  # fmt: skip
+            if hasattr(owner, name):
+                patches.enter_context(_counted(owner, name, device_type, counter))
         yield counter
-        return
 
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        counter[0] += 1
-        return original(*args, **kwargs)
 
-    comm.cdb.inference_all_reduce = counted
+@contextlib.contextmanager
+def _counted(owner: Any, name: str, device_type: str, counter: list[int]) -> Any:
+    original: Callable[..., Any] = getattr(owner, name)
+
+    def call(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        counter[0] += tensor.device.type == device_type
+        return original(tensor, *args, **kwargs)
+
+    setattr(owner, name, call)
     try:
-        yield counter
+        yield
     finally:
-        del comm.cdb.inference_all_reduce
+        setattr(owner, name, original)

@@ -13,6 +13,8 @@ from datetime import datetime, timezone
 
 # TorchServe 0.12 writes these for every call, that is for every token: its log would grow by kilobytes a step.
 _PER_CALL_MESSAGES = ("Backend received inference at", "skip sending response at rank", "[METRICS]PredictionTime")
+# A body that is not JSON, which the handler answers with a 400: one line of it is enough, without the call stack.
+_BAD_JSON = "Failed json decoding of input data"
 _METRIC = "[METRICS]"
 _REQUEST = re.compile(r"\[dsserve\] (?P<id>[0-9a-fA-F-]{36}): ")
 _PACKAGE = "dsserve"
@@ -58,4 +60,6 @@ def set_serving_level(rank: int, level: str) -> None:
 
 
 def _is_worth_keeping(record: logging.LogRecord) -> bool:
+    if str(record.msg).startswith(_BAD_JSON):
+        record.exc_info = record.exc_text = None
     return not str(record.msg).startswith(_PER_CALL_MESSAGES)

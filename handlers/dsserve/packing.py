@@ -1,8 +1,8 @@
-"""CPU only: DeepSpeed's sharded linear layers on oneDNN weights that are laid out once, at load.
+"""DeepSpeed's sharded linear layers with fewer, larger matmuls, and on CPUs with weights that are laid out once.
 
-A plain matmul lays the weight out anew on every call; at one row that is half of its time. Columns that read the same
-input (q, k, v; gate, up) become one matmul. The layers' sharding and all-reduces stay DeepSpeed's, the LM head's is
-ours (`vocab_head`). Where the private oneDNN operators are missing nothing is changed.
+Columns that read the same input (q, k, v; gate, up) become one matmul. On a CPU a plain matmul lays the weight out anew
+on every call, at one row half of its time, so oneDNN packs it at load; where its private operators are missing nothing
+is changed. The layers' sharding and all-reduces stay DeepSpeed's, the LM head's is ours (`vocab_head`).
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
+from dsserve import gpu_ops
 from dsserve.distributed import all_reduce
 from dsserve.vocab_head import VocabParallelHead, gather_rows
 
@@ -20,16 +22,19 @@ _FUSED_SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 def can_pack(module: nn.Module) -> bool:
-    """Whether oneDNN's packed linear runs here, in the module's dtype: tried on one small matrix."""
-    weight = torch.eye(16, dtype=next(module.parameters()).dtype)
+    """Whether the replaced layers run here, on a CPU in the module's dtype: tried on one small matrix."""
+    parameter = next(module.parameters())
+    if parameter.device.type != "cpu":
+        return True
+    weight = torch.eye(16, dtype=parameter.dtype)
     try:
         return bool(torch.allclose(PackedLinear(weight, None, False)(weight), weight))
     except (RuntimeError, AttributeError):
         return False
 
 
-class PackedLinear(nn.Module):
-    """`x @ weight.T + bias` with a prepacked weight.
+class ShardedLinear(nn.Module):
+    """`x @ weight.T + bias` of one rank's part of a layer.
 
     Args:
         weight: `[out, in]`, this rank's shard; empty where DeepSpeed gave this rank none of a narrow layer.
@@ -39,22 +44,43 @@ class PackedLinear(nn.Module):
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, row_parallel: bool) -> None:
         super().__init__()
-        self._rows = weight.shape[0]
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous()) if weight.numel() else None
+        self._weight = self._lay_out(weight.detach())
         self._bias = None if bias is None else bias.detach()
         self._row_parallel = row_parallel
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., in]` -> `[..., out]`."""
-        bias = None if self._row_parallel else self._bias
-        if self._packed is None:
-            output = x.new_zeros(*x.shape[:-1], self._rows)
-        else:
-            output = torch.ops.mkldnn._linear_pointwise.default(x, self._packed, bias, "none", [], "")
+        output = self._multiply(x, None if self._row_parallel else self._bias)
         if not self._row_parallel:
             return output
         all_reduce(output)
         return output if self._bias is None else output.add_(self._bias)
+
+    def _lay_out(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight
+
+    def _multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        if x.is_cuda and gpu_ops.is_loaded() and x.numel() == x.shape[-1] and self._weight.numel():
+            return gpu_ops.multiply_row(x, self._weight, bias)
+        return F.linear(x, self._weight, bias)
+
+
+class PackedLinear(ShardedLinear):
+    """The same on a CPU, with oneDNN's layout of the weight."""
+
+    def _lay_out(self, weight: torch.Tensor) -> torch.Tensor:
+        self._rows, self._is_empty = weight.shape[0], weight.numel() == 0
+        return weight if self._is_empty else torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
+
+    def _multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        if self._is_empty:
+            return x.new_zeros(*x.shape[:-1], self._rows)
+        return torch.ops.mkldnn._linear_pointwise.default(x, self._weight, bias, "none", [], "")
+
+
+def _make_linear(weight: torch.Tensor, bias: torch.Tensor | None, row_parallel: bool) -> ShardedLinear:
+    kind = PackedLinear if weight.device.type == "cpu" else ShardedLinear
+    return kind(weight, bias, row_parallel)
 
 
 class _FusedColumns:
@@ -64,7 +90,7 @@ class _FusedColumns:
         biases = [layer.bias for layer in layers]
         bias = None if biases[0] is None else torch.cat([b.detach() for b in biases])
         self._sizes = [layer.weight.shape[0] for layer in layers]
-        self._linear = PackedLinear(torch.cat([layer.weight.detach() for layer in layers]), bias, False)
+        self._linear = _make_linear(torch.cat([layer.weight.detach() for layer in layers]), bias, False)
         self._input: torch.Tensor | None = None
         self._outputs: tuple[torch.Tensor, ...] = ()
 
@@ -124,8 +150,8 @@ def _pack(child: Any) -> nn.Module | None:
         return None
     if kind == "head":
         weight, bias, start = gather_rows(child)
-        return VocabParallelHead(PackedLinear(weight, bias, False), start, child.weight.shape[0])
-    return PackedLinear(child.weight, child.bias, kind == "row" and child.is_tp_parallel)
+        return VocabParallelHead(_make_linear(weight, bias, False), start, child.weight.shape[0])
+    return _make_linear(child.weight, child.bias, kind == "row" and child.is_tp_parallel)
 
 
 def _kind(layer: Any) -> str | None:

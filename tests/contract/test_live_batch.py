@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from ts.protocol.otf_message_handler import create_predict_response
 from dsserve.errors import RequestError
 from dsserve.generation.grammar import GrammarCompiler
 from dsserve.generation.request import GenerationRequest, Limits, TokenEvent
+from dsserve.protocol import batch
 from dsserve.protocol.batch import LiveBatch
 from dsserve.protocol.served import ServedModel
 from tests.contexts import make_context
@@ -214,3 +216,52 @@ def test_a_server_that_drains_refuses_new_requests_and_finishes_the_old(worker: 
     assert worker.batch.live == 1
     worker.call({"a": {}}, [done("a")])
     assert worker.batch.live == 0
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The batch's clock, in seconds; a test sets it."""
+    now = [100.0]
+    monkeypatch.setattr(batch, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    return now
+
+
+@pytest.mark.parametrize(("parameters", "seconds"), [({"timeout": 5}, 5), ({}, 600)])
+def test_a_request_is_given_up_at_its_deadline_and_not_before(
+    worker: Worker, clock: list[float], parameters: dict[str, Any], seconds: float
+) -> None:
+    worker.call({"a": body(**parameters), "b": body(stream=True, **parameters)})
+    clock[0] += 1
+    worker.call({"a": {}, "b": {}, "c": body(**parameters)})
+    clock[0] += seconds - 1.01
+    worker.call({"a": {}, "b": {}, "c": {}}, [TokenEvent("b", "x")])
+    assert worker.engine.evicted == [] and worker.batch.live == 3
+    clock[0] += 0.01
+    replies = worker.call({"a": {}, "b": {}, "c": {}}, [TokenEvent("b", "y")])
+    assert worker.engine.evicted == ["a", "b"] and replies["c"][3] == "true"
+    assert replies["a"][3] == replies["b"][3] == "false"
+    assert json.loads(replies["a"][0])["error"]["code"] == "timeout"
+    events = replies["b"][0].decode().split("\n\n")
+    assert events[0] == 'data: {"text":"y"}' and events[2] == "data: [DONE]"
+    assert json.loads(events[1].removeprefix("data: "))["error"]["type"] == "timeout_error"
+
+
+def test_a_deadline_that_passes_in_the_first_call_is_a_504(worker: Worker, clock: list[float]) -> None:
+    worker.engine.run = lambda max_steps: clock.__setitem__(0, clock[0] + 2) or []  # type: ignore[method-assign,func-returns-value]
+    item, status, _, stream_next = worker.call({"a": body(timeout=1, stream=True), "b": body(timeout=3)})["a"]
+    assert (status, stream_next) == (504, None) and json.loads(item)["error"]["param"] == "timeout"
+    assert worker.engine.evicted == ["a"] and worker.batch.live == 1
+
+
+def test_an_answer_that_is_complete_at_the_deadline_is_sent(worker: Worker, clock: list[float]) -> None:
+    worker.call({"a": body(timeout=1)})
+    clock[0] += 2
+    item, _, _, stream_next = worker.call({"a": {}}, [done("a", "all")])["a"]
+    assert stream_next == "false" and json.loads(item)["text"] == "all"
+
+
+@pytest.mark.parametrize(("timeout", "word"), [(601, "at most 600 s"), (0, "greater than 0"), ("5", "number")])
+def test_a_timeout_out_of_range_is_a_400(worker: Worker, timeout: Any, word: str) -> None:
+    item, status, _, _ = worker.call({"a": body(timeout=timeout)})["a"]
+    error = json.loads(item)["error"]
+    assert status == 400 and error["param"] == "timeout" and word in error["message"]

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from dsserve.cpu_ops import load_cpu_ops, use_cpu_ops
 from dsserve.distributed import RankInfo, count_all_reduces, uses_shared_memory
 from dsserve.ds_engine import get_ds_engine, shard_shapes
+from dsserve.fused_ops import load_ops, use_fused_ops
 from dsserve.generation.model_runner import ModelRunner
 from dsserve.generation.plan import Admission, Plan, PlanChannel
 from dsserve.generation.warmup import verify_runner
@@ -52,7 +52,8 @@ def engine_errors(path: str, dtype: str) -> dict[str, Any]:
     plain = verify_runner(ModelRunner(engine.module, 4, 256, torch.device("cpu")), engine.self_check)
     pack_weights(engine.module)
     packed = verify_runner(ModelRunner(engine.module, 4, 256, torch.device("cpu")), engine.self_check)
-    compiled = load_cpu_ops() and use_cpu_ops(engine.module) > 60
+    ops = load_ops(torch.device("cpu"))
+    compiled = ops is not None and use_fused_ops(engine.module, ops) > 60
     fused = verify_runner(ModelRunner(engine.module, 4, 256, torch.device("cpu")), engine.self_check)
     return {
         "plain": plain,

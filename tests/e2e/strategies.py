@@ -29,6 +29,7 @@ _SAMPLING: dict[str, st.SearchStrategy[Any]] = {
     "stop_token_ids": st.lists(st.integers(0, 49_151), max_size=3),
     "ignore_eos": st.booleans(),
     "min_tokens": st.integers(0, 3),
+    "timeout": st.floats(60, 600),
 }
 _V1 = {
     "model": st.sampled_from(["smollm2", "other"]),

@@ -159,3 +159,28 @@ def test_no_worker_dies_of_nothing(victim: Victim) -> None:
     time.sleep(COLLECTIVE_TIMEOUT_S + MARGIN_S)
     assert {process.pid for process in old_worker(victim)} == old
     wait_until(lambda: victim.text(PROMPT) == victim.expected(), 30)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_prompt_for_which_a_rank_has_no_memory_fails_alone(victim: Victim, stream: bool) -> None:
+    neighbour = victim.stream(LONG).wait_for_tokens()
+    with victim.fault(1, "memory 40"):
+        refused = victim.ask({"prompt": "one two three four " * 20, "stream": stream, "max_new_tokens": 4})
+        assert refused.status_code == 507
+        assert refused.json()["error"]["code"] == "out_of_memory"
+        assert victim.text(PROMPT) == victim.expected()
+    count = len(neighbour.events)
+    wait_until(lambda: len(neighbour.events) > count + 4, 20)
+    assert neighbour.ended_at is None and "error" not in "".join(neighbour.events)
+
+
+def test_requests_that_take_too_long_end_with_an_error_and_free_their_slots(victim: Victim) -> None:
+    started = time.monotonic()
+    stream = victim.stream({**LONG, "timeout": 2}).join(30)
+    assert json.loads(stream.events[-2])["error"]["code"] == "timeout" and stream.events[-1] == "[DONE]"
+    late = victim.ask({**LONG, "timeout": 1.5})
+    assert late.status_code == 200 and late.json()["error"]["type"] == "timeout_error"
+    first_call = victim.ask({**LONG, "timeout": 1e-6})
+    assert first_call.status_code == 504 and first_call.json()["error"]["param"] == "timeout"
+    assert time.monotonic() - started < 30
+    assert victim.text(PROMPT) == victim.expected()

@@ -35,10 +35,10 @@ def ranks(request: pytest.FixtureRequest) -> int:
     return request.param
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["graphs", "eager"])
+@pytest.fixture(scope="module", params=["fused", "graphs", "eager"])
 def results(request: pytest.FixtureRequest, llama: str, ranks: int) -> dict[str, dict]:
     """Rank 0's results for each dtype, each made in fresh processes."""
-    arguments = {"env": {"DS_ACCELERATOR": "cuda"}, "path": llama, "graphs": request.param}
+    arguments = {"env": {"DS_ACCELERATOR": "cuda"}, "path": llama, "step": request.param}
     return {dtype: run_ranks("tests.gpu.steps:generate", ranks, dtype=dtype, **arguments)[0] for dtype in DTYPES}
 
 
@@ -96,7 +96,7 @@ def test_half_precision_tokens_differ_at_ties_only(llama: str, results: dict[str
 def test_one_process_without_torchrun_is_one_rank(llama: str, ranks: int, results: dict[str, dict]) -> None:
     if ranks > 1:
         pytest.skip("one rank is what this is about")
-    assert generate(llama, "fp32", graphs=True)["together"] == results["fp32"]["together"]
+    assert generate(llama, "fp32", "graphs")["together"] == results["fp32"]["together"]
 
 
 def test_reuse_sampling_and_neighbours_change_no_token(llama: str, ranks: int) -> None:
@@ -106,3 +106,10 @@ def test_reuse_sampling_and_neighbours_change_no_token(llama: str, ranks: int) -
     assert found["cached"] >= 2 * (40 + 60 + 60 + 30 + 17)
     for kind in ("greedy", "sampled"):
         assert found[kind]["together"] == found[kind]["alone"]
+
+
+def test_a_prompt_that_does_not_fit_into_memory_fails_alone(llama: str, ranks: int) -> None:
+    found = run_ranks("tests.gpu.steps:fill_memory", ranks, env={"DS_ACCELERATOR": "cuda"}, path=llama)[0]
+    assert found["full"]["long"] == 507
+    assert found["full"]["short"] == found["before"]["short"]
+    assert found["after"] == found["before"] and len(found["before"]["long"].split()) == NEW_TOKENS

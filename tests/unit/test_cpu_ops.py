@@ -12,7 +12,8 @@ from transformers.models.gemma import modeling_gemma
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from dsserve.cpu_ops import FusedRMSNorm, is_loaded, load_cpu_ops, use_cpu_ops
+from dsserve.cpu_ops import is_loaded, load_cpu_ops
+from dsserve.fused_ops import FusedRMSNorm, use_fused_ops
 from dsserve.generation.kv_cache import SlotLayer, Window
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -45,7 +46,7 @@ def test_the_norm_is_llamas(dtype: torch.dtype) -> None:
         norm = LlamaRMSNorm(shape[-1], eps=1e-5).to(dtype)
         norm.weight.data = random(shape[-1], dtype=dtype)
         layer = Layer(norm).to(dtype)
-        assert use_cpu_ops(layer) == 1 and isinstance(layer.norm, FusedRMSNorm)
+        assert use_fused_ops(layer, torch.ops.dsserve_cpu) == 1 and isinstance(layer.norm, FusedRMSNorm)
         x = random(*shape, dtype=dtype)
         assert_close(layer.norm(x), norm(x))
 
@@ -54,7 +55,7 @@ def test_the_norm_is_llamas(dtype: torch.dtype) -> None:
 def test_a_norm_that_computes_something_else_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(modeling_gemma, "apply_rotary_pos_emb")  # which is the same, and not what this is about
     layer = Layer(modeling_gemma.GemmaRMSNorm(16))
-    assert use_cpu_ops(layer) == 0 and isinstance(layer.norm, modeling_gemma.GemmaRMSNorm)
+    assert use_fused_ops(layer, torch.ops.dsserve_cpu) == 0 and isinstance(layer.norm, modeling_gemma.GemmaRMSNorm)
 
 
 @needs_compiler
@@ -89,7 +90,7 @@ def test_the_rotary_function_of_a_modelling_file_is_replaced_where_it_is_the_sam
 
     original = modeling_llama.apply_rotary_pos_emb
     modelling = install(original)
-    assert use_cpu_ops(Attention()) == 1
+    assert use_fused_ops(Attention(), torch.ops.dsserve_cpu) == 1
     replaced = modelling.apply_rotary_pos_emb
     assert replaced is not original
     q, cos = random(1, 2, 4, 16), random(1, 4, 16)
@@ -101,7 +102,7 @@ def test_the_rotary_function_of_a_modelling_file_is_replaced_where_it_is_the_sam
         return q * cos[:, None], k * cos[:, None]
 
     modelling = install(interleaved)
-    assert use_cpu_ops(Attention()) == 0 and modelling.apply_rotary_pos_emb is interleaved
+    assert use_fused_ops(Attention(), torch.ops.dsserve_cpu) == 0 and modelling.apply_rotary_pos_emb is interleaved
 
 
 @needs_compiler

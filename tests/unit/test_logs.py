@@ -60,7 +60,7 @@ def test_lines_of_every_call_are_dropped_and_others_kept() -> None:
 
     class Keep(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            kept.append(record.getMessage())
+            kept.append(self.format(record))
 
     handler = Keep()
     root.addHandler(handler)
@@ -73,12 +73,13 @@ def test_lines_of_every_call_are_dropped_and_others_kept() -> None:
         ):
             root.warning(message)
         root.warning("[METRICS]Own.Count:1")
+        root.warning("Failed json decoding of input data", exc_info=ValueError("of a client"))
         root.warning("something else")
     finally:
         root.removeHandler(handler)
         for other in root.handlers:
             other.filters.clear()
-    assert kept == ["[METRICS]Own.Count:1", "something else"]
+    assert kept == ["[METRICS]Own.Count:1", "Failed json decoding of input data", "something else"]
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,10 @@ import psutil
 import torch
 
 from dsserve.config import YAML_FILE, HandlerConfig
-from dsserve.cpu_ops import load_cpu_ops, use_cpu_ops
 from dsserve.distributed import RankInfo, agree_on_least
 from dsserve.errors import LoadError
+from dsserve.fused_ops import load_ops, use_fused_ops
+from dsserve.generation.decode_attention import use_decode_attention, uses_decode_attention
 from dsserve.generation.detokenizer import TextStream
 from dsserve.generation.engine import Engine
 from dsserve.generation.grammar import GrammarCompiler
@@ -68,7 +69,8 @@ def read_limits(config: HandlerConfig, max_position: int | None, model_config: A
             f"up to that length; set handler.max_model_len: {window}"
         )
     limit = min(config.max_new_tokens_limit or length - 1, length - 1)
-    return Limits(length, min(config.max_new_tokens, limit), limit, config.max_running, config.max_waiting)
+    default = min(config.max_new_tokens, limit)
+    return Limits(length, default, limit, config.max_running, config.max_waiting, config.request_timeout)
 
 
 def _sliding_window(model_config: Any) -> int | None:
@@ -126,7 +128,7 @@ def build_engine(
     limits = read_limits(config, loaded.max_position, module.config)
     dtype = next(module.parameters()).dtype
     kept, needed = plan_kv_rows(module.config, config, limits, dtype, rank, device)
-    replaced = _tune_for_cpu(module, config, device)
+    replaced = _tune(module, config, device)
     runner = ModelRunner(module, config.max_running, limits.max_model_len, device, kept)
     if config.warmup:
         all_reduces = warm_up(runner, rank.is_leader)
@@ -134,7 +136,7 @@ def build_engine(
             layers = module.config.get_text_config().num_hidden_layers
             logger.info("[dsserve] all-reduces in a decode step: %d for %d layers", all_reduces, layers)
     if config.cuda_graphs and device.type == "cuda":
-        runner.capture_graphs(rank.is_leader)
+        runner.capture_graphs(rank.is_leader, prefill=uses_decode_attention(module))
     if ds_engine.self_check is not None:
         error = verify_runner(runner, ds_engine.self_check)
         if rank.is_leader:
@@ -153,27 +155,21 @@ def build_engine(
     return engine, limits, grammars
 
 
-def _tune_for_cpu(module: Any, config: HandlerConfig, device: torch.device) -> str:
-    """Replaces what a CPU runs faster otherwise; returns what, for the log."""
-    lacks = "it needs a CPU, and a torch with oneDNN's packed linear"
-    packed = _apply(
-        "pack_weights", config.pack_weights, device, lambda: can_pack(module), lambda: pack_weights(module), lacks
-    )
-    lacks = "it needs a CPU, g++ and ninja (see the log above)"
-    compiled = _apply("compiled_ops", config.compiled_ops, device, load_cpu_ops, lambda: use_cpu_ops(module), lacks)
-    return f"{packed} packed matmuls, {compiled} compiled operations"
+def _tune(module: Any, config: HandlerConfig, device: torch.device) -> str:
+    """Replaces what runs faster otherwise; returns what, for the log."""
+    lacks = "it needs a torch with oneDNN's packed linear"
+    packed = _apply("pack_weights", config.pack_weights, can_pack(module), lambda: pack_weights(module), lacks)
+    ops = load_ops(device) if config.compiled_ops else None
+    lacks = "a CPU needs g++ and ninja, a GPU Triton (see the log above)"
+    fused = _apply("compiled_ops", config.compiled_ops, ops is not None, lambda: use_fused_ops(module, ops), lacks)
+    split = ops is not None and device.type == "cuda" and use_decode_attention(module)
+    attention = "split attention" if split else "torch's attention"
+    return f"{packed} packed matmuls, {fused} fused operations, {attention}"
 
 
-def _apply(
-    key: str,
-    wanted: bool | str,
-    device: torch.device,
-    possible: Callable[[], bool],
-    apply: Callable[[], int],
-    lacks: str,
-) -> int:
-    """Carries out one of the CPU's options; `auto` = where it is possible. Returns how much was replaced."""
-    if wanted is not False and device.type == "cpu" and possible():
+def _apply(key: str, wanted: bool | str, possible: bool, apply: Callable[[], int], lacks: str) -> int:
+    """Carries out an option; `auto` = where it is possible. Returns how much was replaced."""
+    if wanted is not False and possible:
         return apply()
     if wanted is True:
         raise LoadError(f"{YAML_FILE}: handler.{key}: true is not possible: {lacks}; set it to auto")

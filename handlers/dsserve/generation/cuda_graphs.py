@@ -1,8 +1,8 @@
 """Decode steps as CUDA graphs: one launch instead of some hundred, for each number of rows and length of the cache.
 
 A graph is captured for every (rows, cache length) bucket; a step takes the smallest that fits. Rows beyond the live
-ones write into slots that are free, at position 0, which the next prompt there overwrites. Covers decoding only:
-prefill has too many shapes, and is bound by arithmetic. Does not sample.
+ones write into slots that are free, at position 0, which the next prompt there overwrites. Prefill is
+`prefill_graphs`'s. Does not sample.
 """
 
 from __future__ import annotations
@@ -53,23 +53,19 @@ class DecodeGraphs:
         self._captured: dict[tuple[int, int], _Captured] = {}
 
     @torch.inference_mode()
-    def capture(self, is_leader: bool) -> None:
+    def capture(self, is_leader: bool, pool: object) -> None:
         """Captures every bucket, the largest first, since the others can use its memory again.
+
+        Args:
+            pool: `torch.cuda.graph_pool_handle()`, shared by graphs that never run at the same time.
 
         Raises:
             LoadError: the model does something that a graph cannot hold.
         """
         started, reserved = time.perf_counter(), torch.cuda.memory_reserved(self._device)
-        pool = torch.cuda.graph_pool_handle()
         shapes = list(itertools.product(reversed(self._rows), reversed(self._lengths)))
         for index, (rows, length) in enumerate(shapes, start=1):
-            try:
-                self._captured[rows, length] = self._capture_one(rows, length, pool)
-            except RuntimeError as error:
-                reason = str(error).strip().splitlines()[0]
-                raise LoadError(
-                    f"the decode step cannot be captured as a CUDA graph ({reason}); set handler.cuda_graphs: false"
-                ) from None
+            self._captured[rows, length] = self._capture_one(rows, length, pool)
             if is_leader and index in (1, len(shapes)):
                 seconds = time.perf_counter() - started
                 grown = (torch.cuda.memory_reserved(self._device) - reserved) / 2**30
@@ -77,15 +73,7 @@ class DecodeGraphs:
 
     def _capture_one(self, rows: int, length: int, pool: object) -> _Captured:
         inputs = torch.zeros(2, rows, dtype=torch.int64, device=self._device)
-        stream = torch.cuda.Stream(self._device)
-        stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(stream):  # libraries make their handles and workspaces outside the graph
-            for _ in range(_WARM_UPS):
-                self._forward(inputs[0], inputs[1], length)
-        torch.cuda.current_stream(self._device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):  # type: ignore[arg-type]
-            logits = self._forward(inputs[0], inputs[1], length)
+        graph, logits = capture(lambda: self._forward(inputs[0], inputs[1], length), pool, self._device)
         return _Captured(graph, inputs, logits)
 
     def decode(self, tokens: tuple[int, ...], positions: list[int]) -> torch.Tensor:
@@ -99,6 +87,31 @@ class DecodeGraphs:
         captured.graph.replay()
         # The next replay overwrites what the graph wrote.
         return captured.logits[:live].clone()
+
+
+def capture(
+    run: Callable[[], torch.Tensor], pool: object, device: torch.device
+) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+    """A graph of `run`, and the tensor that each replay fills.
+
+    Raises:
+        LoadError: the model does something that a graph cannot hold.
+    """
+    graph = torch.cuda.CUDAGraph()
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    try:
+        with torch.cuda.stream(stream):  # libraries make their handles and workspaces outside the graph
+            for _ in range(_WARM_UPS):
+                run()
+        torch.cuda.current_stream(device).wait_stream(stream)
+        with torch.cuda.graph(graph, pool=pool):  # type: ignore[arg-type]
+            return graph, run()
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise LoadError(
+            f"the model cannot be captured as a CUDA graph ({reason}); set handler.cuda_graphs: false"
+        ) from None
 
 
 def buckets(first: int, last: int) -> list[int]:

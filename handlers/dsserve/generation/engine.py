@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
+
+import torch
 
 from dsserve.distributed import RankInfo
 from dsserve.generation.detokenizer import TextStream
@@ -16,10 +19,14 @@ from dsserve.generation.plan import Plan, PlanChannel
 from dsserve.generation.prefix_cache import PrefixCache
 from dsserve.generation.request import GenerationRequest, TokenEvent, TokenLogprob
 from dsserve.generation.sampler import SamplingState, choose, report_logprobs
-from dsserve.generation.scheduler import Scheduler
+from dsserve.generation.scheduler import PREFILL_TOKENS_A_STEP, Scheduler
 from dsserve.generation.sequence import Sequence, ending_ids
 
 logger = logging.getLogger(__name__)
+
+# Prefills that a warm engine has the memory for, failing one after the other: something holds memory that should be
+# free, and a new worker helps. A prompt that is simply too long does not count, or one client could end the worker.
+MOST_MEMORY_FAILURES = 3
 
 
 class Engine:
@@ -46,6 +53,7 @@ class Engine:
         self._make_text = make_text
         self._eos_ids = eos_ids
         self._grammars = grammars
+        self._memory_failures = 0
 
     @property
     def running(self) -> int:
@@ -95,19 +103,48 @@ class Engine:
         logits = self._runner.execute(plan)
         if logits is None:
             return []
+        if not logits.admitted:
+            failed = self._take_back(plan)
+            plan = replace(plan, admit=())
+            return failed + self._answer(plan, logits) if plan.tokens else failed
+        if plan.admit:
+            self._memory_failures = 0
+        return self._answer(plan, logits)
+
+    def _take_back(self, plan: Plan) -> list[TokenEvent]:
+        """After a prefill that did not fit into memory: its prompts wait again, or the only one fails."""
+        sequence = self._scheduler.take_back(plan)
+        if sequence is None:
+            return []
+        size = len(plan.admit[0].tokens)
+        logger.warning("[dsserve] %s: no memory for %d prompt tokens", sequence.request.request_id, size)
+        if size <= PREFILL_TOKENS_A_STEP:
+            self._memory_failures += 1
+        if self._memory_failures >= MOST_MEMORY_FAILURES:
+            raise torch.OutOfMemoryError("passes that fitted at load fail one after the other")
+        return [sequence.out_of_memory()]
+
+    def _answer(self, plan: Plan, logits: StepLogits) -> list[TokenEvent]:
         sequences = self._scheduler.rows(plan)
         tokens = choose(logits.next, [sequence.state for sequence in sequences])
         logprobs = _logprobs(logits, sequences, tokens)
         asking = [s for s in sequences[len(plan.tokens) :] if s.request.prompt_logprobs]
-        for sequence, prompt in zip(asking, logits.prompts, strict=True):
-            sequence.report_prompt(prompt)
-        return [self._accept(*row) for row in zip(sequences, tokens, logprobs, strict=True)]
+        prompts = dict(zip(asking, logits.prompts, strict=True))
+        rows = zip(sequences, tokens, logprobs, strict=True)
+        return [self._accept(sequence, token, logprob, prompts.get(sequence)) for sequence, token, logprob in rows]
 
-    def _accept(self, sequence: Sequence, token: int, logprob: TokenLogprob | None) -> TokenEvent:
-        """Enters a sequence's next token; at its end the row is freed in the next step."""
+    def _accept(
+        self, sequence: Sequence, token: int, logprob: TokenLogprob | None, prompt: torch.Tensor | None
+    ) -> TokenEvent:
+        """Enters a sequence's next token, and its prompt's logits where they were wanted; at its end the row is freed
+        in the next step."""
         try:
+            if prompt is not None:
+                sequence.report_prompt(prompt)
             wants_none = sequence.request.max_new_tokens == 0
             event = sequence.finish_empty() if wants_none else sequence.accept(token, logprob)
+        except torch.OutOfMemoryError:
+            event = sequence.out_of_memory()
         except Exception as error:  # must not keep rank 0 from sending the plan that the others wait for
             logger.error("[dsserve] %s: %s while decoding text", sequence.request.request_id, type(error).__name__)
             event = sequence.failure()

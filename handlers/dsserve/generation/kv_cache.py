@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from dsserve import cpu_ops
+from dsserve.fused_ops import loaded_ops
 
 _ALIGNMENT = 64  # bytes, a cache line
 
@@ -66,8 +66,9 @@ class SlotLayer(CacheLayerMixin):
         """Stores `[B, kv_heads, T, head_dim]` and returns the keys and values that attention reads."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        if self.keys.device.type == "cpu" and cpu_ops.is_loaded():
-            torch.ops.dsserve_cpu.store(self.keys, self.values, key_states, value_states, self._window.cells)
+        ops = loaded_ops(self.keys.device)
+        if ops is not None:
+            ops.store(self.keys, self.values, key_states, value_states, self._window.cells)
         else:
             self._write(self.keys, key_states)
             self._write(self.values, value_states)

@@ -10,10 +10,13 @@ from typing import Any
 
 import torch
 
+from dsserve.distributed import RankInfo
 from dsserve.generation.cuda_graphs import DecodeGraphs
 from dsserve.generation.kv_cache import SlotCache
 from dsserve.generation.packed_prompts import PackedPrompts
 from dsserve.generation.plan import Admission, Plan
+from dsserve.generation.prefill_graphs import PrefillGraphs
+from dsserve.generation.prefill_memory import PrefillMemory
 
 # Attention reads up to the longest live row, rounded up to this.
 KV_STEP = 16
@@ -26,10 +29,13 @@ class StepLogits:
     Attributes:
         next: `[n, V]`, of the decoded rows, then of the last token of each admitted prompt.
         prompts: `[T, V]` for each prompt whose logits were all wanted, in the order of admission.
+        admitted: False where the admitted prompts did not fit into memory: they hold no rows, `next` is of the decoded
+            rows alone.
     """
 
     next: torch.Tensor
     prompts: tuple[torch.Tensor, ...] = ()
+    admitted: bool = True
 
 
 class ModelRunner:
@@ -41,9 +47,18 @@ class ModelRunner:
         slots: most live rows.
         max_model_len: prompt + output of one row, in tokens.
         kept: rows behind the slots for prompts that may come again.
+        memory: refuses prefills that do not fit; default: this rank's device.
     """
 
-    def __init__(self, module: Any, slots: int, max_model_len: int, device: torch.device, kept: int = 0) -> None:
+    def __init__(
+        self,
+        module: Any,
+        slots: int,
+        max_model_len: int,
+        device: torch.device,
+        kept: int = 0,
+        memory: PrefillMemory | None = None,
+    ) -> None:
         self._module = module
         self._device = device
         self._dtype = next(module.parameters()).dtype
@@ -51,14 +66,17 @@ class ModelRunner:
         self.kept = kept
         self.max_model_len = max_model_len
         self.vocabulary = module.config.get_text_config().vocab_size
+        self._memory = memory or PrefillMemory(device, RankInfo.from_env(), self.vocabulary)
         num_layers = module.config.get_text_config().num_hidden_layers
         capacity = -(-max_model_len // KV_STEP) * KV_STEP
         self.cache = SlotCache(num_layers, slots + kept, capacity)
         self._capacity = capacity
         self._lengths: list[int] = []
         self._graphs: DecodeGraphs | None = None
+        self._prefill_graphs: PrefillGraphs | None = None
         self._first_cells = torch.arange(slots, device=device) * capacity
         self._columns = torch.arange(capacity, device=device)
+        self._no_logits = torch.empty(0, self.vocabulary, device=device)
 
     @property
     def live(self) -> int:
@@ -75,7 +93,9 @@ class ModelRunner:
         decoded = self._decode(plan.tokens) if plan.tokens else None
         if not plan.admit:
             return None if decoded is None else StepLogits(decoded)
-        logits = self._prefill(plan.admit)
+        logits = self._prefill_if_it_fits(plan.admit)
+        if logits is None:
+            return StepLogits(self._no_logits if decoded is None else decoded, admitted=False)
         sizes = [len(admission.tokens) if admission.all_logits else 1 for admission in plan.admit]
         parts = logits.split(sizes)
         last = logits if sum(sizes) == len(sizes) else torch.stack([part[-1] for part in parts])
@@ -89,12 +109,25 @@ class ModelRunner:
             self._lengths[row] = self._lengths[last]
         self._lengths.pop()
 
+    def _prefill_if_it_fits(self, prompts: tuple[Admission, ...]) -> torch.Tensor | None:
+        """What `_prefill` gives, or None on all ranks where one of them has not the memory for it."""
+        tokens = sum(len(prompt.tokens) for prompt in prompts)
+        logits = sum(len(prompt.tokens) if prompt.all_logits else 1 for prompt in prompts)
+        return self._memory.run(lambda: self._prefill(prompts), tokens, logits)
+
     def _prefill(self, prompts: tuple[Admission, ...]) -> torch.Tensor:
         """Logits `[n, V]` of the prompts' last tokens; of all tokens where a prompt wants them."""
         for row, prompt in enumerate(prompts, start=self.live):
             if prompt.shared:
                 self.cache.copy(prompt.source, row, prompt.shared)
         packed = PackedPrompts(prompts, self.live, self._capacity)
+        logits = self._prefill_graphs.run(packed) if self._prefill_graphs is not None else None
+        if logits is None:
+            logits = self._prefill_eagerly(packed)
+        self._lengths += [prompt.shared + len(prompt.tokens) for prompt in prompts]
+        return logits
+
+    def _prefill_eagerly(self, packed: PackedPrompts) -> torch.Tensor:
         window = self.cache.window
         window.cells, window.kv_len = packed.cells.to(self._device), None
         window.read = None if packed.read is None else packed.read.to(self._device)
@@ -107,20 +140,44 @@ class ModelRunner:
             use_cache=True,
             logits_to_keep=packed.wanted.to(self._device),
         )
-        self._lengths += [prompt.shared + len(prompt.tokens) for prompt in prompts]
         return output.logits[0]
 
-    def capture_graphs(self, is_leader: bool) -> None:
-        """Decodes in CUDA graphs from now on. No row may be live.
+    def _forward_prefill(self, inputs: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        """One pass on device tensors, see `PrefillGraphs`."""
+        tokens, positions, cells, prompts = inputs
+        window = self.cache.window
+        window.cells, window.kv_len, window.read = cells, None, None
+        hidden = (prompts[:, None] != prompts) | (positions[:, None] < positions)
+        mask = torch.zeros(hidden.shape, dtype=self._dtype, device=self._device).masked_fill_(hidden, float("-inf"))
+        output = self._module(
+            input_ids=tokens[None],  # [1, T]
+            position_ids=positions[None],  # [1, T]
+            attention_mask=mask[None, None],  # [1, 1, T, T], additive
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=wanted,
+        )
+        return output.logits[0]
+
+    def capture_graphs(self, is_leader: bool, prefill: bool = False) -> None:
+        """Decodes in CUDA graphs from now on, and prefills short prompts in them where wanted. No row may be live.
+
+        Args:
+            prefill: needs writes to the cache that skip negative cells (`gpu_ops`).
 
         Raises:
-            LoadError: see `DecodeGraphs.capture`.
+            LoadError: see `cuda_graphs.capture`.
         """
         self.execute(Plan(admit=(Admission((0,)),)))  # makes the cache's tensors
         self.execute(Plan(evict=(0,)))
+        pool = torch.cuda.graph_pool_handle()
         graphs = DecodeGraphs(self._forward_decode, self.slots, self._capacity, self._device)
-        graphs.capture(is_leader)
+        graphs.capture(is_leader, pool)
         self._graphs = graphs
+        if prefill:
+            passes = PrefillGraphs(self._forward_prefill, self.slots, self.max_model_len - 1, self._device)
+            passes.capture(pool)
+            self._prefill_graphs = passes
 
     def _decode(self, tokens: tuple[int, ...]) -> torch.Tensor:
         if self._graphs is not None:

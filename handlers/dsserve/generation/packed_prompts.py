@@ -24,7 +24,9 @@ class PackedPrompts:
         tokens: `[T]`, int64, zeros behind the last prompt.
         positions: `[T]`, of each token in its own prompt.
         cells: `[n]` where the n real tokens' keys and values go.
+        prompts: `[T]`, the number of each token's prompt, -1 for padding.
         wanted: the tokens whose logits are computed.
+        wants_all: some prompt wants the logits of all its tokens.
         read: `[S]` cells that attention reads, or None where the pass's own tokens are all there is.
     """
 
@@ -39,9 +41,10 @@ class PackedPrompts:
         self.positions = _pad(positions, padding, 0)
         self.cells = rows.repeat_interleave(lengths) + positions
         self.wanted = _wanted(prompts)
-        self._prompts = _pad(torch.arange(len(prompts)).repeat_interleave(lengths), padding, _PADDING)
+        self.wants_all = any(prompt.all_logits for prompt in prompts)
+        self.prompts = _pad(torch.arange(len(prompts)).repeat_interleave(lengths), padding, _PADDING)
         self.read: torch.Tensor | None = None
-        self._read_positions, self._read_prompts = self.positions, self._prompts
+        self._read_positions, self._read_prompts = self.positions, self.prompts
         if bool(shared.any()):
             self._read_whole(rows, lengths + shared)
         self._is_causal = len(prompts) == 1 and self.read is None
@@ -58,7 +61,7 @@ class PackedPrompts:
         """`[1, 1, T, S]`, additive. One prompt alone needs none: attention is causal, padding lies behind."""
         if self._is_causal:
             return None
-        visible = (self._prompts[:, None] == self._read_prompts) & (self.positions[:, None] >= self._read_positions)
+        visible = (self.prompts[:, None] == self._read_prompts) & (self.positions[:, None] >= self._read_positions)
         return torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, float("-inf"))[None, None]
 
 

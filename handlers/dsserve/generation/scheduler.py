@@ -34,6 +34,7 @@ class Scheduler:
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
         self._leaving: set[Sequence] = set()
+        self._one_by_one = 0
 
     @property
     def running(self) -> int:
@@ -106,7 +107,9 @@ class Scheduler:
             hit = None if sequence.request.prompt_logprobs else self._prefixes.find(prompt, live)
             shared = 0 if hit is None else hit.length
             size = len(prompt) - shared
-            if admitted and (size > budget or self._is_worth_waiting(sequence, len(admitted), shared)):
+            if admitted and (
+                size > budget or self._one_by_one or self._is_worth_waiting(sequence, len(admitted), shared)
+            ):
                 break
             budget -= size
             self._waiting.popleft()
@@ -114,7 +117,19 @@ class Scheduler:
             sequence.cached_tokens = shared
             row = 0 if hit is None else hit.row
             admitted.append(Admission(prompt[shared:], row, shared, sequence.request.prompt_logprobs))
+        self._one_by_one = max(0, self._one_by_one - len(admitted))
         return tuple(admitted)
+
+    def take_back(self, plan: Plan) -> Sequence | None:
+        """Undoes the admissions of the last plan, which did not fit into memory. Several prompts are tried again one by
+        one, before all others; a single one is given up and returned."""
+        count = len(plan.admit)
+        sequences, self._running = self._running[-count:], self._running[:-count]
+        if count == 1:
+            return sequences[0]
+        self._waiting.extendleft(reversed(sequences))
+        self._one_by_one = count
+        return None
 
     def _is_worth_waiting(self, sequence: Sequence, admitted: int, shared: int) -> bool:
         """Whether one of the prompts of this very step has much more in common with the sequence than `shared`."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from dsserve.errors import RequestError
 from dsserve.generation.detokenizer import TextStream
 from dsserve.generation.request import FinishReason, GenerationRequest, TokenEvent, TokenLogprob
 from dsserve.generation.sampler import SamplingState, report_logprobs
@@ -75,9 +76,16 @@ class Sequence:
         """The only event of a request for no new tokens, whose prompt alone was of interest."""
         return self._event("", "length")
 
-    def failure(self) -> TokenEvent:
+    def failure(self, error: RequestError | None = None) -> TokenEvent:
         """What the client gets when this sequence cannot go on."""
-        return TokenEvent(self.request.request_id, "", self.request.index, failed=True)
+        return TokenEvent(self.request.request_id, "", self.request.index, failed=True, error=error)
+
+    def out_of_memory(self) -> TokenEvent:
+        """What the client gets when the device has not the memory for its prompt."""
+        count = len(self.request.prompt_ids)
+        what = "prompt with its log probabilities" if self.request.prompt_logprobs else "prompt"
+        message = f"the device has no memory for a {what} of {count} tokens: send a shorter one, or try again later"
+        return self.failure(RequestError(message, status=507, kind="server_error", code="out_of_memory"))
 
     def _event(self, text: str, reason: FinishReason | None, logprobs: tuple[TokenLogprob, ...] = ()) -> TokenEvent:
         prompt_logprobs, self._prompt_logprobs = self._prompt_logprobs, ()

@@ -8,6 +8,7 @@ payload comes once; a client that went away is simply missing. Does not parse bo
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http import HTTPStatus
@@ -30,9 +31,11 @@ _RETRY_WHEN_FULL_S = 1
 
 @dataclass
 class _Row:
-    """One live request: how it is answered, and what goes out at the end of this call."""
+    """One live request: how it is answered, when it is given up, and what goes out at the end of this call."""
 
     reply: Reply
+    timeout_s: float
+    deadline: float  # of the monotonic clock
     is_new: bool = True
     done: bool = False
     frame: bytearray = field(default_factory=bytearray)
@@ -79,6 +82,7 @@ class LiveBatch:
                     answered[request_id] = found
         for event in self._engine.run(self._max_steps):
             self._take(event, answered)
+        self._end_overdue(answered)
         return self._collect(ids, answered, ctx)
 
     def _drop_gone(self, ids: set[str]) -> None:
@@ -125,7 +129,7 @@ class LiveBatch:
     def _admit(self, request_id: str, job: Job) -> None:
         for request in job.requests:
             self._engine.admit(request)
-        self._rows[request_id] = _Row(job.reply)
+        self._rows[request_id] = _Row(job.reply, job.timeout_s, time.monotonic() + job.timeout_s)
         longest = max(len(request.prompt_ids) for request in job.requests)
         logger.info(
             "[dsserve] %s: %d text(s), at most %d prompt tokens and %d new",
@@ -138,13 +142,7 @@ class LiveBatch:
             return
         if event.failed:
             error = event.error or RequestError("the server failed on this request", status=500, kind=_INTERNAL)
-            self._engine.evict(event.request_id)  # its other texts have no reply to go to
-            if row.is_new:  # its status has not gone out yet
-                answered[event.request_id] = error
-                del self._rows[event.request_id]
-                return
-            row.frame += row.reply.fail(error)
-            row.done = True
+            self._give_up(event.request_id, error, answered)
             return
         row.frame += row.reply.take(event)
         if row.reply.is_done:
@@ -153,6 +151,25 @@ class LiveBatch:
                 "[dsserve] %s: %d new tokens, %s",
                 event.request_id, row.reply.usage.completion_tokens, event.finish_reason,
             )  # fmt: skip
+
+    def _end_overdue(self, answered: dict[str, bytes | RequestError]) -> None:
+        now = time.monotonic()
+        overdue = [request_id for request_id, row in self._rows.items() if now >= row.deadline and not row.done]
+        for request_id in overdue:
+            seconds = self._rows[request_id].timeout_s
+            logger.info("[dsserve] %s: given up after its timeout of %g s", request_id, seconds)
+            self._give_up(request_id, timeout_error(seconds), answered)
+
+    def _give_up(self, request_id: str, error: RequestError, answered: dict[str, bytes | RequestError]) -> None:
+        """Ends a request with an error: as its status, or as its last event where the status has gone out."""
+        row = self._rows[request_id]
+        self._engine.evict(request_id)  # its texts have no reply to go to
+        if row.is_new:
+            answered[request_id] = error
+            del self._rows[request_id]
+            return
+        row.frame += row.reply.fail(error)
+        row.done = True
 
     def _collect(self, ids: list[str], answered: dict[str, bytes | RequestError], ctx: Any) -> list[bytes]:
         items: list[bytes] = []
@@ -182,6 +199,14 @@ def drain_error(request_id: str) -> RequestError:
     return RequestError(
         "the server is shutting down: send the request again, to another server or later",
         status=503, kind="server_error", retry_after_s=RETRY_AFTER_S,
+    )  # fmt: skip
+
+
+def timeout_error(seconds: float) -> RequestError:
+    """What a request gets that did not end in its time."""
+    return RequestError(
+        f"the request did not end within {seconds:g} s: raise `timeout`, ask for fewer tokens, or try again later",
+        status=504, param="timeout", kind="timeout_error", code="timeout",
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from pydantic import model_validator as checks_model
 from pydantic_core import PydanticCustomError
 
 from dsserve.errors import RequestError
-from dsserve.generation.request import SamplingParams, StopConditions
+from dsserve.generation.request import Limits, SamplingParams, StopConditions
 
 MAX_STOPS = 4
 MAX_STOP_TOKENS = 64
@@ -95,6 +95,9 @@ class SamplingBody(Body):
     )
     ignore_eos: bool = Field(False, description="end-of-text tokens do not end the text")
     min_tokens: StrictInt = Field(0, ge=0, description="new tokens before anything but the length may end the text")
+    timeout: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="s; after that the request is given up with an error"
+    )
 
     def sampling(self, vocabulary: int, logprobs: int | None = None, grammar: str | None = None) -> SamplingParams:
         """The engine's parameters.
@@ -120,6 +123,16 @@ class SamplingBody(Body):
             logprobs=logprobs,
             grammar=grammar,
         )
+
+    def timeout_s(self, limits: Limits) -> float:
+        """Seconds until the request is given up.
+
+        Raises:
+            RequestError: 400 for more than the server allows.
+        """
+        if self.timeout is not None and self.timeout > limits.timeout_s:
+            raise RequestError(f"timeout: this server allows at most {limits.timeout_s:g} s", param="timeout")
+        return self.timeout or limits.timeout_s
 
     def stops(self) -> StopConditions:
         """What ends the text beside its length."""

@@ -10,7 +10,12 @@ from dsserve.protocol.reply import Reply
 
 @dataclass(frozen=True)
 class Job:
-    """One client's request on its way. An answer that needs no generation is plain bytes of JSON instead."""
+    """One client's request on its way. An answer that needs no generation is plain bytes of JSON instead.
+
+    Attributes:
+        timeout_s: seconds from its arrival at the handler after which it is given up.
+    """
 
     reply: Reply
     requests: tuple[GenerationRequest, ...]
+    timeout_s: float

@@ -69,7 +69,7 @@ def complete(request_id: str, body: Any, served: ServedModel) -> Job:
         requests += _sequences(request_id, ids, limit, parsed, sampling, len(requests), wants_prompt_logprobs)
         echoed = _decode(ids, served) if parsed.echo else ""
         shapes += [CompletionShape(token_text, echoed) for _ in range(parsed.n)]
-    return Job(_reply(parsed, Envelope.of(served, "cmpl"), shapes), tuple(requests))
+    return Job(_reply(parsed, Envelope.of(served, "cmpl"), shapes), tuple(requests), parsed.timeout_s(served.limits))
 
 
 def _prompts(body: CompletionBody, served: ServedModel) -> list[list[int]]:
@@ -102,7 +102,9 @@ def chat(request_id: str, body: Any, served: ServedModel) -> Job:
         for _ in range(parsed.n)
     ]
     requests = _sequences(request_id, ids, limit, parsed, sampling, 0)
-    return Job(_reply(parsed, Envelope.of(served, "chatcmpl"), shapes), tuple(requests))
+    return Job(
+        _reply(parsed, Envelope.of(served, "chatcmpl"), shapes), tuple(requests), parsed.timeout_s(served.limits)
+    )
 
 
 def _demanded_call(body: ChatBody, served: ServedModel, grammar: str | None) -> str | None:

@@ -31,4 +31,4 @@ def generate(request_id: str, body: str | dict[str, Any], served: ServedModel) -
     limit = fit_output(parsed.max_new_tokens, len(ids), served.limits)
     check_least(parsed.min_tokens, limit)
     request = GenerationRequest(request_id, tuple(ids), limit, parsed.sampling(served.vocabulary), parsed.stops())
-    return Job(reply, (request,))
+    return Job(reply, (request,), parsed.timeout_s(served.limits))

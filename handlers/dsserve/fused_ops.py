@@ -1,0 +1,132 @@
+"""The small operations between a step's matmuls as a few fused ones: norm, rotary embedding, KV writes, gated MLP.
+
+On a CPU they are compiled C++ (`cpu_ops`), on a GPU Triton kernels (`gpu_ops`). An operation is replaced only where the
+fused one gives the same numbers on random input, so other kinds of norm and rotary embedding stay as they are. Does not
+touch matmuls (`packing`) or attention (`generation.decode_attention`).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from dsserve import cpu_ops, gpu_ops
+
+_ROTARY = "apply_rotary_pos_emb"  # transformers' modelling files call it by this name, each its own
+# Roundings that may fall differently because sums are taken in another order, in units of the dtype's last place.
+_PLACES = 4
+
+
+_GATED = ("gate_proj", "up_proj", "down_proj", "act_fn", "hidden_size")
+
+
+class FusedRMSNorm(nn.Module):
+    """`weight * x / rms(x)` in one call, rounded as transformers' LlamaRMSNorm rounds."""
+
+    def __init__(self, ops: Any, weight: torch.Tensor, eps: float) -> None:
+        super().__init__()
+        self._ops = ops
+        self.weight = nn.Parameter(weight.detach(), requires_grad=False)
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[..., H]` -> `[..., H]`."""
+        return self._ops.rms_norm(x, self.weight, self.eps)
+
+
+class FusedMLP(nn.Module):
+    """`down(silu(gate(x)) * up(x))` with the activation and the product in one call."""
+
+    def __init__(self, ops: Any, mlp: Any) -> None:
+        super().__init__()
+        self._ops = ops
+        self.gate_proj, self.up_proj, self.down_proj = mlp.gate_proj, mlp.up_proj, mlp.down_proj
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[..., H]` -> `[..., H]`."""
+        return self.down_proj(self._ops.gated_silu(self.gate_proj(x), self.up_proj(x)))
+
+
+def load_ops(device: torch.device) -> Any | None:
+    """Compiles (the first time) and loads the operations for a device; None where they cannot be had."""
+    if device.type == "cpu":
+        return torch.ops.dsserve_cpu if cpu_ops.load_cpu_ops() else None
+    return gpu_ops if gpu_ops.load_gpu_ops() else None
+
+
+def loaded_ops(device: torch.device) -> Any | None:
+    """What `load_ops` gave in this process, None before it."""
+    if device.type == "cpu":
+        return torch.ops.dsserve_cpu if cpu_ops.is_loaded() else None
+    return gpu_ops if gpu_ops.is_loaded() else None
+
+
+def use_fused_ops(module: nn.Module, ops: Any) -> int:
+    """Replaces the norms and gated MLPs of `module` in place and the rotary function of its modelling files; returns
+    how many.
+
+    Rotary functions are replaced in transformers' modelling modules, since layers call them by name (transformers
+    5.23); one process serves one model.
+    """
+    count, parameter = 0, next(module.parameters())
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            fused = _fuse(child, ops, parameter)
+            if fused is not None:
+                setattr(parent, name, fused)
+                count += 1
+    for namespace in {sys.modules[type(part).__module__] for part in module.modules()}:
+        original = getattr(namespace, _ROTARY, None)
+        if original is not None and _is_same_rotary(original, parameter, ops):
+            setattr(namespace, _ROTARY, _rotary_or(original, ops))
+            count += 1
+    return count
+
+
+def _fuse(child: Any, ops: Any, like: torch.Tensor) -> nn.Module | None:
+    """The same layer in fewer calls, or None for a layer that computes something else."""
+    kind, width = type(child).__name__, 0
+    fused: nn.Module | None = None
+    if kind.endswith("RMSNorm"):
+        weight, eps = getattr(child, "weight", None), getattr(child, "variance_epsilon", None)
+        if weight is not None and eps is not None and weight.dim() == 1:
+            fused, width = FusedRMSNorm(ops, weight, eps), weight.shape[0]
+    elif kind.endswith("MLP") and hasattr(ops, "gated_silu") and all(hasattr(child, name) for name in _GATED):
+        fused, width = FusedMLP(ops, child), child.hidden_size
+    if fused is None:
+        return None
+    x = torch.randn(4, width, generator=torch.Generator().manual_seed(0)).to(like)
+    with torch.inference_mode():
+        found, expected = fused(x).float(), child(x).float()
+    is_same = (found - expected).norm() <= _PLACES * torch.finfo(like.dtype).eps * expected.norm()
+    return fused if is_same else None
+
+
+def _is_same_rotary(function: Callable[..., Any], like: torch.Tensor, ops: Any) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(2, heads, 3, 64, generator=generator).to(like) for heads in (4, 2))
+    cos, sin = (torch.randn(2, 3, 64, generator=generator).to(like) for _ in range(2))
+    try:
+        expected = function(q, k, cos, sin)
+    except Exception:  # a function of the same name with another signature: not ours to replace
+        return False
+    found = ops.rotary(q, k, cos, sin)
+    return len(expected) == 2 and all(_is_close(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def _rotary_or(original: Callable[..., Any], ops: Any) -> Callable[..., Any]:
+    def rotary(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *rest: Any, **more: Any) -> Any:
+        if rest or more or cos.dim() != 3 or cos.shape[-1] != q.shape[-1] or cos.dtype != q.dtype:
+            return original(q, k, cos, sin, *rest, **more)
+        return ops.rotary(q, k, cos.contiguous(), sin.contiguous())
+
+    return rotary
+
+
+def _is_close(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    places = _PLACES * torch.finfo(expected.dtype).eps
+    return found.shape == expected.shape and torch.allclose(found, expected, rtol=places, atol=places)

@@ -1,0 +1,71 @@
+"""Whether a prefill's activations fit into a GPU's memory, asked of all ranks before any of them begins.
+
+Weights, KV cache and the decode steps' buffers are taken at load; what can run out later is a prefill, whose
+activations grow with its prompts. A rank that failed in the middle of one would leave the others in an all-reduce
+without end. Covers prefill only: memory that runs out in a decode step ends the worker.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from dsserve.distributed import RankInfo, agree_on_least
+
+
+class PrefillMemory:
+    """Learns from each pass what a token takes, and tries to get that much before the next one.
+
+    Args:
+        vocabulary: width of the logits, which a pass holds twice in fp32 at most.
+    """
+
+    def __init__(self, device: torch.device, rank: RankInfo, vocabulary: int) -> None:
+        self._device = device
+        self._rank = rank
+        self._logits_bytes = 2 * 4 * vocabulary
+        self._token_bytes = 0.0
+
+    @property
+    def is_limited(self) -> bool:
+        """Whether an allocation can fail: on a CPU the kernel ends the process instead."""
+        return self._device.type == "cuda"
+
+    def run(self, prefill: Callable[[], torch.Tensor], tokens: int, logits: int) -> torch.Tensor | None:
+        """Carries out a pass of so many tokens and rows of logits, or returns None on all ranks where one of them has
+        not the memory for it.
+
+        Raises:
+            torch.OutOfMemoryError: a pass failed that should have fitted, and other ranks may wait within it.
+        """
+        if not self.is_limited:
+            return prefill()
+        if agree_on_least(int(self.has_room(tokens, logits)), self._rank):
+            try:
+                result = prefill()
+            except torch.OutOfMemoryError:
+                if self._rank.world_size > 1:
+                    raise
+            else:
+                self._learn(tokens)
+                return result
+        torch.cuda.empty_cache()  # so that fragments do not refuse the next pass
+        return None
+
+    def has_room(self, tokens: int, logits: int) -> bool:
+        """This rank's answer: the bytes are taken from the allocator and given back, so they are there for the pass,
+        whose peak is measured from here on."""
+        needed = int(tokens * self._token_bytes) + logits * self._logits_bytes
+        try:
+            torch.empty(needed, dtype=torch.uint8, device=self._device)
+        except torch.OutOfMemoryError:
+            return False
+        torch.cuda.reset_peak_memory_stats(self._device)
+        return True
+
+    def _learn(self, tokens: int) -> None:
+        """Allocations are known on the host as soon as the pass is launched. What stays is no activation."""
+        kept = torch.cuda.memory_allocated(self._device)
+        taken = torch.cuda.max_memory_allocated(self._device) - kept
+        self._token_bytes = max(self._token_bytes, taken / tokens)

@@ -1,0 +1,64 @@
+"""GPU only: the small operations between a decode step's matmuls as Triton kernels (`gpu_kernels`).
+
+Shapes and rounding are those of the torch code that they replace (`fused_ops`); Triton comes with torch's CUDA builds.
+Nothing is compiled ahead: a kernel takes about a second the first time, and Triton keeps it on disk.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+_kernels: Any = None
+
+
+def load_gpu_ops() -> bool:
+    """Imports the kernels; False, with the reason in the log, where there is no Triton."""
+    global _kernels
+    try:
+        from dsserve import gpu_kernels
+    except ImportError as error:
+        logger.warning("[dsserve] no fused GPU operations: %s", error)
+        return False
+    _kernels = gpu_kernels
+    return True
+
+
+def is_loaded() -> bool:
+    """Whether the operations can be called in this process."""
+    return _kernels is not None
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """`[..., H]` -> `[..., H]`: fp32 inside, rounded before the weight is applied."""
+    return _kernels.rms_norm(x, weight, eps)
+
+
+def rotary(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`[B, H, T, D]` and `[B, KV, T, D]` turned by `[B or 1, T, D]`; every product is rounded, as torch's are."""
+    return _kernels.rotary(q, k, cos, sin)
+
+
+def gated_silu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """`silu(gate) * up`, `[..., I]`; both may be parts of one wider tensor."""
+    return _kernels.gated_silu(gate, up)
+
+
+def store(
+    keys: torch.Tensor, values: torch.Tensor, new_keys: torch.Tensor, new_values: torch.Tensor, cells: torch.Tensor
+) -> None:
+    """Writes tokens `[B, KV, T, D]`, in the order of B and T, to cells of `[rows, max_len, KV, D]`.
+
+    Args:
+        cells: `[n]`, row * max_len + position; tokens after the n-th, and those of negative cells, are padding.
+    """
+    _kernels.store(keys, values, new_keys, new_values, cells)
+
+
+def multiply_row(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """`x @ weight.T + bias` for a single row, `[..., in]` with one row in all: bound by reading the weight."""
+    return _kernels.multiply_row(x, weight, bias)
