@@ -57,13 +57,13 @@ class Demand:
 
 
 def bursts(rate_per_s: float, seconds: float, seed: int) -> Iterator[float]:
-    """Arrivals whose rate changes between two values; the mean is `rate_per_s`."""
-    dice = random.Random(seed)
+    """Arrivals whose rate changes between two values, when is up to `seed` alone; the mean is `rate_per_s`."""
+    dice, spells = random.Random(seed), random.Random(seed + 2)
     calm_rate = rate_per_s * (1 - BURST_SHARE * BURST_TIMES) / (1 - BURST_SHARE)
     calm_s = BURST_S * (1 - BURST_SHARE) / BURST_SHARE
     start, busy = 0.0, False
     while start < seconds:
-        end = start + dice.expovariate(1 / (BURST_S if busy else calm_s))
+        end = start + spells.expovariate(1 / (BURST_S if busy else calm_s))
         now = start
         while (now := now + dice.expovariate(rate_per_s * BURST_TIMES if busy else calm_rate)) < min(end, seconds):
             yield now

@@ -45,9 +45,7 @@ def draw(speed: Speed, checked: list[dict[str, Any]], path: Path) -> None:
         left.plot([row["measured"] for row in rows], [row["simulated"] for row in rows], marker, label=label)
     values = [row[key] for row in checked for key in ("measured", "simulated")] or [1.0, 10.0]
     left.plot([min(values), max(values)], [min(values), max(values)], color="0.6", zorder=-1)
-    left.set(
-        xscale="log", yscale="log", xlabel="measured ms", ylabel="simulated ms", title="First token and whole answer"
-    )
+    left.set(xlabel="measured ms", ylabel="simulated ms", title="First token and whole answer")
     left.legend()
     for (policy, arrivals), milliseconds in curves(speed).items():
         style = "-" if arrivals == POISSON else "--"

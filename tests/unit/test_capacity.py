@@ -82,7 +82,7 @@ def test_waiting_is_what_queueing_theory_says() -> None:
     """One row, one token: with random arrivals and a constant time of service s one waits load x s / (2 (1 - load))."""
     speed = Speed(0.0, 0.0, 100.0, 0.0, max_running=1)
     for load in (0.5, 0.8):
-        jobs = [job(at_s=at, new=1) for at in poisson(load / 0.1, 20_000.0, seed=4)]
+        jobs = [job(at_s=at, new=1) for at in poisson(load / 0.1, 10_000.0, seed=4)]
         requests = Simulation(speed, 1, Router(LEAST), 32).run(jobs)
         waits = [(request.first_ms or 0.0) - 100.0 for request in requests]
         assert statistics.fmean(waits) == pytest.approx(load * 100.0 / (2 * (1 - load)), rel=0.05)
