@@ -26,6 +26,7 @@ PORT = typer.Option(8080, min=1024, max=65529, help="inference; +1 management, +
 TIMEOUT = typer.Option(server.START_TIMEOUT_S, help="give up after so many seconds")
 POLL_S = 0.2
 BIND = typer.Option(HOST, help="address of the inference port; beyond loopback every call needs a token")
+TOKENS = typer.Option(True, help="whether calls from beyond loopback need a token; never without a private network")
 CANARY_S = 60.0  # the first token of a server that was not warmed up
 DRAIN = typer.Option(DRAIN_S, min=0, help="seconds that running requests have to end")
 
@@ -37,10 +38,11 @@ def start(
     name: str = NAME,
     port: int = PORT,
     host: str = BIND,
+    tokens: bool = TOKENS,
     timeout_s: float = TIMEOUT,
 ) -> None:
     """Start TorchServe and wait until the model answers; on failure say why and stop it again."""
-    launch(RunDir(run_dir.resolve()), archive, name, Ports(port), host, timeout_s)
+    launch(RunDir(run_dir.resolve()), archive, name, Ports(port), host, tokens, timeout_s)
 
 
 @app.command()
@@ -50,6 +52,7 @@ def run(
     name: str = NAME,
     port: int = PORT,
     host: str = BIND,
+    tokens: bool = TOKENS,
     timeout_s: float = TIMEOUT,
     drain_s: float = DRAIN,
 ) -> None:
@@ -60,7 +63,7 @@ def run(
         signals.append(number)
 
     signal.signal(signal.SIGTERM, interrupt)
-    record = launch(folder, archive, name, Ports(port), host, timeout_s)
+    record = launch(folder, archive, name, Ports(port), host, tokens, timeout_s)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, note)
     tail = LogTail(folder.model_log)
@@ -89,11 +92,11 @@ def reap_children() -> None:
             pass
 
 
-def launch(run: RunDir, archive: Path, name: str, ports: Ports, host: str, timeout_s: float) -> Record:
+def launch(run: RunDir, archive: Path, name: str, ports: Ports, host: str, tokens: bool, timeout_s: float) -> Record:
     """Start the server and return when the model has given a token; on failure say why and stop it again."""
     started_s = time.monotonic()
     try:
-        record = server.start(run, name, archive.resolve(), ports, host)
+        record = server.start(run, name, archive.resolve(), ports, host, tokens)
     except (server.ServerError, MachineError) as error:
         fail(str(error))
     say(f"TorchServe started in {run.path}")
