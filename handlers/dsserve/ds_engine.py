@@ -21,6 +21,7 @@ from dsserve.config import YAML_FILE
 from dsserve.distributed import RankInfo, init_process_group, prepare_environment, select_device
 from dsserve.errors import LoadError
 from dsserve.hf_model import model_dtype
+from dsserve.precision import convert_parameters, without_deepspeeds_conversion
 from dsserve.self_check import SelfCheck
 from dsserve.sharding.alibi import use_rank_alibi
 from dsserve.sharding.heads import repeat_kv_heads
@@ -99,7 +100,9 @@ def _shard(model: Any, init: dict[str, Any], settings: DeepSpeedSettings, rank: 
     copies = repeat_kv_heads(model, settings.tp_size)
     if copies > 1 and rank.is_leader:
         logger.info("[dsserve] every KV head %d times, so that each rank has one", copies)
-    engine = _init_inference(model, init, settings.dtype, settings.tp_size)
+    with without_deepspeeds_conversion():
+        engine = _init_inference(model, init, settings.dtype, settings.tp_size)
+    convert_parameters(engine.module, settings.dtype)
     use_rank_alibi(engine.module, rank.rank, settings.tp_size)
     use_rank_query_heads(engine.module)
     return engine

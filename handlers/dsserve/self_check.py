@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from dsserve.errors import LoadError
+from dsserve.precision import computing_in
 
 LENGTH = 24
 # Largest ||out - ref|| / ||ref|| over all positions that rounding explains.
@@ -35,11 +36,12 @@ class SelfCheck:
 
     @classmethod
     def capture(cls, model: Any, dtype: torch.dtype) -> SelfCheck:
-        """Runs `LENGTH` fixed tokens through the whole model, where it lies; converts it to `dtype` first."""
-        model.to(dtype)
+        """Runs `LENGTH` fixed tokens through the whole model, where it lies, in `dtype`; large weights are converted a
+        piece at a time and stay as they are."""
         vocabulary = model.get_input_embeddings().weight.shape[0]
         token_ids = torch.randint(vocabulary, (LENGTH,), generator=torch.Generator().manual_seed(0))
-        with torch.no_grad():  # parameters converted in inference mode could not be used outside it
+        # Parameters converted in inference mode could not be used outside it.
+        with torch.no_grad(), computing_in(model, dtype):
             logits = model(input_ids=token_ids[None].to(model.device), use_cache=False).logits[0]
         return cls(token_ids, logits.float().cpu(), dtype)
 

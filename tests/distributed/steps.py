@@ -45,6 +45,25 @@ def logits_and_shards(path: str) -> dict[str, Any]:
     }
 
 
+def errors_at_long_positions(path: str, length: int) -> dict[str, Any]:
+    """Relative error of bf16 logits at the end of a long prompt against fp32's: sharded, and transformers' own."""
+    text = torch.randint(49152, (1, length), generator=torch.Generator().manual_seed(2))
+
+    def logits(model: Any) -> torch.Tensor:
+        with torch.inference_mode():
+            return model(text, logits_to_keep=64).logits.float()
+
+    expected = logits(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval())
+    theirs = logits(AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval())
+    module = make_engine(path, "bf16").module
+    ours = logits(module)
+    return {
+        "ours": ((ours - expected).norm() / expected.norm()).item(),
+        "theirs": ((theirs - expected).norm() / expected.norm()).item(),
+        "frequencies": str(module.model.rotary_emb.inv_freq.dtype),
+    }
+
+
 def engine_errors(path: str, dtype: str) -> dict[str, Any]:
     """Relative error of the logits through ragged KV slots: as sharded, then with packed weights, then with compiled
     operations too."""
