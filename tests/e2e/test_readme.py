@@ -57,7 +57,8 @@ def test_no_command_of_the_readme_is_left_out() -> None:
 
 def test_deploy_ask_requests_status_and_stop(tmp_path: Path) -> None:
     port, run_dir = str(free_ports().inference), tmp_path / "run"
-    environ = {"PORT": port, "RUN_DIR": str(run_dir)}
+    # In bf16 the answer's two likeliest first tokens are one rounding step apart (logits differ by 0.125 near 20).
+    environ = {"PORT": port, "RUN_DIR": str(run_dir), "DTYPE": "fp32"}
     try:
         deployed = run(DEPLOY, tmp_path, **environ)
         assert "2 ranks on cpu" in deployed
