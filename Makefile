@@ -12,7 +12,7 @@ TOKENS  ?= on
 RUN_DIR ?= run/$(NAME)-$(PORT)
 DRAIN   ?= 30
 MINUTES ?= 30
-QUESTION ?= What is the capital of France?
+QUESTION ?= What is the capital of Japan?
 export QUESTION
 
 # A Python that was named and has everything is used as it is, and nothing is installed. One that lacks something (and
