@@ -10,6 +10,7 @@ import logging
 import time
 from typing import Any
 
+from dsserve import shard_cache
 from dsserve.base_handler import BaseDeepSpeedHandler
 from dsserve.config import HandlerConfig, read_handler_config
 from dsserve.control import ControlFiles
@@ -18,11 +19,12 @@ from dsserve.ds_engine import get_ds_engine
 from dsserve.errors import LoadError
 from dsserve.generation.build import build_engine, check_engine_choice
 from dsserve.generation.leader import EngineThread, LeaderEngine
-from dsserve.hf_model import load_model, load_outline
+from dsserve.hf_model import load_model, load_outline, locate_model, model_dtype
 from dsserve.logs import set_serving_level
 from dsserve.protocol.batch import LiveBatch
 from dsserve.protocol.served import describe_model
 from dsserve.settings import check_server_settings, read_time_limits
+from dsserve.shard_manifest import Manifest
 from dsserve.sharding.heads import plan_kv_copies
 from dsserve.watchdog import end_process
 
@@ -63,11 +65,16 @@ class DeepSpeedHandler(BaseDeepSpeedHandler):
     def _load(self, ctx: Any, config: HandlerConfig) -> None:
         started = time.perf_counter()
         logger.info("[dsserve] rank %d of %d: loading on %s", self.rank.rank, self.rank.world_size, self.device)
-        plan_kv_copies(load_outline(config, self.model_dir), self.rank.world_size)  # refuses before the long load
-        loaded = load_model(config, self.model_dir)
+        folder = locate_model(config, self.model_dir)
+        outline = load_outline(config, folder)
+        plan_kv_copies(outline, self.rank.world_size)  # refuses before the long load
+        settings = check_engine_choice(ctx, self.rank.world_size, model_dtype(outline))
+        cache = self.model_dir / config.shard_cache if config.shard_cache else folder / shard_cache.FOLDER
+        wanted = Manifest.describe(outline, folder, settings.tp_size, settings.dtype)
+        shards = shard_cache.find_shards(wanted, cache, self.rank)
+        loaded = load_model(config, folder, outline if shards else None)
         logger.info("[dsserve] rank %d: loaded in %.1f s", self.rank.rank, time.perf_counter() - started)
-        check_engine_choice(ctx, self.rank.world_size)
-        ds_engine = get_ds_engine(loaded.model, ctx)
+        ds_engine = get_ds_engine(loaded.model, ctx, shards)
         self.model = ds_engine.module
         if not self.rank.is_leader:
             self._engine, _, _ = build_engine(ds_engine, loaded, config, self.rank, self.device)

@@ -24,25 +24,28 @@ from dsserve.hf_model import model_dtype
 from dsserve.precision import convert_parameters, without_deepspeeds_conversion
 from dsserve.self_check import SelfCheck
 from dsserve.sharding.alibi import use_rank_alibi
-from dsserve.sharding.heads import repeat_kv_heads
+from dsserve.sharding.heads import plan_kv_copies, repeat_kv_heads
 from dsserve.sharding.phi3 import use_rank_query_heads
 
 if TYPE_CHECKING:
     from dsserve.ds_config import DeepSpeedSettings
+    from dsserve.shard_cache import Shards
 
 logger = logging.getLogger(__name__)
 
 
-def get_ds_engine(model: Any, ctx: Context) -> Any:
+def get_ds_engine(model: Any, ctx: Context, shards: Shards | None = None) -> Any:
     """Shards `model` as the `deepspeed:` section of model-config.yaml says.
 
     Args:
         model: a Hugging Face model on the CPU, whole in every rank, or on the meta device with `deepspeed.checkpoint`.
         ctx: TorchServe's context of the load.
+        shards: a cache that fits `model`, which then lies on the meta device and gets its values from there.
 
     Returns:
         DeepSpeed's `InferenceEngine`; `engine.module` is what a handler keeps. `engine.self_check` holds the reference
-        logits, None where the check is off or the model came on the meta device or is no causal language model.
+        logits, None where the check is off, the model is no causal language model or came on the meta device without
+        a cache.
 
     Raises:
         LoadError: settings that cannot work, a rank without attention heads, or logits that changed.
@@ -58,13 +61,18 @@ def get_ds_engine(model: Any, ctx: Context) -> Any:
     model_dir = Path(ctx.system_properties["model_dir"])
     settings = read_deepspeed_settings(ctx.model_yaml_config or {}, model_dir, rank.world_size, model_dtype(model))
     on_meta = any(parameter.is_meta for parameter in model.parameters())
-    check = SelfCheck.capture(model, settings.dtype) if settings.self_check and _can_check(model, on_meta) else None
+    check = None
+    if settings.self_check:
+        check = shards.reference if shards else _capture(model, settings.dtype, on_meta)
     init = dict(settings.init)
     if settings.checkpoint:
         init["checkpoint"] = _prepare_checkpoint(model, ctx, settings.checkpoint, rank, model_dir, on_meta)
     started = time.perf_counter()
     engine = _shard(model, init, settings, rank)
+    if shards:
+        shards.fill(engine.module, rank.rank, device)
     checkpoint.check_nothing_on_meta(engine.module)
+    checkpoint.check_finite(engine.module)
     engine.self_check = check
     _report(engine, rank, settings.tp_size, time.perf_counter() - started)
     if check:
@@ -72,9 +80,11 @@ def get_ds_engine(model: Any, ctx: Context) -> Any:
     return engine
 
 
-def _can_check(model: Any, on_meta: bool) -> bool:
+def _capture(model: Any, dtype: torch.dtype, on_meta: bool) -> SelfCheck | None:
     """Only what maps token ids to logits can be compared; a meta model has no reference."""
-    return not on_meta and hasattr(model, "get_output_embeddings") and model.get_output_embeddings() is not None
+    if on_meta or not hasattr(model, "get_output_embeddings") or model.get_output_embeddings() is None:
+        return None
+    return SelfCheck.capture(model, dtype)
 
 
 def _prepare_checkpoint(model: Any, ctx: Context, name: str, rank: RankInfo, model_dir: Path, on_meta: bool) -> str:
@@ -82,7 +92,12 @@ def _prepare_checkpoint(model: Any, ctx: Context, name: str, rank: RankInfo, mod
     model_path = (ctx.model_yaml_config.get("handler") or {}).get("model_path")
     if not model_path:
         raise LoadError(f"{YAML_FILE}: deepspeed.checkpoint needs handler.model_path, the folder of the weights")
-    files = checkpoint.find_weight_files(model_dir / model_path)
+    files = checkpoint.find_bin_files(model_dir / model_path)
+    if on_meta and plan_kv_copies(model, rank.world_size) > 1:
+        raise LoadError(
+            "deepspeed.checkpoint: the KV heads are too few for the ranks and cannot be repeated in a model made on "
+            "the meta device; load it with from_pretrained, or lower torchrun.nproc-per-node"
+        )
     destination = model_dir / name
     if rank.is_leader:
         checkpoint.write_checkpoint_list(files, destination)

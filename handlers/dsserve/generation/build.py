@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
@@ -27,14 +27,17 @@ from dsserve.generation.warmup import verify_runner, warm_up
 from dsserve.hf_model import LoadedModel
 from dsserve.packing import can_pack, pack_weights
 
+if TYPE_CHECKING:
+    from dsserve.ds_config import DeepSpeedSettings
+
 logger = logging.getLogger(__name__)
 
 # Kept rows where the settings leave their number open; fewer where memory is short.
 _KEPT_ROWS = 8
 
 
-def check_engine_choice(ctx: Any, world_size: int) -> None:
-    """Refuses kernel injection before anything is sharded: this engine drives AutoTP modules only.
+def check_engine_choice(ctx: Any, world_size: int, model_dtype: torch.dtype) -> DeepSpeedSettings:
+    """The settings of a model in `model_dtype`; kernel injection is refused: this engine drives AutoTP modules only.
 
     Raises:
         LoadError: `replace_with_kernel_inject: true`, or settings that `read_deepspeed_settings` refuses.
@@ -42,11 +45,13 @@ def check_engine_choice(ctx: Any, world_size: int) -> None:
     from dsserve.ds_config import read_deepspeed_settings
 
     model_dir = Path(ctx.system_properties["model_dir"])
-    if read_deepspeed_settings(ctx.model_yaml_config, model_dir, world_size, torch.float32).kernel_inject:
+    settings = read_deepspeed_settings(ctx.model_yaml_config, model_dir, world_size, model_dtype)
+    if settings.kernel_inject:
         raise LoadError(
             "replace_with_kernel_inject: true is not served by DeepSpeedHandler yet; set it to false (AutoTP) in "
             f"ds-config.json or {YAML_FILE}"
         )
+    return settings
 
 
 def read_limits(config: HandlerConfig, max_position: int | None, model_config: Any) -> Limits:
