@@ -39,7 +39,7 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup ops model mar deploy start run stop health token rollout status logs ask test test-faults check audit bench bench-failover soak clean
+.PHONY: help setup ops model shard mar deploy start run stop health token rollout status logs ask test test-faults check audit bench bench-failover soak clean
 
 help: ## list the targets and variables
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -70,6 +70,9 @@ ops: $(STAMP) ## compile the CPU operations: shared-memory all-reduce, norms, ro
 
 model: $(STAMP) ## convert or check MODEL
 	@$(PY) -m scripts.prepare_model '$(MODEL)'
+
+shard: $(STAMP) ## cut MODEL for TP ranks once, on CPUs: later starts read the shards in its folder instead of the whole model
+	@$(PY) -m scripts.shard_checkpoint --name '$(NAME)' --model '$(MODEL)' --tp '$(TP)' --dtype '$(DTYPE)'
 
 mar: $(STAMP) ## pack MODEL as model-store/NAME.mar
 	@$(PY) -m scripts.package --name '$(NAME)' --model '$(MODEL)' --version '$(VERSION)' --tp '$(TP)' --device '$(DEVICE)' --dtype '$(DTYPE)'

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +20,7 @@ from dsserve.config import YAML_FILE
 from dsserve.distributed import RankInfo, init_process_group, prepare_environment, select_device
 from dsserve.errors import LoadError
 from dsserve.hf_model import model_dtype
+from dsserve.load_clock import LoadClock
 from dsserve.precision import convert_parameters, without_deepspeeds_conversion
 from dsserve.self_check import SelfCheck
 from dsserve.sharding.alibi import use_rank_alibi
@@ -34,13 +34,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def get_ds_engine(model: Any, ctx: Context, shards: Shards | None = None) -> Any:
+def get_ds_engine(model: Any, ctx: Context, shards: Shards | None = None, clock: LoadClock | None = None) -> Any:
     """Shards `model` as the `deepspeed:` section of model-config.yaml says.
 
     Args:
         model: a Hugging Face model on the CPU, whole in every rank, or on the meta device with `deepspeed.checkpoint`.
         ctx: TorchServe's context of the load.
         shards: a cache that fits `model`, which then lies on the meta device and gets its values from there.
+        clock: what times the phases.
 
     Returns:
         DeepSpeed's `InferenceEngine`; `engine.module` is what a handler keeps. `engine.self_check` holds the reference
@@ -61,22 +62,24 @@ def get_ds_engine(model: Any, ctx: Context, shards: Shards | None = None) -> Any
     model_dir = Path(ctx.system_properties["model_dir"])
     settings = read_deepspeed_settings(ctx.model_yaml_config or {}, model_dir, rank.world_size, model_dtype(model))
     on_meta = any(parameter.is_meta for parameter in model.parameters())
-    check = None
+    clock, check = clock or LoadClock(rank.rank, device), None
     if settings.self_check:
-        check = shards.reference if shards else _capture(model, settings.dtype, on_meta)
+        with clock.phase("reference"):
+            check = shards.reference if shards else _capture(model, settings.dtype, on_meta)
     init = dict(settings.init)
     if settings.checkpoint:
         init["checkpoint"] = _prepare_checkpoint(model, ctx, settings.checkpoint, rank, model_dir, on_meta)
-    started = time.perf_counter()
-    engine = _shard(model, init, settings, rank)
-    if shards:
-        shards.fill(engine.module, rank.rank, device)
-    checkpoint.check_nothing_on_meta(engine.module)
-    checkpoint.check_finite(engine.module)
-    engine.self_check = check
-    _report(engine, rank, settings.tp_size, time.perf_counter() - started)
-    if check:
-        _verify(engine, check, rank, device)
+    with clock.phase("shard"):
+        engine = _shard(model, init, settings, rank)
+        if shards:
+            shards.fill(engine.module, rank.rank, device)
+    with clock.phase("self-check"):
+        checkpoint.check_nothing_on_meta(engine.module)
+        checkpoint.check_finite(engine.module)
+        engine.self_check = check
+        _report(engine, rank, settings.tp_size, clock.seconds["shard"])
+        if check:
+            _verify(engine, check, rank, device)
     return engine
 
 

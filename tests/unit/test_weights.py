@@ -91,7 +91,8 @@ CORRUPTIONS: dict[str, tuple[str, Callable[[Path], object], list[str]]] = {
         "single", lambda f: edit(f / SINGLE, lambda tensors: tensors.pop(A_KEY)), ["lack 1 tensor", A_KEY],
     ),
     "a tensor of another shape": (
-        "single", lambda f: edit(f / SINGLE, lambda t: t.update({A_KEY: torch.zeros(3, 3)})), [A_KEY, "[3, 3] and not [64, 32]"],
+        "single", lambda f: edit(f / SINGLE, lambda t: t.update({A_KEY: torch.zeros(3, 3)})),
+        [A_KEY, "[3, 3] and not [64, 32]"],
     ),
     "a part missing": ("parts", lambda f: part(f, 1).unlink(), ["model-00002-of", "not found"]),
     "a part cut short": ("parts", lambda f: cut(part(f, 1)), ["model-00002-of", "not a whole safetensors file"]),

@@ -25,6 +25,7 @@ from dsserve.generation.model_runner import ModelRunner
 from dsserve.generation.request import Limits
 from dsserve.generation.warmup import verify_runner, warm_up
 from dsserve.hf_model import LoadedModel
+from dsserve.load_clock import LoadClock
 from dsserve.packing import can_pack, pack_weights
 
 if TYPE_CHECKING:
@@ -119,7 +120,12 @@ def plan_kv_rows(
 
 
 def build_engine(
-    ds_engine: Any, loaded: LoadedModel, config: HandlerConfig, rank: RankInfo, device: torch.device
+    ds_engine: Any,
+    loaded: LoadedModel,
+    config: HandlerConfig,
+    rank: RankInfo,
+    device: torch.device,
+    clock: LoadClock,
 ) -> tuple[Engine, Limits, GrammarCompiler]:
     """The engine of this rank, proven and warm, what requests may ask of it, and the maker of its grammars.
 
@@ -133,19 +139,15 @@ def build_engine(
     limits = read_limits(config, loaded.max_position, module.config)
     dtype = next(module.parameters()).dtype
     kept, needed = plan_kv_rows(module.config, config, limits, dtype, rank, device)
-    replaced = _tune(module, config, device)
+    with clock.phase("pack"):
+        replaced = _tune(module, config, device)
     runner = ModelRunner(module, config.max_running, limits.max_model_len, device, kept)
-    if config.warmup:
-        all_reduces = warm_up(runner, rank.is_leader)
-        if rank.is_leader:
-            layers = module.config.get_text_config().num_hidden_layers
-            logger.info("[dsserve] all-reduces in a decode step: %d for %d layers", all_reduces, layers)
-    if config.cuda_graphs and device.type == "cuda":
-        runner.capture_graphs(rank.is_leader, prefill=uses_decode_attention(module))
-    if ds_engine.self_check is not None:
-        error = verify_runner(runner, ds_engine.self_check)
-        if rank.is_leader:
-            logger.info("[dsserve] self-check: the engine's logits differ by %.1e", error)
+    with clock.phase("warm-up"):
+        _warm_up(runner, module, config, rank, device)
+        if ds_engine.self_check is not None:
+            error = verify_runner(runner, ds_engine.self_check)
+            if rank.is_leader:
+                logger.info("[dsserve] self-check: the engine's logits differ by %.1e", error)
     if rank.is_leader:
         logger.info(
             "[dsserve] %d slots of %d tokens and %d kept rows, KV cache up to %.2f GiB a rank, %s, %d thread(s) a rank",
@@ -158,6 +160,16 @@ def build_engine(
     grammars = GrammarCompiler(loaded.tokenizer, runner.vocabulary, loaded.eos_ids)
     engine = Engine(runner, rank, make_text, loaded.eos_ids, grammars)
     return engine, limits, grammars
+
+
+def _warm_up(runner: ModelRunner, module: Any, config: HandlerConfig, rank: RankInfo, device: torch.device) -> None:
+    if config.warmup:
+        all_reduces = warm_up(runner, rank.is_leader)
+        if rank.is_leader:
+            layers = module.config.get_text_config().num_hidden_layers
+            logger.info("[dsserve] all-reduces in a decode step: %d for %d layers", all_reduces, layers)
+    if config.cuda_graphs and device.type == "cuda":
+        runner.capture_graphs(rank.is_leader, prefill=uses_decode_attention(module))
 
 
 def _tune(module: Any, config: HandlerConfig, device: torch.device) -> str:
