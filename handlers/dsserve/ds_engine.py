@@ -17,7 +17,7 @@ from ts.context import Context
 
 from dsserve import checkpoint
 from dsserve.config import YAML_FILE
-from dsserve.distributed import RankInfo, init_process_group, prepare_environment, select_device
+from dsserve.distributed import RankInfo, all_cores, init_process_group, prepare_environment, select_device
 from dsserve.errors import LoadError
 from dsserve.hf_model import model_dtype
 from dsserve.load_clock import LoadClock
@@ -65,7 +65,7 @@ def get_ds_engine(model: Any, ctx: Context, shards: Shards | None = None, clock:
     clock, check = clock or LoadClock(rank.rank, device), None
     if settings.self_check:
         with clock.phase("reference"):
-            check = shards.reference if shards else _capture(model, settings.dtype, on_meta)
+            check = shards.reference if shards else _capture(model, settings.dtype, on_meta, rank)
     init = dict(settings.init)
     if settings.checkpoint:
         init["checkpoint"] = _prepare_checkpoint(model, ctx, settings.checkpoint, rank, model_dir, on_meta)
@@ -83,11 +83,20 @@ def get_ds_engine(model: Any, ctx: Context, shards: Shards | None = None, clock:
     return engine
 
 
-def _capture(model: Any, dtype: torch.dtype, on_meta: bool) -> SelfCheck | None:
-    """Only what maps token ids to logits can be compared; a meta model has no reference."""
+def _capture(model: Any, dtype: torch.dtype, on_meta: bool, rank: RankInfo) -> SelfCheck | None:
+    """The whole model's logits, computed on rank 0 alone while the others wait: they would only share its cores.
+
+    Only what maps token ids to logits can be compared; a meta model has no reference.
+    """
     if on_meta or not hasattr(model, "get_output_embeddings") or model.get_output_embeddings() is None:
         return None
-    return SelfCheck.capture(model, dtype)
+    found: list[SelfCheck | None] = [None]
+    if rank.is_leader:
+        with all_cores():
+            found = [SelfCheck.capture(model, dtype)]
+    if rank.world_size > 1:
+        torch.distributed.broadcast_object_list(found, src=0, device=torch.device("cpu"))
+    return found[0]
 
 
 def _prepare_checkpoint(model: Any, ctx: Context, name: str, rank: RankInfo, model_dir: Path, on_meta: bool) -> str:

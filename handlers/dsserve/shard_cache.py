@@ -48,23 +48,30 @@ class Shards:
             LoadError: a file that its checksum does not fit, or tensors that are not the module's.
         """
         tensors = {**dict(_parameters(module)), **dict(module.named_buffers(remove_duplicate=False))}
+        names = _names_of_one(self.manifest.aliases[rank])
         files = [name for name in self.manifest.files if name.startswith(f"rank-{rank}-")]
         total, read, started = sum(self.manifest.files[name].bytes for name in files), 0, time.perf_counter()
-        values: dict[str, torch.Tensor] = {}
-        with ThreadPoolExecutor(1) as checker:
-            checks = [checker.submit(self._check, name) for name in files]
-            for count, name in enumerate(files, 1):
-                values |= load_file(self.folder / name, device=str(device))
-                checks[count - 1].result()
-                read += self.manifest.files[name].bytes
+        with ThreadPoolExecutor(torch.get_num_threads()) as checkers:
+            checks = [checkers.submit(self._check, name) for name in files]
+            for count, file in enumerate(files, 1):
+                # One file at a time: the skeleton's empty tensors are freed as they are replaced.
+                for first, value in load_file(self.folder / file, device=str(device)).items():
+                    for name in (first, *names.get(first, ())):
+                        self._put(value, name, tensors.pop(name, None))
+                read += self.manifest.files[file].bytes
                 _report(rank, "read", count, read, total, started, len(files))
-        values |= {alias: values[name] for alias, name in self.manifest.aliases[rank].items()}
-        if values.keys() != tensors.keys():
-            self._refuse(f"other tensors ({', '.join(sorted(values.keys() ^ tensors.keys())[:3])})")
-        for name, tensor in tensors.items():
-            if tensor.shape != values[name].shape:
-                self._refuse(f"another shape of {name}")
-            tensor.data = values[name]
+            for check in checks:
+                check.result()
+        if tensors:
+            self._refuse(f"other tensors (none for {', '.join(sorted(tensors)[:3])})")
+
+    def _put(self, value: torch.Tensor, name: str, tensor: torch.Tensor | None) -> None:
+        if tensor is None:
+            self._refuse(f"other tensors ({name} is too many)")
+        elif tensor.shape != value.shape:
+            self._refuse(f"another shape of {name}")
+        else:
+            tensor.data = value
 
     @property
     def reference(self) -> SelfCheck | None:
@@ -73,7 +80,8 @@ class Shards:
             return None
         self._check(_REFERENCE)
         found = load_file(self.folder / _REFERENCE)
-        return SelfCheck(found["token_ids"], found["logits"], getattr(torch, self.manifest.dtype))
+        dtype = getattr(torch, self.manifest.dtype)
+        return SelfCheck(found["token_ids"], found["logits"], dtype, float(found["limit"]))
 
     def _check(self, name: str) -> None:
         if crc32(self.folder / name) != self.manifest.files[name].crc32:
@@ -134,7 +142,8 @@ def _complete(partial: Path, folder: Path, check: SelfCheck | None, manifest: Ma
     for rank in range(manifest.tp_size):
         (partial / f"rank-{rank}.json").unlink()
     if check is not None:
-        save_file({"token_ids": check.token_ids, "logits": check.logits}, partial / _REFERENCE)
+        limit = torch.tensor(check.limit, dtype=torch.float64)
+        save_file({"token_ids": check.token_ids, "logits": check.logits, "limit": limit}, partial / _REFERENCE)
         file = partial / _REFERENCE
         file.chmod(0o644)
         files[_REFERENCE] = FileEntry(bytes=file.stat().st_size, crc32=crc32(file))
@@ -168,6 +177,14 @@ def _distinct(module: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str
         else:
             aliases[name] = known
     return tensors, aliases
+
+
+def _names_of_one(aliases: dict[str, str]) -> dict[str, list[str]]:
+    """The name under which a tensor is written -> its other names."""
+    names: dict[str, list[str]] = {}
+    for alias, name in aliases.items():
+        names.setdefault(name, []).append(alias)
+    return names
 
 
 def _parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
