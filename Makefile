@@ -39,7 +39,7 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup ops model mar deploy start run stop health token rollout status logs ask test test-faults check audit bench bench-failover soak clean
+.PHONY: help setup ops model download mar deploy start run stop health token rollout status logs ask test test-faults check audit bench bench-failover soak clean
 
 help: ## list the targets and variables
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -70,6 +70,9 @@ ops: $(STAMP) ## compile the CPU operations: shared-memory all-reduce, norms, ro
 
 model: $(STAMP) ## convert or check MODEL
 	@$(PY) -m scripts.prepare_model '$(MODEL)'
+
+download: $(STAMP) ## fetch MODEL=org/name (REVISION=...) from the hub into models/name (HF_TOKEN for gated models)
+	@$(PY) -m scripts.download_model '$(MODEL)' $(if $(REVISION),--revision '$(REVISION)')
 
 mar: $(STAMP) ## pack MODEL as model-store/NAME.mar
 	@$(PY) -m scripts.package --name '$(NAME)' --model '$(MODEL)' --version '$(VERSION)' --tp '$(TP)' --device '$(DEVICE)' --dtype '$(DTYPE)'

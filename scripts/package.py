@@ -1,7 +1,8 @@
 """Pack the handlers and one model's configuration into model-store/<name>.mar with torch-model-archiver.
 
 The weights stay where they are: the archive holds their path. TP, DEVICE and DTYPE are written into a copy of
-configs/<name>/ (or of configs/smollm2/, the template), each in its one place.
+configs/<name>/ (or of configs/smollm2/, the template), each in its one place. A configuration whose model-config.yaml
+says `template: <another>` holds only what differs from that one.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def render(config_dir: Path, model_path: str, choice: Choice) -> tuple[dict[str,
 
     Raises MachineError for a choice this machine cannot honour, PackageError for a configuration without TP size.
     """
-    model_config = yaml.safe_load((config_dir / MODEL_CONFIG).read_text(encoding="utf-8"))
+    model_config = read_model_config(config_dir)
     ds_config = json.loads((config_dir / DS_CONFIG).read_text(encoding="utf-8"))
     configured = (model_config.get("torchrun") or {}).get("nproc-per-node")
     if not isinstance(configured, int):
@@ -63,6 +64,27 @@ def render(config_dir: Path, model_path: str, choice: Choice) -> tuple[dict[str,
     model_config.setdefault("handler", {})["model_path"] = model_path
     ds_config["dtype"] = resolve_dtype(choice.dtype, device, ds_config.get("dtype", "bf16"))
     return model_config, ds_config
+
+
+def read_model_config(config_dir: Path) -> dict[str, Any]:
+    """model-config.yaml of `config_dir`, merged over that of its `template`. Raises PackageError for a missing one."""
+    own: dict[str, Any] = yaml.safe_load((config_dir / MODEL_CONFIG).read_text(encoding="utf-8"))
+    template = own.pop("template", None)
+    if template is None:
+        return own
+    folder = config_dir.parent / str(template)
+    if not (folder / MODEL_CONFIG).is_file():
+        raise PackageError(f"{config_dir.name}/{MODEL_CONFIG}: template: no configs/{template}/{MODEL_CONFIG}")
+    return merge(read_model_config(folder), own)
+
+
+def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`base` with the keys of `changes`, section by section."""
+    merged = dict(base)
+    for key, value in changes.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = merge(merged[key], value) if both else value
+    return merged
 
 
 def package(
