@@ -101,7 +101,6 @@ def fetch(model_id: str, commit: str, names: list[str], folder: Path) -> None:
 @contextlib.contextmanager
 def explained(model_id: str, revision: str | None) -> Iterator[None]:
     """Turns what the hub's client raises into one line that says how to mend it."""
-    import httpx
     from huggingface_hub import errors
 
     try:
@@ -115,7 +114,10 @@ def explained(model_id: str, revision: str | None) -> Iterator[None]:
         raise ModelError(f"{model_id}: the hub has no such model, or HF_TOKEN may not see it") from None
     except errors.OfflineModeIsEnabled:
         raise ModelError("HF_HUB_OFFLINE is set: unset it to download, or name a local folder") from None
-    except (httpx.HTTPError, errors.HfHubHTTPError, OSError) as error:
+    except Exception as error:
+        # Its HTTP client, httpx or httpx2 by the hub's version, raises errors of its own.
+        if not isinstance(error, OSError) and type(error).__module__.partition(".")[0] not in ("httpx", "httpx2"):
+            raise
         raise ModelError(
             f"{model_id}: the hub cannot be reached ({type(error).__name__}); try again, or bring the model's "
             "folder here by other means and name it with MODEL=/folder"
