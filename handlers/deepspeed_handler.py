@@ -20,6 +20,8 @@ from dsserve.generation.build import build_engine, check_engine_choice
 from dsserve.generation.leader import EngineThread, LeaderEngine
 from dsserve.hf_model import load_model, load_outline
 from dsserve.logs import set_serving_level
+from dsserve.metrics import Metrics
+from dsserve.metrics_endpoint import MetricsEndpoint
 from dsserve.protocol.batch import LiveBatch
 from dsserve.protocol.served import describe_model
 from dsserve.settings import check_server_settings, read_time_limits
@@ -73,11 +75,20 @@ class DeepSpeedHandler(BaseDeepSpeedHandler):
             self._engine, _, _ = build_engine(ds_engine, loaded, config, self.rank, self.device)
             return
         thread = EngineThread(self.device)
-        engine, limits, grammars = thread.call(lambda: build_engine(ds_engine, loaded, config, self.rank, self.device))
+        metrics = Metrics(ctx.model_name, model_version(ctx), config.max_running)
+        engine, limits, grammars = thread.call(
+            lambda: build_engine(ds_engine, loaded, config, self.rank, self.device, metrics)
+        )
         served = describe_model(ctx.model_name, ds_engine.module, loaded, limits, grammars, self.rank.world_size)
         self._control = ControlFiles.from_env()
         self._leader = LeaderEngine(engine, thread, self._limits.engine_s, lambda: self.watchdog.end_in(ANSWER_S))
-        self._batch = LiveBatch(self._leader, served, config.num_scheduler_steps, self._control.is_draining)
+        steps = config.num_scheduler_steps
+        self._batch = LiveBatch(self._leader, served, steps, self._control.is_draining, metrics.refused)
+        metrics.loaded(time.perf_counter() - started, served.engine)
+        metrics.watch_memory(self.device)
+        endpoint = MetricsEndpoint.from_env(metrics.registry)
+        if endpoint is not None:
+            endpoint.start()
 
     def handle(self, data: list[dict[str, Any]], context: Any) -> list[Any]:
         """One call: all live requests in `data`, one item a row back."""
@@ -99,3 +110,8 @@ class DeepSpeedHandler(BaseDeepSpeedHandler):
         items = self._batch.serve(data, context)
         self._control.report(self._batch.live)
         return items
+
+
+def model_version(ctx: Any) -> str:
+    """The version that the archive was packed with."""
+    return str(((ctx.manifest or {}).get("model") or {}).get("modelVersion", ""))

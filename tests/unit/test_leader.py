@@ -21,7 +21,7 @@ class ScriptedEngine:
         self.behave: Callable[[], list[TokenEvent]] = list
         self.evicted: list[str] = []
 
-    def admit(self, request: GenerationRequest) -> None:
+    def admit(self, request: GenerationRequest, arrived: float | None = None) -> None:
         pass
 
     def evict(self, request_id: str) -> None:

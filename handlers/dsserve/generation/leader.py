@@ -90,10 +90,10 @@ class LeaderEngine:
         """See `Engine.waiting`."""
         return self._engine.waiting
 
-    def admit(self, request: GenerationRequest) -> None:
+    def admit(self, request: GenerationRequest, arrived: float | None = None) -> None:
         """See `Engine.admit`."""
         self._live[request.request_id] += 1
-        self._engine.admit(request)
+        self._engine.admit(request, arrived)
 
     def evict(self, request_id: str) -> None:
         """See `Engine.evict`."""

@@ -9,6 +9,7 @@ import torch
 
 from dsserve.errors import RequestError
 from dsserve.generation.detokenizer import TextStream
+from dsserve.generation.observer import Timeline
 from dsserve.generation.request import FinishReason, GenerationRequest, TokenEvent, TokenLogprob
 from dsserve.generation.sampler import SamplingState, report_logprobs
 
@@ -21,13 +22,20 @@ class Sequence:
 
     Args:
         eos_ids: the model's end-of-text tokens.
+        arrived: when its request came to the handler, in seconds of the monotonic clock.
     """
 
     def __init__(
-        self, request: GenerationRequest, text: TextStream, state: SamplingState, eos_ids: frozenset[int]
+        self,
+        request: GenerationRequest,
+        text: TextStream,
+        state: SamplingState,
+        eos_ids: frozenset[int],
+        arrived: float = 0.0,
     ) -> None:
         self.request = request
         self.state = state
+        self.timeline = Timeline(arrived)
         self.cached_tokens = 0
         self._text = text
         self._generated: list[int] = []
@@ -37,6 +45,11 @@ class Sequence:
     @property
     def last_token(self) -> int:
         return self._generated[-1]
+
+    @property
+    def generated(self) -> int:
+        """New tokens so far."""
+        return len(self._generated)
 
     @property
     def computed(self) -> list[int]:

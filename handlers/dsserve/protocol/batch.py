@@ -49,6 +49,7 @@ class LiveBatch:
         served: the model and its limits.
         max_steps: most decode steps in one call.
         is_draining: whether new requests are to be refused; asked once a call.
+        count_error: hears of each request that is answered with an error, once.
     """
 
     def __init__(
@@ -57,11 +58,13 @@ class LiveBatch:
         served: ServedModel,
         max_steps: int,
         is_draining: Callable[[], bool] = lambda: False,
+        count_error: Callable[[RequestError], None] = lambda _: None,
     ) -> None:
         self._engine = engine
         self._served = served
         self._max_steps = max_steps
         self._is_draining = is_draining
+        self._count_error = count_error
         self._rows: dict[str, _Row] = {}
 
     @property
@@ -78,6 +81,8 @@ class LiveBatch:
         for index, request_id in enumerate(ids):
             if request_id not in self._rows:
                 found = drain_error(request_id) if draining else self._start(index, request_id, data[index], ctx)
+                if isinstance(found, RequestError):
+                    self._count_error(found)
                 if found is not None:
                     answered[request_id] = found
         for event in self._engine.run(self._max_steps):
@@ -93,12 +98,13 @@ class LiveBatch:
 
     def _start(self, index: int, request_id: str, row: dict[str, Any], ctx: Any) -> bytes | RequestError | None:
         """Starts a request; what can be answered at once is returned."""
+        arrived = time.monotonic()
         try:
             found = answer(row_path(ctx, index), request_id, row, row_content_type(ctx, index, row), self._served)
             if isinstance(found, bytes):
                 return found
             self._check_room(len(found.requests))
-            self._admit(request_id, found)
+            self._admit(request_id, found, arrived)
         except RequestError as error:
             logger.info("[dsserve] %s: refused with %d (%s)", request_id, error.status, error.code or error.kind)
             return error
@@ -126,10 +132,10 @@ class LiveBatch:
                 retry_after_s=_RETRY_WHEN_FULL_S,
             )
 
-    def _admit(self, request_id: str, job: Job) -> None:
+    def _admit(self, request_id: str, job: Job, arrived: float) -> None:
         for request in job.requests:
-            self._engine.admit(request)
-        self._rows[request_id] = _Row(job.reply, job.timeout_s, time.monotonic() + job.timeout_s)
+            self._engine.admit(request, arrived)
+        self._rows[request_id] = _Row(job.reply, job.timeout_s, arrived + job.timeout_s)
         longest = max(len(request.prompt_ids) for request in job.requests)
         logger.info(
             "[dsserve] %s: %d text(s), at most %d prompt tokens and %d new",
@@ -163,6 +169,7 @@ class LiveBatch:
     def _give_up(self, request_id: str, error: RequestError, answered: dict[str, bytes | RequestError]) -> None:
         """Ends a request with an error: as its status, or as its last event where the status has gone out."""
         row = self._rows[request_id]
+        self._count_error(error)
         self._engine.evict(request_id)  # its texts have no reply to go to
         if row.is_new:
             answered[request_id] = error
