@@ -18,7 +18,7 @@ export QUESTION
 # A Python that was named and has everything is used as it is, and nothing is installed. One that lacks something (and
 # python3, if none was named) is only the base of a virtual environment.
 VENV   := .venv
-NEEDED := torch transformers deepspeed ts model_archiver pydantic yaml psutil typer safetensors llguidance
+NEEDED := torch transformers deepspeed ts model_archiver pydantic yaml psutil typer safetensors llguidance prometheus_client
 LACKING = import importlib.util as u, sys; print(*([m for m in sys.argv[1:] if u.find_spec(m) is None] or ["nothing"]))
 BASE_PYTHON := $(or $(PYTHON),python3)
 ifneq ($(PYTHON),)
@@ -46,7 +46,7 @@ help: ## list the targets and variables
 	@echo
 	@echo "  MODEL=$(MODEL) (smollm2, a local Hugging Face folder, or a hub id)   NAME=$(NAME)   VERSION=$(VERSION)"
 	@echo "  TP=$(TP) (ranks: 2 on a CPU, all visible GPUs otherwise)   DEVICE=$(DEVICE) (cpu, gpu)   DTYPE=$(DTYPE) (bf16, fp16, fp32)"
-	@echo "  PORT=$(PORT) (inference; +1 management, +2 metrics, +5 and +6 gRPC)   HOST=$(HOST) TOKENS=$(TOKENS)   DRAIN=$(DRAIN) s   RUN_DIR=$(RUN_DIR)"
+	@echo "  PORT=$(PORT) (inference; +1 management, +2 and +3 metrics, +5 and +6 gRPC)   HOST=$(HOST) TOKENS=$(TOKENS)   DRAIN=$(DRAIN) s   RUN_DIR=$(RUN_DIR)"
 	@echo "  PYTHON=$(PYTHON) (one that has everything is used as it is; default: a virtual environment in $(VENV))"
 
 setup: $(STAMP) $(OPS_STAMP) ## install what is needed into .venv, exact versions, and compile the CPU operations

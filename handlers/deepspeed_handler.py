@@ -18,15 +18,19 @@ from dsserve.ds_engine import get_ds_engine
 from dsserve.errors import LoadError
 from dsserve.generation.build import build_engine, check_engine_choice
 from dsserve.generation.leader import EngineThread, LeaderEngine
+from dsserve.generation.observer import Observers
 from dsserve.hf_model import LoadedModel, load_model, load_outline, locate_model, model_dtype
 from dsserve.load_clock import LoadClock
 from dsserve.logs import set_serving_level
+from dsserve.metrics import Metrics
+from dsserve.metrics_endpoint import MetricsEndpoint
 from dsserve.protocol.batch import LiveBatch
 from dsserve.protocol.served import describe_model
 from dsserve.settings import check_server_settings, read_time_limits
 from dsserve.shard_cache import Shards
 from dsserve.shard_manifest import Manifest
 from dsserve.sharding.heads import plan_kv_copies
+from dsserve.tracing import spans_from_env
 from dsserve.watchdog import end_process
 
 logger = logging.getLogger(__name__)
@@ -72,13 +76,21 @@ class DeepSpeedHandler(BaseDeepSpeedHandler):
             self._engine, _, _ = build_engine(ds_engine, loaded, config, self.rank, self.device, clock)
             return
         thread = EngineThread(self.device)
+        metrics = Metrics(ctx.model_name, model_version(ctx), config.max_running)
+        observer = Observers(metrics, spans_from_env(ctx.model_name))
         engine, limits, grammars = thread.call(
-            lambda: build_engine(ds_engine, loaded, config, self.rank, self.device, clock)
+            lambda: build_engine(ds_engine, loaded, config, self.rank, self.device, clock, observer)
         )
         served = describe_model(ctx.model_name, ds_engine.module, loaded, limits, grammars, self.rank.world_size)
         self._control = ControlFiles.from_env()
         self._leader = LeaderEngine(engine, thread, self._limits.engine_s, lambda: self.watchdog.end_in(ANSWER_S))
-        self._batch = LiveBatch(self._leader, served, config.num_scheduler_steps, self._control.is_draining)
+        steps = config.num_scheduler_steps
+        self._batch = LiveBatch(self._leader, served, steps, self._control.is_draining, metrics.refused)
+        metrics.loaded(clock.elapsed, served.engine)
+        metrics.watch_memory(self.device)
+        endpoint = MetricsEndpoint.from_env(metrics.registry)
+        if endpoint is not None:
+            endpoint.start()
 
     def _read(self, ctx: Any, config: HandlerConfig, clock: LoadClock) -> tuple[LoadedModel, Shards | None]:
         """The model: its weights' files, or an outline and the cache that will fill it."""
@@ -114,3 +126,8 @@ class DeepSpeedHandler(BaseDeepSpeedHandler):
         items = self._batch.serve(data, context)
         self._control.report(self._batch.live)
         return items
+
+
+def model_version(ctx: Any) -> str:
+    """The version that the archive was packed with."""
+    return str(((ctx.manifest or {}).get("model") or {}).get("modelVersion", ""))

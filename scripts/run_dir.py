@@ -15,6 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 LOG4J_TEMPLATE = ROOT / "configs" / "torchserve" / "log4j2.xml"
+METRICS_CONFIG = ROOT / "configs" / "torchserve" / "metrics.yaml"
 HOST = "127.0.0.1"
 RECORD = "server.json"
 # 30 days; TorchServe's default of 60 minutes would lock everybody out within the hour.
@@ -25,7 +26,7 @@ SOCKET_FOLDER_BYTES = 107 - len("/.ts.sock.00000")
 
 @dataclass(frozen=True)
 class Ports:
-    """The five ports of one server, all derived from the first."""
+    """The six ports of one server, all derived from the first."""
 
     inference: int
 
@@ -35,7 +36,13 @@ class Ports:
 
     @property
     def metrics(self) -> int:
+        """The model's metrics, which rank 0 serves."""
         return self.inference + 2
+
+    @property
+    def server_metrics(self) -> int:
+        """TorchServe's own metrics."""
+        return self.inference + 3
 
     @property
     def grpc_inference(self) -> int:
@@ -46,7 +53,8 @@ class Ports:
         return self.inference + 6
 
     def all(self) -> list[int]:
-        return [self.inference, self.management, self.metrics, self.grpc_inference, self.grpc_management]
+        http = [self.inference, self.management, self.metrics, self.server_metrics]
+        return [*http, self.grpc_inference, self.grpc_management]
 
     def taken(self) -> list[int]:
         """Those on which something listens already."""
@@ -107,6 +115,11 @@ class RunDir:
         return self.path / "log4j2.xml"
 
     @property
+    def metrics_notes(self) -> Path:
+        """Ports of workers that wait for the metrics port (`dsserve.metrics_endpoint`)."""
+        return self.path / "metrics"
+
+    @property
     def drain_file(self) -> Path:
         """While it exists, rank 0 refuses new requests (`dsserve.control`)."""
         return self.path / "drain"
@@ -159,6 +172,7 @@ class RunDir:
         self.drain_file.unlink(missing_ok=True)
         self.key_file.unlink(missing_ok=True)
         shutil.rmtree(self.live, ignore_errors=True)
+        shutil.rmtree(self.metrics_notes, ignore_errors=True)
 
 
 def read_token(key_file: Path, kind: str) -> str | None:
@@ -179,13 +193,14 @@ def server_properties(
 ) -> dict[str, str]:
     """config.properties for one model, metrics for Prometheus.
 
-    Management, metrics and gRPC listen on loopback. Inference does too, unless `host` is another address: then every
-    call needs a token, unless `tokens` is False: for networks that only a balancer reaches.
+    Management, TorchServe's metrics and gRPC listen on loopback. Inference does too, unless `host` is another address:
+    then every call needs a token, unless `tokens` is False: for networks that only a balancer reaches.
     """
     properties = {
         "inference_address": f"http://{host}:{ports.inference}",
         "management_address": f"http://{HOST}:{ports.management}",
-        "metrics_address": f"http://{HOST}:{ports.metrics}",
+        "metrics_address": f"http://{HOST}:{ports.server_metrics}",
+        "metrics_config": str(METRICS_CONFIG),
         "grpc_inference_address": HOST,
         "grpc_inference_port": str(ports.grpc_inference),
         "grpc_management_address": HOST,

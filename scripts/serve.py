@@ -23,7 +23,7 @@ app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
 RUN_DIR = typer.Option(..., help="folder of the server: logs, configuration, temporary files")
 ARCHIVE = typer.Option(..., help="the .mar to serve")
 NAME = typer.Option(..., help="name under which TorchServe serves the model")
-PORT = typer.Option(8080, min=1024, max=65529, help="inference; +1 management, +2 metrics, +5 and +6 gRPC")
+PORT = typer.Option(8080, min=1024, max=65529, help="inference; +1 management, +2 and +3 metrics, +5 and +6 gRPC")
 TIMEOUT = typer.Option(None, help="give up after so many seconds; default: the archive's startupTimeout and a minute")
 POLL_S = 0.2
 BIND = typer.Option(HOST, help="address of the inference port; beyond loopback every call needs a token")

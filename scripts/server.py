@@ -27,6 +27,7 @@ from scripts.worker_log import LogTail, find_error, find_stages
 START_TIMEOUT_S = 300.0
 STOP_GRACE_S = 20.0
 POLL_S = 0.2
+METRICS_VARIABLE = "DSSERVE_METRICS"  # `dsserve.metrics_endpoint` reads it
 TRACEBACK_S = 1.0  # the announcement of a worker's death comes before the traceback
 
 
@@ -76,12 +77,13 @@ def start(run: RunDir, name: str, archive: Path, ports: Ports, host: str = HOST,
         )
     config = read_archive(archive)
     temp = run.create(server_properties(ports, name, archive, str(config.get("deviceType")), host, tokens))
+    environ = worker_environment(run, temp, config) | {METRICS_VARIABLE: f"{host}:{ports.metrics}"}
     command = [sys.executable, "-m", "ts.model_server", "--start", "--ncs"]
     command += ["--ts-config", str(run.config_file), "--log-config", str(run.log4j_file)]
     with run.console_log.open("wb") as console:
         # A session of its own: the server outlives this command and its terminal.
         launched = subprocess.run(
-            command, cwd=run.path, env=worker_environment(run, temp, config), stdin=subprocess.DEVNULL,
+            command, cwd=run.path, env=environ, stdin=subprocess.DEVNULL,
             stdout=console, stderr=subprocess.STDOUT, start_new_session=True, check=False,
         )  # fmt: skip
     pid_file = temp / ".model_server.pid"
@@ -159,7 +161,8 @@ def status(run: RunDir) -> list[str]:
         f"model       {record.name}: {worker['status'] if worker else 'no worker'}{draining}",
         f"inference   http://{record.host}:{ports.inference}/predictions/{record.name}",
         f"management  http://{HOST}:{ports.management}/models/{record.name}",
-        f"metrics     http://{HOST}:{ports.metrics}/metrics",
+        f"metrics     http://{record.host}:{ports.metrics}/metrics",
+        f"TorchServe  http://{HOST}:{ports.server_metrics}/metrics",
         f"processes   {', '.join(f'{processes.describe(item)} {item.pid}' for item in found)}",
         f"up for      {(time.time() - record.started_at_s) / 60:.1f} minutes",
         f"logs        {run.logs}",

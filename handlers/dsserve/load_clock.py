@@ -63,9 +63,14 @@ class LoadClock:
             elapsed = time.perf_counter() - started
             logger.info("[dsserve] rank %d: %s: %.0f s, holds %.1f%s GiB", self._rank, name, elapsed, taken, of)
 
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the load began."""
+        return time.perf_counter() - self._started
+
     def summary(self) -> str:
         """`41.0 s (read 0.1, reference 4.0, ...)`."""
-        total = time.perf_counter() - self._started
+        total = self.elapsed
         phases = {**self.seconds, "other": total - sum(self.seconds.values())}
         return f"{total:.1f} s ({', '.join(f'{name} {seconds:.1f}' for name, seconds in phases.items())})"
 

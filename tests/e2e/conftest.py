@@ -34,7 +34,7 @@ Call one with <tool_call>{"name": ..., "arguments": ...}</tool_call><|im_end|>
 
 
 def free_ports() -> Ports:
-    """Five ports in a row (the record's pattern) that nobody uses now."""
+    """Six ports in a row (the record's pattern) that nobody uses now."""
     while True:
         with socket.socket() as probe:
             probe.bind((HOST, 0))

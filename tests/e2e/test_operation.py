@@ -26,6 +26,7 @@ from scripts.run_dir import HOST, Ports, RunDir
 from scripts.tokens import Kind, rotate
 from tests.conftest import ROOT
 from tests.e2e.conftest import Served, free_ports, parse, serve
+from tests.scrape import Scrape
 
 BODY = {"prompt": "The capital of France is", "max_new_tokens": 6}
 LONG = {"prompt": "Once upon a time", "max_new_tokens": 150}
@@ -155,17 +156,27 @@ class Caller:
                 self.replies.append((0, repr(error)))
 
 
+def versions_in_metrics(served: Served) -> set[str]:
+    """Of the workers whose metrics are at the server's port; none while nobody listens there."""
+    try:
+        scrape = Scrape.at(Ports(served.record.port).metrics)
+    except httpx.HTTPError:
+        return set()
+    return {dict(labels)["model_version"] for name, labels in scrape.values if name == "dsserve:kv_slots"}
+
+
 def test_a_rolling_restart_fails_no_request(opened: Served, smollm2: Path) -> None:
     """Three clients ask all the time; a long stream that began with the old version ends in full."""
     manager = Manager(opened.run, opened.record.port)
     archive = package("opened", str(smollm2), CHOICE, "2.0", opened.run.path.parent / "store", SMALL)
     expected = httpx.post(opened.url, json=BODY, headers=authorized(opened), timeout=60).text
     headers, callers = authorized(opened), [Caller(opened) for _ in range(3)]
+    scrapes: list[set[str]] = []
     with ThreadPoolExecutor(4) as pool:
         for caller in callers:
             pool.submit(caller.run)
         try:
-            left = roll_out(manager, "opened", archive, lambda stage: None)
+            left = roll_out(manager, "opened", archive, lambda stage: scrapes.append(versions_in_metrics(opened)))
             sent = len(callers[0].replies)
             while len(callers[0].replies) < sent + 3:
                 time.sleep(0.1)
@@ -174,6 +185,12 @@ def test_a_rolling_restart_fails_no_request(opened: Served, smollm2: Path) -> No
                 caller.over.set()
     assert left == 0
     assert manager.default_version("opened") == "2.0" and manager.version("opened", "1.0") is None
+    # One scrape shows both versions while both live; the new one takes the port over.
+    assert scrapes == [{"1.0"}, {"1.0", "2.0"}, {"1.0", "2.0"}]
+    deadline = time.monotonic() + 15
+    while versions_in_metrics(opened) != {"2.0"}:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
     replies = [reply for caller in callers for reply in caller.replies]
     assert len(replies) > 10
     assert [reply for reply in replies if reply != (200, expected)] == []

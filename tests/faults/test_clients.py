@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from scripts import processes
-from scripts.run_dir import HOST
+from scripts.run_dir import HOST, Ports
 from tests.faults.conftest import LONG, PROMPT, Victim, wait_until
 
 MIB = 2**20
@@ -118,7 +118,9 @@ def test_malformed_http_leaves_running_streams_alone(victim: Victim) -> None:
     assert "".join(json.loads(event)["text"] for event in stream.events[:-1]) == alone
     assert victim.text(PROMPT) == victim.expected()
     assert "Forged" not in victim.worker_log()
-    assert "Forged" not in httpx.get(f"http://{HOST}:{victim.record.port + 2}/metrics", timeout=30).text
+    ports = Ports(victim.record.port)
+    for port in (ports.metrics, ports.server_metrics):
+        assert "Forged" not in httpx.get(f"http://{HOST}:{port}/metrics", timeout=30).text
 
 
 @pytest.mark.long

@@ -48,7 +48,7 @@ def marked(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def test_all_ports_follow_from_one() -> None:
-    assert Ports(8080).all() == [8080, 8081, 8082, 8085, 8086]
+    assert Ports(8080).all() == [8080, 8081, 8082, 8083, 8085, 8086]
 
 
 def test_a_taken_port_is_found(listener: int) -> None:

@@ -22,6 +22,7 @@ from dsserve.generation.detokenizer import TextStream
 from dsserve.generation.engine import Engine
 from dsserve.generation.grammar import GrammarCompiler
 from dsserve.generation.model_runner import ModelRunner
+from dsserve.generation.observer import Observer
 from dsserve.generation.request import Limits
 from dsserve.generation.warmup import verify_runner, warm_up
 from dsserve.hf_model import LoadedModel
@@ -126,11 +127,13 @@ def build_engine(
     rank: RankInfo,
     device: torch.device,
     clock: LoadClock,
+    observer: Observer | None = None,
 ) -> tuple[Engine, Limits, GrammarCompiler]:
     """The engine of this rank, proven and warm, what requests may ask of it, and the maker of its grammars.
 
     Args:
         ds_engine: what `get_ds_engine` returned; its self-check is repeated through the KV slots.
+        observer: of rank 0's engine.
 
     Raises:
         LoadError: see `read_limits`, `plan_kv_rows` and `SelfCheck.verify`.
@@ -158,7 +161,7 @@ def build_engine(
         return TextStream(loaded.tokenizer, request.stop.strings)
 
     grammars = GrammarCompiler(loaded.tokenizer, runner.vocabulary, loaded.eos_ids)
-    engine = Engine(runner, rank, make_text, loaded.eos_ids, grammars)
+    engine = Engine(runner, rank, make_text, loaded.eos_ids, grammars, observer)
     return engine, limits, grammars
 
 

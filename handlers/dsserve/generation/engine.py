@@ -6,6 +6,7 @@ Rank 0 admits, evicts and steps; the other ranks follow its plans. Does not pars
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -15,9 +16,10 @@ from dsserve.distributed import RankInfo
 from dsserve.generation.detokenizer import TextStream
 from dsserve.generation.grammar import GrammarCompiler
 from dsserve.generation.model_runner import ModelRunner, StepLogits
+from dsserve.generation.observer import Observer, Outcome, Step
 from dsserve.generation.plan import Plan, PlanChannel
 from dsserve.generation.prefix_cache import PrefixCache
-from dsserve.generation.request import GenerationRequest, TokenEvent, TokenLogprob
+from dsserve.generation.request import GenerationRequest, Origin, TokenEvent, TokenLogprob
 from dsserve.generation.sampler import SamplingState, choose, report_logprobs
 from dsserve.generation.scheduler import PREFILL_TOKENS_A_STEP, Scheduler
 from dsserve.generation.sequence import Sequence, ending_ids
@@ -37,6 +39,7 @@ class Engine:
         make_text: a fresh incremental detokenizer for a request.
         eos_ids: the tokens that end a text.
         grammars: for requests with structured output.
+        observer: hears of rank 0's steps and sequences.
     """
 
     def __init__(
@@ -46,6 +49,7 @@ class Engine:
         make_text: Callable[[GenerationRequest], TextStream],
         eos_ids: frozenset[int],
         grammars: GrammarCompiler | None = None,
+        observer: Observer | None = None,
     ) -> None:
         self._runner = runner
         self._channel = PlanChannel(rank.rank, rank.world_size)
@@ -53,6 +57,8 @@ class Engine:
         self._make_text = make_text
         self._eos_ids = eos_ids
         self._grammars = grammars
+        self._observer = observer or Observer()
+        self._ended: list[tuple[Sequence, TokenEvent]] = []  # in the present step
         self._memory_failures = 0
 
     @property
@@ -65,17 +71,18 @@ class Engine:
         """Sequences that wait for a KV slot."""
         return self._scheduler.waiting
 
-    def admit(self, request: GenerationRequest) -> None:
+    def admit(self, request: GenerationRequest, origin: Origin | None = None) -> None:
         """Queues a sequence; it is prefilled in the next step that has a free slot."""
         grammar = None
         if request.sampling.grammar is not None and self._grammars is not None:
             grammar = self._grammars.start(request.sampling.grammar)
         state = SamplingState(request, ending_ids(request, self._eos_ids), grammar)
-        self._scheduler.add(Sequence(request, self._make_text(request), state, self._eos_ids))
+        self._scheduler.add(Sequence(request, self._make_text(request), state, self._eos_ids, origin))
 
     def evict(self, request_id: str) -> None:
         """Drops a request, wherever it is; its slots are free from the next step on."""
-        self._scheduler.cancel(request_id)
+        for sequence in self._scheduler.cancel(request_id):
+            self._end(sequence, "abort", time.monotonic())
 
     def run(self, max_steps: int) -> list[TokenEvent]:
         """Rank 0's part of one handler call: one step at least, `max_steps` while nothing new has to be answered.
@@ -88,6 +95,7 @@ class Engine:
             events += self._step(self._scheduler.plan(last))
             if last:
                 break
+        self._observer.called(self.running, self.waiting)
         return events
 
     def follow(self) -> None:
@@ -99,6 +107,7 @@ class Engine:
                 return
 
     def _step(self, plan: Plan) -> list[TokenEvent]:
+        started = time.monotonic()
         self._channel.send(plan)
         logits = self._runner.execute(plan)
         if logits is None:
@@ -106,10 +115,10 @@ class Engine:
         if not logits.admitted:
             failed = self._take_back(plan)
             plan = replace(plan, admit=())
-            return failed + self._answer(plan, logits) if plan.tokens else failed
+            return failed + self._answer(plan, logits, started) if plan.tokens else failed
         if plan.admit:
             self._memory_failures = 0
-        return self._answer(plan, logits)
+        return self._answer(plan, logits, started)
 
     def _take_back(self, plan: Plan) -> list[TokenEvent]:
         """After a prefill that did not fit into memory: its prompts wait again, or the only one fails."""
@@ -117,21 +126,43 @@ class Engine:
         if sequence is None:
             return []
         size = len(plan.admit[0].tokens)
-        logger.warning("[dsserve] %s: no memory for %d prompt tokens", sequence.request.request_id, size)
+        logger.warning("[dsserve] %s: no memory for %d prompt tokens", sequence.name, size)
         if size <= PREFILL_TOKENS_A_STEP:
             self._memory_failures += 1
         if self._memory_failures >= MOST_MEMORY_FAILURES:
             raise torch.OutOfMemoryError("passes that fitted at load fail one after the other")
+        self._end(sequence, "error", time.monotonic())
         return [sequence.out_of_memory()]
 
-    def _answer(self, plan: Plan, logits: StepLogits) -> list[TokenEvent]:
+    def _answer(self, plan: Plan, logits: StepLogits, started: float) -> list[TokenEvent]:
         sequences = self._scheduler.rows(plan)
         tokens = choose(logits.next, [sequence.state for sequence in sequences])
+        chosen = time.monotonic()
         logprobs = _logprobs(logits, sequences, tokens)
         asking = [s for s in sequences[len(plan.tokens) :] if s.request.prompt_logprobs]
         prompts = dict(zip(asking, logits.prompts, strict=True))
         rows = zip(sequences, tokens, logprobs, strict=True)
-        return [self._accept(sequence, token, logprob, prompts.get(sequence)) for sequence, token, logprob in rows]
+        events = [self._accept(sequence, token, logprob, prompts.get(sequence)) for sequence, token, logprob in rows]
+        self._tell(sequences, len(plan.tokens), started, chosen)
+        return events
+
+    def _tell(self, sequences: list[Sequence], decoded: int, started: float, chosen: float) -> None:
+        """Tells of the step that gave these sequences a token each, the first `decoded` of them not their first one."""
+        now = time.monotonic()
+        admitted = sequences[decoded:]
+        for sequence in admitted:
+            sequence.timeline.admitted, sequence.timeline.first_token = started, now
+        # One that failed, or wanted no new token, got none.
+        without = sum(1 for _, event in self._ended if event.failed or not event.completion_tokens)
+        self._observer.stepped(Step(started, now, decoded, admitted, len(sequences) - without))
+        for sequence, event in self._ended:
+            sequence.timeline.last_token = chosen
+            self._end(sequence, event.finish_reason or "error", now)
+        self._ended.clear()
+
+    def _end(self, sequence: Sequence, outcome: Outcome, at: float) -> None:
+        sequence.timeline.ended = at
+        self._observer.ended(sequence, outcome)
 
     def _accept(
         self, sequence: Sequence, token: int, logprob: TokenLogprob | None, prompt: torch.Tensor | None
@@ -146,10 +177,11 @@ class Engine:
         except torch.OutOfMemoryError:
             event = sequence.out_of_memory()
         except Exception as error:  # must not keep rank 0 from sending the plan that the others wait for
-            logger.error("[dsserve] %s: %s while decoding text", sequence.request.request_id, type(error).__name__)
+            logger.error("[dsserve] %s: %s while decoding text", sequence.name, type(error).__name__)
             event = sequence.failure()
         if event.is_last:
             self._scheduler.end(sequence)
+            self._ended.append((sequence, event))
         return event
 
 

@@ -60,11 +60,14 @@ class Scheduler:
         """Queues a sequence for the next free row."""
         self._waiting.append(sequence)
 
-    def cancel(self, request_id: str) -> None:
-        """Forgets a request's sequences; their rows are freed in the next step. Unknown ids are fine: it may have ended
-        already."""
+    def cancel(self, request_id: str) -> list[Sequence]:
+        """Forgets a request's sequences and returns those that had not ended; their rows are freed in the next step.
+        Unknown ids are fine: it may have ended already."""
+        waiting = [s for s in self._waiting if s.request.request_id == request_id]
         self._waiting = deque(s for s in self._waiting if s.request.request_id != request_id)
-        self._leaving |= {s for s in self._running if s.request.request_id == request_id}
+        running = [s for s in self._running if s.request.request_id == request_id and s not in self._leaving]
+        self._leaving |= set(running)
+        return running + waiting
 
     def end(self, sequence: Sequence) -> None:
         """Frees a sequence's row in the next step."""

@@ -9,7 +9,8 @@ import torch
 
 from dsserve.errors import RequestError
 from dsserve.generation.detokenizer import TextStream
-from dsserve.generation.request import FinishReason, GenerationRequest, TokenEvent, TokenLogprob
+from dsserve.generation.observer import Timeline
+from dsserve.generation.request import FinishReason, GenerationRequest, Origin, TokenEvent, TokenLogprob
 from dsserve.generation.sampler import SamplingState, report_logprobs
 
 # Rows of a prompt's logits that are converted to fp32 together.
@@ -21,13 +22,21 @@ class Sequence:
 
     Args:
         eos_ids: the model's end-of-text tokens.
+        origin: of its request; default: it came just now.
     """
 
     def __init__(
-        self, request: GenerationRequest, text: TextStream, state: SamplingState, eos_ids: frozenset[int]
+        self,
+        request: GenerationRequest,
+        text: TextStream,
+        state: SamplingState,
+        eos_ids: frozenset[int],
+        origin: Origin | None = None,
     ) -> None:
         self.request = request
         self.state = state
+        self.origin = origin or Origin()
+        self.timeline = Timeline(self.origin.arrived)
         self.cached_tokens = 0
         self._text = text
         self._generated: list[int] = []
@@ -35,8 +44,18 @@ class Sequence:
         self._prompt_logprobs: tuple[TokenLogprob, ...] = ()
 
     @property
+    def name(self) -> str:
+        """What log lines call its request."""
+        return self.origin.name(self.request.request_id)
+
+    @property
     def last_token(self) -> int:
         return self._generated[-1]
+
+    @property
+    def generated(self) -> int:
+        """New tokens so far."""
+        return len(self._generated)
 
     @property
     def computed(self) -> list[int]:

@@ -1,0 +1,86 @@
+"""What rank 0's engine tells of its work: once a step, once a call, and at the end of each sequence.
+
+Says nothing per token, so that watching costs the same for long and for short texts. Does not count (`metrics`) and
+does not trace (`tracing`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Rows
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from dsserve.generation.sequence import Sequence
+
+# How a sequence ended: by its text, by its length, given up (its client went away, or it took too long), by our fault.
+Outcome = Literal["stop", "length", "abort", "error"]
+
+
+@dataclass
+class Timeline:
+    """When things happened to one sequence, in seconds of the monotonic clock; None = not yet, or never.
+
+    Attributes:
+        arrived: its request came to the handler.
+        admitted: the step began that read its prompt.
+        first_token: that step ended.
+        last_token: its last token was chosen; what follows is its text.
+        ended: its last text was ready, or it was given up.
+    """
+
+    arrived: float
+    admitted: float | None = None
+    first_token: float | None = None
+    last_token: float | None = None
+    ended: float | None = None
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of the engine; times in seconds of the monotonic clock.
+
+    Attributes:
+        started, ended: from the plan to the text of its tokens.
+        decoded: rows that had a token before and got the next one.
+        admitted: the sequences whose prompts were read.
+        generated: new tokens.
+    """
+
+    started: float
+    ended: float
+    decoded: int
+    admitted: Rows[Sequence]
+    generated: int
+
+
+class Observer:
+    """Watches nothing; what watches overrides these. Called by rank 0's engine, in turn, never at the same time."""
+
+    def stepped(self, step: Step) -> None:
+        """A step computed something."""
+
+    def called(self, running: int, waiting: int) -> None:
+        """A call of the handler ended and left so many sequences with and without a KV slot."""
+
+    def ended(self, sequence: Sequence, outcome: Outcome) -> None:
+        """A sequence is over; its `timeline` is complete."""
+
+
+class Observers(Observer):
+    """Several that watch the same engine."""
+
+    def __init__(self, *observers: Observer) -> None:
+        self._observers = observers
+
+    def stepped(self, step: Step) -> None:
+        for observer in self._observers:
+            observer.stepped(step)
+
+    def called(self, running: int, waiting: int) -> None:
+        for observer in self._observers:
+            observer.called(running, waiting)
+
+    def ended(self, sequence: Sequence, outcome: Outcome) -> None:
+        for observer in self._observers:
+            observer.ended(sequence, outcome)

@@ -1,0 +1,111 @@
+"""One address for the metrics of all workers: the first one has it, and the next one takes it over."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from prometheus_client import CollectorRegistry, Counter, disable_created_metrics
+
+from dsserve.control import RUN_DIR_VARIABLE
+from dsserve.metrics_endpoint import ADDRESS_VARIABLE, FOLDER, MetricsEndpoint
+from scripts import server
+from scripts.run_dir import RunDir
+from tests.scrape import Scrape
+
+HOST = "127.0.0.1"
+# Another worker: its own version of the same metric.
+WORKER = """
+import time
+from prometheus_client import CollectorRegistry, Counter, disable_created_metrics
+from dsserve.metrics_endpoint import MetricsEndpoint
+disable_created_metrics()
+registry = CollectorRegistry()
+Counter("vllm:prompt_tokens", "Help.", ["model_version"], registry=registry).labels("1.0").inc(3)
+MetricsEndpoint.from_env(registry).start()
+time.sleep(60)
+"""
+
+
+def make_registry(version: str, count: int) -> CollectorRegistry:
+    disable_created_metrics()
+    registry = CollectorRegistry()
+    Counter("vllm:prompt_tokens", "Help.", ["model_version"], registry=registry).labels(version).inc(count)
+    return registry
+
+
+def wait_for(what: Callable[[], bool], seconds: float = 15) -> None:
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex((HOST, port)) == 0
+
+
+@pytest.fixture
+def port() -> int:
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture
+def old_worker(port: int, tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
+    environ = {**os.environ, ADDRESS_VARIABLE: f"{HOST}:{port}", RUN_DIR_VARIABLE: str(tmp_path)}
+    environ["PYTHONPATH"] = str(Path(__file__).resolve().parents[2] / "handlers")
+    worker = subprocess.Popen([sys.executable, "-c", WORKER], env=environ)
+    wait_for(lambda: listens(port))
+    yield worker
+    worker.kill()
+    worker.wait()
+
+
+def test_two_workers_are_one_scrape_and_the_second_takes_over(
+    old_worker: subprocess.Popen[bytes], port: int, tmp_path: Path
+) -> None:
+    MetricsEndpoint(make_registry("2.0", 5), HOST, port, tmp_path / FOLDER).start()
+    note = tmp_path / FOLDER / str(os.getpid())
+    wait_for(note.exists)
+    wait_for(lambda: Scrape.at(port).sum("vllm:prompt_tokens_total") == 8)
+    both = Scrape.at(port)
+    assert both.sum("vllm:prompt_tokens_total", model_version="1.0") == 3
+    assert both.text.count("# TYPE") == 1
+    private = int(note.read_text())
+    os.kill(old_worker.pid, signal.SIGKILL)
+    old_worker.wait()
+    wait_for(lambda: listens(port))
+    wait_for(lambda: not note.exists())
+    assert Scrape.at(port).values == {("vllm:prompt_tokens_total", frozenset({("model_version", "2.0")})): 5}
+    wait_for(lambda: not listens(private))
+
+
+def test_notes_of_dead_and_starting_workers_do_no_harm(port: int, tmp_path: Path) -> None:
+    folder = tmp_path / FOLDER
+    folder.mkdir()
+    dead, half_written = folder / str(2**22 + 1), folder / "1"
+    dead.write_text("1")
+    half_written.write_text("")
+    MetricsEndpoint(make_registry("1.0", 2), HOST, port, folder).start()
+    assert Scrape.at(port).sum("vllm:prompt_tokens_total") == 2
+    assert not dead.exists() and half_written.exists()
+
+
+def test_without_the_scripts_nothing_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(ADDRESS_VARIABLE, raising=False)
+    assert MetricsEndpoint.from_env(CollectorRegistry()) is None
+
+
+def test_the_scripts_and_the_handler_mean_the_same(tmp_path: Path) -> None:
+    assert server.METRICS_VARIABLE == ADDRESS_VARIABLE
+    assert RunDir(tmp_path).metrics_notes == tmp_path / FOLDER
