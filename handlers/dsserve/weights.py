@@ -58,7 +58,7 @@ def find_weight_files(folder: Path, kinds: Iterable[str] = _SINGLE) -> WeightFil
         if (folder / f"{name}.index.json").is_file():
             return _read_index(folder, f"{name}.index.json")
     others = sorted(path.name for pattern in ("*.safetensors", "*.bin") for path in folder.glob(pattern))
-    found = f" ({', '.join(others[:5])} do not count)" if others else ""
+    found = f" (not weights: {', '.join(others[:5])})" if others else ""
     raise LoadError(f"{folder} holds no weights: none of {', '.join(kinds)}, and no index of them{found}")
 
 

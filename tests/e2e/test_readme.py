@@ -29,7 +29,9 @@ def block(first_words: str) -> str:
 
 
 URL = "curl http://127.0.0.1:8080/predictions/smollm2"
-DEPLOY, LOOK_AND_STOP, OPERATE, BY_HAND = map(block, ("make deploy", "make status", "make health", "make model"))
+DEPLOY, LOOK_AND_STOP, OPERATE, SHARD, BY_HAND = map(
+    block, ("make deploy", "make status", "make health", "make shard", "make model")
+)
 REQUESTS, OPENAI_REQUESTS = block(f"{URL} "), block(f"{URL}/1.0/v1")
 BALANCE = block("export DSSERVE_MODEL")
 (OPENAI_CLIENT,) = re.findall(r"```python\n(import openai\n.*?)```", README, flags=re.DOTALL)
@@ -100,6 +102,18 @@ def test_the_balancers_commands(fp32: Served, tmp_path: Path) -> None:
     environ = {f"{balancer.OURS}{name}": value for name, value in sockets.items()}
     replies = run(commands, tmp_path, 60, PATH=path, **environ)
     assert "Configuration file is valid" in replies and "Tokyo" in replies and '"object":"chat.completion"' in replies
+
+
+def test_the_shards_command(smollm2: Path, tmp_path: Path) -> None:
+    model = tmp_path / "large"
+    model.mkdir()
+    for item in smollm2.iterdir():
+        (model / item.name).symlink_to(item)
+    printed = run(SHARD.replace("/models/large", str(model)), tmp_path)
+    folder = model / "shards" / "tp2-bfloat16"
+    assert printed.splitlines()[-1] == str(folder) and "rank 1: wrote file 1" in printed
+    parts = ["manifest.json", "rank-0-001.safetensors", "rank-1-001.safetensors", "reference.safetensors"]
+    assert sorted(path.name for path in folder.iterdir()) == parts
 
 
 def test_by_hand(tmp_path: Path) -> None:
