@@ -12,7 +12,7 @@ TOKENS  ?= on
 RUN_DIR ?= run/$(NAME)-$(PORT)
 DRAIN   ?= 30
 MINUTES ?= 30
-QUESTION ?= What is the capital of France?
+QUESTION ?= What is the capital of Japan?
 export QUESTION
 
 # A Python that was named and has everything is used as it is, and nothing is installed. One that lacks something (and
@@ -39,7 +39,7 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup ops model download mar deploy start run stop health token rollout status logs ask test test-faults check audit bench bench-failover soak clean
+.PHONY: help setup ops model download shard mar deploy start run stop health token rollout status logs ask test test-faults check audit bench bench-failover soak clean
 
 help: ## list the targets and variables
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -73,6 +73,9 @@ model: $(STAMP) ## convert or check MODEL
 
 download: $(STAMP) ## fetch MODEL=org/name (REVISION=...) from the hub into models/name (HF_TOKEN for gated models)
 	@$(PY) -m scripts.download_model '$(MODEL)' $(if $(REVISION),--revision '$(REVISION)')
+
+shard: $(STAMP) ## cut MODEL for TP ranks once, on CPUs: later starts read the shards in its folder instead of the whole model
+	@$(PY) -m scripts.shard_checkpoint --name '$(NAME)' --model '$(MODEL)' --tp '$(TP)' --dtype '$(DTYPE)'
 
 mar: $(STAMP) ## pack MODEL as model-store/NAME.mar
 	@$(PY) -m scripts.package --name '$(NAME)' --model '$(MODEL)' --version '$(VERSION)' --tp '$(TP)' --device '$(DEVICE)' --dtype '$(DTYPE)'

@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ import yaml
 
 from scripts.console import fail, say
 from scripts.machine import AUTO, MachineError, resolve_device, resolve_dtype, resolve_tp
-from scripts.prepare_model import DEMO_MODEL, ROOT, ModelError, prepare
+from scripts.prepare_model import DEMO_MODEL, ROOT, WEIGHT_PATTERNS, ModelError, prepare
 
 HANDLERS = "handlers"  # relative to ROOT: the archiver splits its list of files at commas
 CONFIGS = ROOT / "configs"
@@ -30,6 +31,11 @@ MODEL_STORE = ROOT / "model-store"
 ENTRY = "deepspeed_handler.py"
 MODEL_CONFIG = "model-config.yaml"
 DS_CONFIG = "ds-config.json"
+STARTUP_KEY = "startupTimeout"
+BASE_LOAD_S = 300  # imports, compiled operations, warm-up, CUDA graphs
+SLOWEST_BYTES_PER_S = 50e6
+DOWNLOAD_S = 3600
+TORCHSERVE_STARTUP_S = 120.0
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
@@ -101,8 +107,11 @@ def package(
     """
     if not NAME_PATTERN.fullmatch(name):
         raise PackageError(f"NAME={name} is not fit for a URL: use letters, digits, '_', '.' and '-'")
-    config_dir = CONFIGS / name if (CONFIGS / name).is_dir() else CONFIGS / DEMO_MODEL
+    has_own = (CONFIGS / name).is_dir()
+    config_dir = CONFIGS / (name if has_own else DEMO_MODEL)
     model_config, ds_config = render(config_dir, model_path, choice)
+    if not has_own or STARTUP_KEY not in model_config:  # the demo's is for a small model
+        model_config[STARTUP_KEY] = startup_timeout_s(Path(model_path))
     model_config["handler"] |= handler or {}
     model_store.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="dsserve-mar-") as scratch:
@@ -115,6 +124,26 @@ def package(
         f"{ds_config['dtype']}, weights from {model_path}"
     )
     return model_store / f"{name}.mar"
+
+
+def startup_timeout_s(model: Path) -> int:
+    """Seconds that the load of this model may take: what any model takes, and its bytes at the speed of a slow disk.
+
+    A hub id that is not here yet has an hour, for its download.
+    """
+    if not model.is_dir():
+        return DOWNLOAD_S
+    size = sum(file.stat().st_size for pattern in WEIGHT_PATTERNS for file in model.glob(pattern))
+    return round(BASE_LOAD_S + size / SLOWEST_BYTES_PER_S)
+
+
+def read_startup_timeout(archive: Path) -> float:
+    """`startupTimeout` of an archive, TorchServe's default where it has none."""
+    with zipfile.ZipFile(archive) as opened:
+        if MODEL_CONFIG not in opened.namelist():
+            return TORCHSERVE_STARTUP_S
+        found = yaml.safe_load(opened.read(MODEL_CONFIG)) or {}
+    return float(found.get(STARTUP_KEY, TORCHSERVE_STARTUP_S))
 
 
 def archive(name: str, version: str, config_dir: Path, model_store: Path) -> None:

@@ -61,10 +61,10 @@ def test_deploy_ask_requests_status_and_stop(tmp_path: Path) -> None:
     try:
         deployed = run(DEPLOY, tmp_path, **environ)
         assert "2 ranks on cpu" in deployed
-        assert "Paris" in deployed
+        assert "Tokyo" in deployed
         again = re.findall(r"^  (curl .*)$", deployed, flags=re.MULTILINE)
         assert len(again) == 2
-        assert "Paris" in run(again[0], tmp_path)
+        assert "Tokyo" in run(again[0], tmp_path)
         replies = run(REQUESTS.replace(":8080/", f":{port}/"), tmp_path)
         assert '"completion_tokens":20' in replies
         assert "data: [DONE]" in replies
@@ -99,7 +99,7 @@ def test_the_balancers_commands(fp32: Served, tmp_path: Path) -> None:
     sockets = {"BIND": f"127.0.0.1:{port}", "STATS": f"127.0.0.1:{port + 1}", "ADMIN": str(tmp_path / "admin.sock")}
     environ = {f"{balancer.OURS}{name}": value for name, value in sockets.items()}
     replies = run(commands, tmp_path, 60, PATH=path, **environ)
-    assert "Configuration file is valid" in replies and "Paris" in replies and '"object":"chat.completion"' in replies
+    assert "Configuration file is valid" in replies and "Tokyo" in replies and '"object":"chat.completion"' in replies
 
 
 def test_by_hand(tmp_path: Path) -> None:
