@@ -83,6 +83,14 @@ def measure(way: str, model: Path, ranks: int, device: str) -> list[dict[str, An
         return [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(ranks)]
 
 
+def forget(model: Path) -> None:
+    """Drops the files from the page cache, so that every way reads them from the disk."""
+    os.sync()
+    for file in model.rglob("*.safetensors"):
+        with file.open("rb") as opened:
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def table(found: dict[str, list[dict[str, Any]]]) -> list[str]:
     """Markdown rows: way, seconds, peak of a rank and of all together, what is held at the end, the GPU's peak."""
     columns = ["way", "s", "host peak of a rank, GiB", "together", "held at the end", "GPU peak", "weights", "phases"]
@@ -116,6 +124,7 @@ def main(
         for way in ways.split(","):
             if way == "cache":
                 shard("measure", str(model), Choice(str(tp), "cpu", AUTO))
+            forget(model)
             found[way] = measure(way, model, tp, device)
             say(f"{way}: {[round(rank['peak'] / 2**30, 2) for rank in found[way]]} GiB")
         typer.echo("\n".join(table(found)))

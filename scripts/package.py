@@ -13,7 +13,6 @@ import re
 import subprocess
 import sys
 import tempfile
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,6 @@ STARTUP_KEY = "startupTimeout"
 BASE_LOAD_S = 300  # imports, compiled operations, warm-up, CUDA graphs
 SLOWEST_BYTES_PER_S = 50e6
 DOWNLOAD_S = 3600
-TORCHSERVE_STARTUP_S = 120.0
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
@@ -81,7 +79,9 @@ def read_model_config(config_dir: Path) -> dict[str, Any]:
     folder = config_dir.parent / str(template)
     if not (folder / MODEL_CONFIG).is_file():
         raise PackageError(f"{config_dir.name}/{MODEL_CONFIG}: template: no configs/{template}/{MODEL_CONFIG}")
-    return merge(read_model_config(folder), own)
+    base = read_model_config(folder)
+    base.pop(STARTUP_KEY, None)  # that of another model's size
+    return merge(base, own)
 
 
 def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -110,7 +110,7 @@ def package(
     has_own = (CONFIGS / name).is_dir()
     config_dir = CONFIGS / (name if has_own else DEMO_MODEL)
     model_config, ds_config = render(config_dir, model_path, choice)
-    if not has_own or STARTUP_KEY not in model_config:  # the demo's is for a small model
+    if not has_own or STARTUP_KEY not in model_config:
         model_config[STARTUP_KEY] = startup_timeout_s(Path(model_path))
     model_config["handler"] |= handler or {}
     model_store.mkdir(parents=True, exist_ok=True)
@@ -135,15 +135,6 @@ def startup_timeout_s(model: Path) -> int:
         return DOWNLOAD_S
     size = sum(file.stat().st_size for pattern in WEIGHT_PATTERNS for file in model.glob(pattern))
     return round(BASE_LOAD_S + size / SLOWEST_BYTES_PER_S)
-
-
-def read_startup_timeout(archive: Path) -> float:
-    """`startupTimeout` of an archive, TorchServe's default where it has none."""
-    with zipfile.ZipFile(archive) as opened:
-        if MODEL_CONFIG not in opened.namelist():
-            return TORCHSERVE_STARTUP_S
-        found = yaml.safe_load(opened.read(MODEL_CONFIG)) or {}
-    return float(found.get(STARTUP_KEY, TORCHSERVE_STARTUP_S))
 
 
 def archive(name: str, version: str, config_dir: Path, model_store: Path) -> None:

@@ -15,7 +15,7 @@ from scripts import health, server
 from scripts.console import fail, progress, say
 from scripts.drain import DRAIN_S
 from scripts.machine import MachineError
-from scripts.package import read_startup_timeout
+from scripts.package import STARTUP_KEY
 from scripts.run_dir import HOST, Ports, Record, RunDir
 from scripts.worker_log import LogTail
 
@@ -28,7 +28,8 @@ TIMEOUT = typer.Option(None, help="give up after so many seconds; default: the a
 POLL_S = 0.2
 BIND = typer.Option(HOST, help="address of the inference port; beyond loopback every call needs a token")
 TOKENS = typer.Option(True, help="whether calls from beyond loopback need a token; never without a private network")
-SERVER_START_S = 60.0  # of TorchServe itself
+SERVER_START_S = 60.0  # of TorchServe itself, beside the load
+TORCHSERVE_STARTUP_S = 120.0  # its own startupTimeout
 CANARY_S = 60.0  # the first token of a server that was not warmed up
 DRAIN = typer.Option(DRAIN_S, min=0, help="seconds that running requests have to end")
 
@@ -104,7 +105,8 @@ def launch(
     except (server.ServerError, MachineError) as error:
         fail(str(error))
     say(f"TorchServe started in {run.path}")
-    limit_s = read_startup_timeout(archive) + SERVER_START_S if timeout_s is None else timeout_s
+    allowed_s = server.read_archive(archive).get(STARTUP_KEY, TORCHSERVE_STARTUP_S)
+    limit_s = allowed_s + SERVER_START_S if timeout_s is None else timeout_s
     try:
         with progress(f"loading {name}") as show:
             server.wait_until_ready(run, record, elapsed(show, started_s), limit_s)

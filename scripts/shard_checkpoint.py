@@ -39,6 +39,7 @@ def shard(name: str, model_path: str, choice: Choice, cache: Path | None = None)
     dtype = "bf16" if choice.dtype == AUTO else choice.dtype  # of the machine that serves, not of this one
     model_config, ds_config = render(config_dir, model_path, Choice(choice.tp, "cpu", dtype))
     model_config["deepspeed"] = {**ds_config, **model_config.get("deepspeed", {}), "config": None}
+    model_config["deepspeed"].pop("quantization", None)  # happens after the shards are read
     if cache is not None:
         model_config["handler"]["shard_cache"] = str(cache.resolve())
     with tempfile.TemporaryDirectory(prefix="dsserve-shard-") as folder:

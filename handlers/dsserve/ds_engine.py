@@ -46,8 +46,8 @@ def get_ds_engine(model: Any, ctx: Context, shards: Shards | None = None, clock:
 
     Returns:
         DeepSpeed's `InferenceEngine`; `engine.module` is what a handler keeps. `engine.self_check` holds the reference
-        logits (those of the quantized weights with `deepspeed.quantization`), None where the check is off, the model
-        is no causal language model or came on the meta device without a cache.
+        logits (those of the quantized weights with `deepspeed.quantization`), None where the check is off, the model is
+        no causal language model or came on the meta device without a cache.
 
     Raises:
         LoadError: settings that cannot work, a rank without attention heads, or logits that changed.
@@ -84,7 +84,7 @@ def get_ds_engine(model: Any, ctx: Context, shards: Shards | None = None, clock:
         if check:
             _verify(engine, check, rank, device)
     if settings.quantization:
-        with clock.phase("quantization"):
+        with clock.phase("quantize"):
             engine.self_check = quantize_engine(engine.module, settings.quantization, check, rank, device)
     return engine
 
