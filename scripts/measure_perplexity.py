@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 import typer
 
+from scripts import deepspeed_weights
 from scripts.console import fail, say
 from scripts.prepare_model import DEMO_MODEL, ModelError, prepare
 
@@ -39,18 +40,53 @@ def reference_text() -> str:
     return "\n\n".join(topics[name] for name in TOPICS if name in topics)
 
 
-def load(path: str, mode: str, dtype: str, device: torch.device) -> Any:
-    """The model in `dtype`, its layers quantized where `mode` is none of the dtypes. Raises LoadError."""
+def load(path: str, mode: str, dtype: str, device: torch.device, shuffle: bool = False) -> Any:
+    """The model in `dtype`, its layers quantized where `mode` is none of the dtypes. Raises LoadError.
+
+    A mode that begins with `deepspeed-` is DeepSpeed's own quantization (`deepspeed_weights`).
+    """
     from transformers import AutoModelForCausalLM
 
     from dsserve.quantization import check_device, quantize_layers
 
     model = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[mode if mode in DTYPES else dtype])
     model = model.eval().to(device)
-    if mode not in DTYPES:
+    if shuffle:
+        shuffle_features(model)
+    if mode.startswith(deepspeed_weights.PREFIX):
+        deepspeed_weights.quantize(model, mode)
+    elif mode not in DTYPES:
         check_device(mode, DTYPES[dtype], device)
         quantize_layers(model, mode)
     return model
+
+
+@torch.no_grad()
+def shuffle_features(model: Any) -> None:
+    """Puts hidden and MLP features of a Llama into another order, in place: the same function, other neighbours.
+
+    The demo's weights were made of 4-bit groups of 32, which int4 finds again and stores without loss; of shuffled
+    ones it shows what it does to weights that were not.
+    """
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randperm(model.config.hidden_size, generator=generator)
+    body = model.model
+    body.embed_tokens.weight.data = body.embed_tokens.weight.data[:, hidden]
+    if model.lm_head.weight is not body.embed_tokens.weight:
+        model.lm_head.weight.data = model.lm_head.weight.data[:, hidden]
+    body.norm.weight.data = body.norm.weight.data[hidden]
+    for layer in body.layers:
+        inner = torch.randperm(model.config.intermediate_size, generator=generator)
+        attention, mlp = layer.self_attn, layer.mlp
+        for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+            norm.weight.data = norm.weight.data[hidden]
+        for reader in (attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj):
+            reader.weight.data = reader.weight.data[:, hidden]
+        for writer in (attention.o_proj, mlp.down_proj):
+            writer.weight.data = writer.weight.data[hidden]
+        for part in (mlp.gate_proj, mlp.up_proj):
+            part.weight.data = part.weight.data[inner]
+        mlp.down_proj.weight.data = mlp.down_proj.weight.data[:, inner]
 
 
 @torch.inference_mode()
@@ -67,11 +103,15 @@ def perplexity(model: Any, token_ids: torch.Tensor, window: int) -> float:
 
 def main(
     model: str = typer.Argument(DEMO_MODEL, help="smollm2, a local Hugging Face folder, or a hub id"),
-    modes: str = typer.Option("fp32,bf16,int8,int4", help="dtypes and modes of deepspeed.quantization, with commas"),
+    modes: str = typer.Option(
+        "bf16,fp32,int8,int4,deepspeed-int8,deepspeed-int4",
+        help="dtypes, modes of deepspeed.quantization, and DeepSpeed's own, with commas",
+    ),
     dtype: str = typer.Option("bf16", help="in which quantized weights are multiplied"),
     device: str = typer.Option("cpu", help="cpu or cuda"),
     tokens: int = typer.Option(4096, help="of the text"),
     window: int = typer.Option(512, help="tokens of context at most"),
+    shuffle: bool = typer.Option(False, help="features in another order: see `shuffle_features`; Llama alone"),
 ) -> None:
     """Measure and print the table."""
     from transformers import AutoTokenizer
@@ -85,9 +125,10 @@ def main(
         found: dict[str, float] = {}
         print("| weights | perplexity | to the first |\n| --- | --- | --- |")
         for mode in modes.split(","):
-            found[mode] = perplexity(load(path, mode, dtype, torch.device(device)), token_ids, window)
+            found[mode] = perplexity(load(path, mode, dtype, torch.device(device), shuffle), token_ids, window)
             print(f"| {mode} | {found[mode]:.3f} | {found[mode] / next(iter(found.values())) - 1:+.2%} |", flush=True)
-        print(json.dumps({"model": model, "tokens": len(token_ids), "window": window, "perplexity": found}))
+        result = {"model": model, "tokens": len(token_ids), "window": window, "shuffled": shuffle, "perplexity": found}
+        print(json.dumps(result))
     except (ModelError, LoadError) as error:
         fail(str(error))
 

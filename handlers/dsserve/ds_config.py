@@ -67,6 +67,8 @@ def read_deepspeed_settings(
     inline = _without_auto(_canonical({k: v for k, v in section.items() if k not in ours}, f"{YAML_FILE}: deepspeed"))
     merged = _merge(_read_file(ours.get("config"), model_dir), inline, ours.get("config"))
     _check_ours(ours)
+    if "quant" in merged:
+        raise LoadError("deepspeed.quant: DeepSpeed accepts it and quantizes nothing; use deepspeed.quantization: int8")
     tensor_parallel = merged.pop("tensor_parallel", None) or {}
     tp_size = check_tp_size(yaml_config, tensor_parallel.pop("tp_size", None), world_size)
     dtype = _read_dtype(merged.pop("dtype", None), model_dtype)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from dsserve.config import YAML_FILE
-from dsserve.distributed import RankInfo
+from dsserve.distributed import RankInfo, agree_on_least
 from dsserve.errors import LoadError
 from dsserve.packing import ShardedLinear, replace_layers
 from dsserve.self_check import SelfCheck
@@ -29,8 +29,12 @@ KEY = f"{YAML_FILE}: deepspeed.quantization"
 LIMITS = {"int8": 0.15, "fp8": 0.3, "int4": 0.7}
 # Weights of a row that share a scale in int4.
 INT4_GROUP = 32
+# Output features that torch's int4 product on a CPU takes at a time; it refuses other numbers.
+_CPU_INT4_STEP = 16
 # Rows up to which a CPU multiplies int8 directly; more are faster with the weight expanded.
 _CPU_INT8_ROWS = 16
+# Input features that torch's direct product reads at a time: of other numbers it reads past the end of a row (2.13).
+_CPU_INT8_STEP = 16
 # Compute capability from which a GPU has fp8, and torch its int4 matmul.
 _CAPABILITY = {"int8": (0, 0), "int4": (8, 0), "fp8": (8, 9)}
 
@@ -65,8 +69,8 @@ def check_device(mode: str, dtype: torch.dtype, device: torch.device) -> None:
             raise LoadError(f"{KEY}: {mode} needs a GPU of compute capability {needed}, this one has {has}; use int8")
     elif mode == "fp8":
         raise LoadError(f"{KEY}: fp8 needs a GPU of compute capability 8.9; use int8 on a CPU")
-    if mode == "int4" and dtype is not torch.bfloat16:
-        raise LoadError(f"{KEY}: int4 multiplies in bf16, the model's dtype is {name}; set deepspeed.dtype: bf16")
+    if mode == "int4" and device.type == "cuda" and dtype is not torch.bfloat16:
+        raise LoadError(f"{KEY}: a GPU multiplies int4 in bf16, the model's dtype is {name}; set deepspeed.dtype: bf16")
     if mode == "fp8" and dtype is torch.float32:
         raise LoadError(f"{KEY}: fp8 multiplies in bf16 or fp16, the model's dtype is {name}; set deepspeed.dtype")
     logging.getLogger("torchao").setLevel(logging.ERROR)  # it warns of CUDA libraries that a CPU does not need
@@ -85,9 +89,10 @@ def quantize_engine(
         The check with the quantized model's logits: what the engine must reproduce. None without a check.
 
     Raises:
-        LoadError: the logits changed more than the mode's rounding explains.
+        LoadError: a shard of some rank that the mode cannot hold, or logits that changed more than its rounding
+            explains.
     """
-    layers = quantize_layers(module, mode)
+    layers = _quantize_on_all_ranks(module, mode, rank)
     if rank.is_leader:
         before, after = sum(layer.bytes_before for layer in layers), sum(layer.bytes for layer in layers)
         sizes = f"{after / 2**20:.0f} MiB a rank instead of {before / 2**20:.0f}"
@@ -107,8 +112,24 @@ def quantize_engine(
     return replace(check, logits=logits.float().cpu())
 
 
+def _quantize_on_all_ranks(module: Any, mode: str, rank: RankInfo) -> list[QuantizedLinear]:
+    """`quantize_layers`; if one rank refuses, so do the others, which would wait for it."""
+    layers, refusal = list[QuantizedLinear](), None
+    try:
+        layers = quantize_layers(module, mode)
+    except LoadError as error:
+        refusal = error
+    if not agree_on_least(int(refusal is None), rank):
+        raise refusal or LoadError(f"{KEY}: another rank's shards cannot be held in {mode}; its message has the sizes")
+    return layers
+
+
 def quantize_layers(module: Any, mode: str) -> list[QuantizedLinear]:
-    """Replaces the row- and column-parallel layers, in place; returns what was made of them, siblings as one."""
+    """Replaces the row- and column-parallel layers, in place; returns what was made of them, siblings as one.
+
+    Raises:
+        LoadError: a shard that the mode cannot hold.
+    """
     head = module.get_output_embeddings() if hasattr(module, "get_output_embeddings") else None
     layers: list[QuantizedLinear] = []
 
@@ -121,10 +142,12 @@ def quantize_layers(module: Any, mode: str) -> list[QuantizedLinear]:
 
 
 class QuantizedLinear(ShardedLinear):
-    """A rank's part of a layer with a weight of torchao's; see `ShardedLinear`.
+    """A rank's part of a layer with a weight of torchao's; see `ShardedLinear`. An empty one stays as it is.
 
-    A weight that the mode cannot hold (empty, or rows that int4's groups do not divide) keeps its dtype. `bytes_before`
-    and `bytes` are what the weight took and takes.
+    `bytes_before` and `bytes` are what the weight took and takes.
+
+    Raises:
+        LoadError: int4 with a number of columns (or, on a CPU, rows) that its groups do not divide.
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, row_parallel: bool, mode: str) -> None:
@@ -133,24 +156,37 @@ class QuantizedLinear(ShardedLinear):
         self.bytes_before, self.bytes = _bytes(weight), _bytes(self._weight)
 
     def _lay_out(self, weight: torch.Tensor) -> torch.Tensor:
-        self._packs_int8 = False
-        if not weight.numel() or (self._mode == "int4" and weight.shape[1] % INT4_GROUP):
+        self._is_direct = False
+        if not weight.numel():
             return weight
+        on_cpu = weight.device.type == "cpu"
+        if self._mode == "int4":
+            _check_int4_shape(weight, _CPU_INT4_STEP if on_cpu else 1)
         quantized = _QUANTIZE[self._mode](weight.contiguous())
         # torchao expands an int8 weight for every product; torch has a direct one, fast on CPUs in bf16.
-        self._packs_int8 = self._mode == "int8" and weight.device.type == "cpu" and weight.dtype is torch.bfloat16
-        if self._packs_int8:
+        is_direct = self._mode == "int8" and on_cpu and weight.dtype is torch.bfloat16
+        self._is_direct = is_direct and weight.shape[1] % _CPU_INT8_STEP == 0
+        if self._is_direct:
             self._scales = quantized.scale.flatten().to(weight.dtype)
         return quantized
 
     def _multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         rows = x.numel() // x.shape[-1]
-        if not self._packs_int8 or rows > _CPU_INT8_ROWS:
+        if not self._is_direct or rows > _CPU_INT8_ROWS:
             return F.linear(x, self._weight, bias)
         weight: Any = self._weight
         output = torch._weight_int8pack_mm(x.reshape(rows, -1), weight.qdata, self._scales)
         output = output.view(*x.shape[:-1], -1)
         return output if bias is None else output.add_(bias)
+
+
+def _check_int4_shape(weight: torch.Tensor, step: int) -> None:
+    rows, columns = weight.shape
+    if columns % INT4_GROUP or rows % step:
+        raise LoadError(
+            f"{KEY}: int4 stores {INT4_GROUP} columns with a scale, and rows by {step}; this rank's part of a layer is "
+            f"[{rows}, {columns}]; use int8, or another torchrun.nproc-per-node"
+        )
 
 
 def _int8(weight: torch.Tensor) -> Any:

@@ -67,6 +67,7 @@ def test_the_tp_size_left_out_is_the_world_size(tmp_path: Path) -> None:
         ({"dtyp": "fp16"}, None, ["dtyp", "allowed"]),
         ({"dtype": "fp8"}, None, ["dtype", "fp8", "bf16"]),
         ({"dtype": "int8"}, None, ["int8", "deepspeed.quantization"]),
+        ({"quant": {"weight": {"num_bits": 4}}}, None, ["deepspeed.quant:", "deepspeed.quantization: int8"]),
         ({"quantization": {"bits": 8}}, None, ["quantization", "int8, fp8, int4"]),
         ({"quantization": "int5"}, None, ["int5", "int8, fp8, int4"]),
         ({"quantization": 8}, None, ["quantization", "int8"]),
