@@ -18,6 +18,7 @@ from dsserve.ds_engine import get_ds_engine
 from dsserve.errors import LoadError
 from dsserve.generation.build import build_engine, check_engine_choice
 from dsserve.generation.leader import EngineThread, LeaderEngine
+from dsserve.generation.observer import Observers
 from dsserve.hf_model import load_model, load_outline
 from dsserve.logs import set_serving_level
 from dsserve.metrics import Metrics
@@ -26,6 +27,7 @@ from dsserve.protocol.batch import LiveBatch
 from dsserve.protocol.served import describe_model
 from dsserve.settings import check_server_settings, read_time_limits
 from dsserve.sharding.heads import plan_kv_copies
+from dsserve.tracing import spans_from_env
 from dsserve.watchdog import end_process
 
 logger = logging.getLogger(__name__)
@@ -76,8 +78,9 @@ class DeepSpeedHandler(BaseDeepSpeedHandler):
             return
         thread = EngineThread(self.device)
         metrics = Metrics(ctx.model_name, model_version(ctx), config.max_running)
+        observer = Observers(metrics, spans_from_env(ctx.model_name))
         engine, limits, grammars = thread.call(
-            lambda: build_engine(ds_engine, loaded, config, self.rank, self.device, metrics)
+            lambda: build_engine(ds_engine, loaded, config, self.rank, self.device, observer)
         )
         served = describe_model(ctx.model_name, ds_engine.module, loaded, limits, grammars, self.rank.world_size)
         self._control = ControlFiles.from_env()

@@ -16,12 +16,12 @@ _PER_CALL_MESSAGES = ("Backend received inference at", "skip sending response at
 # A body that is not JSON, which the handler answers with a 400: one line of it is enough, without the call stack.
 _BAD_JSON = "Failed json decoding of input data"
 _METRIC = "[METRICS]"
-_REQUEST = re.compile(r"\[dsserve\] (?P<id>[0-9a-fA-F-]{36}): ")
+_REQUEST = re.compile(r"\[dsserve\] (?P<id>[0-9a-fA-F-]{36})(?: \((?P<client>[A-Za-z0-9._-]{1,64})\))?: ")
 _PACKAGE = "dsserve"
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line: time (UTC), level, rank, logger, message, and the request id of lines about a request."""
+    """One JSON object a line: time (UTC), level, rank, logger, message, and the ids of lines about a request."""
 
     def __init__(self, rank: int) -> None:
         super().__init__()
@@ -41,6 +41,8 @@ class JsonFormatter(logging.Formatter):
         request = _REQUEST.match(message)
         if request:
             line["request_id"] = request["id"]
+            if request["client"]:
+                line["client_request_id"] = request["client"]
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
         return json.dumps(line, ensure_ascii=False)

@@ -32,7 +32,7 @@ class FakeEngine:
         self.running = 0
         self.waiting = 0
 
-    def admit(self, request: GenerationRequest, arrived: float | None = None) -> None:
+    def admit(self, request: GenerationRequest, origin: Any = None) -> None:
         self.admitted.append(request)
 
     def evict(self, request_id: str) -> None:

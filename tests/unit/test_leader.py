@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ class ScriptedEngine:
         self.behave: Callable[[], list[TokenEvent]] = list
         self.evicted: list[str] = []
 
-    def admit(self, request: GenerationRequest, arrived: float | None = None) -> None:
+    def admit(self, request: GenerationRequest, origin: Any = None) -> None:
         pass
 
     def evict(self, request_id: str) -> None:

@@ -17,7 +17,7 @@ from dsserve.generation.engine import Engine
 from dsserve.generation.model_runner import StepLogits
 from dsserve.generation.observer import Observer, Step
 from dsserve.generation.plan import Plan
-from dsserve.generation.request import GenerationRequest
+from dsserve.generation.request import GenerationRequest, Origin
 from dsserve.metrics import Metrics, WeightedHistogram
 from tests.conftest import ROOT
 from tests.scrape import Scrape
@@ -125,11 +125,11 @@ def test_times_are_in_order_and_add_up(runner: FakeRunner) -> None:
     keep = Keep()
     keep.seen = []
     engine = make_engine(runner, keep)
-    engine.admit(GenerationRequest("a", (5,), 3), arrived=1.0)
+    engine.admit(GenerationRequest("a", (5,), 3), Origin(arrived=1.0))
     finish(engine)
     ((timeline, outcome),) = keep.seen
     assert outcome == "length" and timeline.arrived == 1.0
-    marks = (timeline.admitted, timeline.first_token, timeline.last_step, timeline.last_token, timeline.ended)
+    marks = (timeline.admitted, timeline.first_token, timeline.last_token, timeline.ended)
     assert list(marks) == sorted(marks) and marks[0] > 1.0
 
 

@@ -19,7 +19,7 @@ from dsserve.generation.model_runner import ModelRunner, StepLogits
 from dsserve.generation.observer import Observer, Outcome, Step
 from dsserve.generation.plan import Plan, PlanChannel
 from dsserve.generation.prefix_cache import PrefixCache
-from dsserve.generation.request import GenerationRequest, TokenEvent, TokenLogprob
+from dsserve.generation.request import GenerationRequest, Origin, TokenEvent, TokenLogprob
 from dsserve.generation.sampler import SamplingState, choose, report_logprobs
 from dsserve.generation.scheduler import PREFILL_TOKENS_A_STEP, Scheduler
 from dsserve.generation.sequence import Sequence, ending_ids
@@ -71,18 +71,13 @@ class Engine:
         """Sequences that wait for a KV slot."""
         return self._scheduler.waiting
 
-    def admit(self, request: GenerationRequest, arrived: float | None = None) -> None:
-        """Queues a sequence; it is prefilled in the next step that has a free slot.
-
-        Args:
-            arrived: when its request came, in seconds of the monotonic clock; default: now.
-        """
+    def admit(self, request: GenerationRequest, origin: Origin | None = None) -> None:
+        """Queues a sequence; it is prefilled in the next step that has a free slot."""
         grammar = None
         if request.sampling.grammar is not None and self._grammars is not None:
             grammar = self._grammars.start(request.sampling.grammar)
         state = SamplingState(request, ending_ids(request, self._eos_ids), grammar)
-        came = time.monotonic() if arrived is None else arrived
-        self._scheduler.add(Sequence(request, self._make_text(request), state, self._eos_ids, came))
+        self._scheduler.add(Sequence(request, self._make_text(request), state, self._eos_ids, origin))
 
     def evict(self, request_id: str) -> None:
         """Drops a request, wherever it is; its slots are free from the next step on."""
@@ -131,7 +126,7 @@ class Engine:
         if sequence is None:
             return []
         size = len(plan.admit[0].tokens)
-        logger.warning("[dsserve] %s: no memory for %d prompt tokens", sequence.request.request_id, size)
+        logger.warning("[dsserve] %s: no memory for %d prompt tokens", sequence.name, size)
         if size <= PREFILL_TOKENS_A_STEP:
             self._memory_failures += 1
         if self._memory_failures >= MOST_MEMORY_FAILURES:
@@ -161,7 +156,7 @@ class Engine:
         without = sum(1 for _, event in self._ended if event.failed or not event.completion_tokens)
         self._observer.stepped(Step(started, now, decoded, admitted, len(sequences) - without))
         for sequence, event in self._ended:
-            sequence.timeline.last_step, sequence.timeline.last_token = started, chosen
+            sequence.timeline.last_token = chosen
             self._end(sequence, event.finish_reason or "error", now)
         self._ended.clear()
 
@@ -182,7 +177,7 @@ class Engine:
         except torch.OutOfMemoryError:
             event = sequence.out_of_memory()
         except Exception as error:  # must not keep rank 0 from sending the plan that the others wait for
-            logger.error("[dsserve] %s: %s while decoding text", sequence.request.request_id, type(error).__name__)
+            logger.error("[dsserve] %s: %s while decoding text", sequence.name, type(error).__name__)
             event = sequence.failure()
         if event.is_last:
             self._scheduler.end(sequence)

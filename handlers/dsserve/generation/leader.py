@@ -18,7 +18,7 @@ import torch
 
 from dsserve.errors import RequestError
 from dsserve.generation.engine import Engine
-from dsserve.generation.request import GenerationRequest, TokenEvent
+from dsserve.generation.request import GenerationRequest, Origin, TokenEvent
 
 logger = logging.getLogger(__name__)
 
@@ -90,10 +90,10 @@ class LeaderEngine:
         """See `Engine.waiting`."""
         return self._engine.waiting
 
-    def admit(self, request: GenerationRequest, arrived: float | None = None) -> None:
+    def admit(self, request: GenerationRequest, origin: Origin | None = None) -> None:
         """See `Engine.admit`."""
         self._live[request.request_id] += 1
-        self._engine.admit(request, arrived)
+        self._engine.admit(request, origin)
 
     def evict(self, request_id: str) -> None:
         """See `Engine.evict`."""

@@ -25,7 +25,6 @@ class Timeline:
         arrived: its request came to the handler.
         admitted: the step began that read its prompt.
         first_token: that step ended.
-        last_step: the step began that gave its last token.
         last_token: its last token was chosen; what follows is its text.
         ended: its last text was ready, or it was given up.
     """
@@ -33,7 +32,6 @@ class Timeline:
     arrived: float
     admitted: float | None = None
     first_token: float | None = None
-    last_step: float | None = None
     last_token: float | None = None
     ended: float | None = None
 

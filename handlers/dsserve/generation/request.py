@@ -5,6 +5,7 @@ Does not parse bodies (`protocol`) and does not choose tokens (`sampler`).
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -79,6 +80,25 @@ class GenerationRequest:
     stop: StopConditions = StopConditions()
     index: int = 0
     prompt_logprobs: bool = False
+
+
+@dataclass(frozen=True)
+class Origin:
+    """When a client's request came, and what it is known by.
+
+    Attributes:
+        arrived: seconds of the monotonic clock.
+        client_id: the client's own id of the request, checked, where it sent one.
+        traceparent: the client's span (W3C trace context), as it came.
+    """
+
+    arrived: float = field(default_factory=time.monotonic)
+    client_id: str | None = None
+    traceparent: str | None = None
+
+    def name(self, request_id: str) -> str:
+        """How log lines call the request: TorchServe's id, the client's own beside it."""
+        return f"{request_id} ({self.client_id})" if self.client_id else request_id
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from dsserve.errors import RequestError
 from dsserve.generation.detokenizer import TextStream
 from dsserve.generation.observer import Timeline
-from dsserve.generation.request import FinishReason, GenerationRequest, TokenEvent, TokenLogprob
+from dsserve.generation.request import FinishReason, GenerationRequest, Origin, TokenEvent, TokenLogprob
 from dsserve.generation.sampler import SamplingState, report_logprobs
 
 # Rows of a prompt's logits that are converted to fp32 together.
@@ -22,7 +22,7 @@ class Sequence:
 
     Args:
         eos_ids: the model's end-of-text tokens.
-        arrived: when its request came to the handler, in seconds of the monotonic clock.
+        origin: of its request; default: it came just now.
     """
 
     def __init__(
@@ -31,16 +31,22 @@ class Sequence:
         text: TextStream,
         state: SamplingState,
         eos_ids: frozenset[int],
-        arrived: float = 0.0,
+        origin: Origin | None = None,
     ) -> None:
         self.request = request
         self.state = state
-        self.timeline = Timeline(arrived)
+        self.origin = origin or Origin()
+        self.timeline = Timeline(self.origin.arrived)
         self.cached_tokens = 0
         self._text = text
         self._generated: list[int] = []
         self._ending = ending_ids(request, eos_ids)
         self._prompt_logprobs: tuple[TokenLogprob, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """What log lines call its request."""
+        return self.origin.name(self.request.request_id)
 
     @property
     def last_token(self) -> int:

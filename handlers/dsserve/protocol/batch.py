@@ -16,23 +16,25 @@ from typing import Any
 
 from dsserve.errors import RequestError
 from dsserve.generation.leader import RETRY_AFTER_S, LeaderEngine
-from dsserve.generation.request import TokenEvent
+from dsserve.generation.request import Origin, TokenEvent
 from dsserve.protocol.job import Job
 from dsserve.protocol.reply import JSON_TYPE, Reply, error_body
 from dsserve.protocol.routes import answer
-from dsserve.protocol.rows import row_content_type, row_path
+from dsserve.protocol.rows import row_content_type, row_origin, row_path
 from dsserve.protocol.served import ServedModel
 
 logger = logging.getLogger(__name__)
 
 _INTERNAL = "internal_error"
 _RETRY_WHEN_FULL_S = 1
+CLIENT_ID_HEADER = "x-client-request-id"  # the client's own id goes back under this name
 
 
 @dataclass
 class _Row:
-    """One live request: how it is answered, when it is given up, and what goes out at the end of this call."""
+    """One live request: its name in logs, how it is answered, when it is given up, what goes out at this call's end."""
 
+    name: str
     reply: Reply
     timeout_s: float
     deadline: float  # of the monotonic clock
@@ -80,7 +82,13 @@ class LiveBatch:
         draining = self._is_draining()
         for index, request_id in enumerate(ids):
             if request_id not in self._rows:
-                found = drain_error(request_id) if draining else self._start(index, request_id, data[index], ctx)
+                origin = row_origin(ctx, index, request_id)
+                if origin.client_id is not None:
+                    ctx.set_response_header(index, CLIENT_ID_HEADER, origin.client_id)
+                if draining:
+                    found: bytes | RequestError | None = drain_error(origin.name(request_id))
+                else:
+                    found = self._start(index, request_id, data[index], origin, ctx)
                 if isinstance(found, RequestError):
                     self._count_error(found)
                 if found is not None:
@@ -92,25 +100,27 @@ class LiveBatch:
 
     def _drop_gone(self, ids: set[str]) -> None:
         for request_id in [known for known in self._rows if known not in ids]:
-            del self._rows[request_id]
+            row = self._rows.pop(request_id)
             self._engine.evict(request_id)
-            logger.info("[dsserve] %s: client gone, slot freed", request_id)
+            logger.info("[dsserve] %s: client gone, slot freed", row.name)
 
-    def _start(self, index: int, request_id: str, row: dict[str, Any], ctx: Any) -> bytes | RequestError | None:
+    def _start(
+        self, index: int, request_id: str, row: dict[str, Any], origin: Origin, ctx: Any
+    ) -> bytes | RequestError | None:
         """Starts a request; what can be answered at once is returned."""
-        arrived = time.monotonic()
+        name = origin.name(request_id)
         try:
             found = answer(row_path(ctx, index), request_id, row, row_content_type(ctx, index, row), self._served)
             if isinstance(found, bytes):
                 return found
             self._check_room(len(found.requests))
-            self._admit(request_id, found, arrived)
+            self._admit(request_id, found, origin)
         except RequestError as error:
-            logger.info("[dsserve] %s: refused with %d (%s)", request_id, error.status, error.code or error.kind)
+            logger.info("[dsserve] %s: refused with %d (%s)", name, error.status, error.code or error.kind)
             return error
         except Exception as error:  # an exception that left `handle` would cut every stream of the worker
             # Its message may hold the user's text, so only its type is logged.
-            logger.error("[dsserve] %s: %s while reading the request", request_id, type(error).__name__)
+            logger.error("[dsserve] %s: %s while reading the request", name, type(error).__name__)
             self._engine.evict(request_id)
             return RequestError("the request could not be read", status=500, kind=_INTERNAL)
         return None
@@ -132,14 +142,15 @@ class LiveBatch:
                 retry_after_s=_RETRY_WHEN_FULL_S,
             )
 
-    def _admit(self, request_id: str, job: Job, arrived: float) -> None:
+    def _admit(self, request_id: str, job: Job, origin: Origin) -> None:
         for request in job.requests:
-            self._engine.admit(request, arrived)
-        self._rows[request_id] = _Row(job.reply, job.timeout_s, arrived + job.timeout_s)
+            self._engine.admit(request, origin)
+        name = origin.name(request_id)
+        self._rows[request_id] = _Row(name, job.reply, job.timeout_s, origin.arrived + job.timeout_s)
         longest = max(len(request.prompt_ids) for request in job.requests)
         logger.info(
             "[dsserve] %s: %d text(s), at most %d prompt tokens and %d new",
-            request_id, len(job.requests), longest, max(request.max_new_tokens for request in job.requests),
+            name, len(job.requests), longest, max(request.max_new_tokens for request in job.requests),
         )  # fmt: skip
 
     def _take(self, event: TokenEvent, answered: dict[str, bytes | RequestError]) -> None:
@@ -155,16 +166,16 @@ class LiveBatch:
             row.done = True
             logger.info(
                 "[dsserve] %s: %d new tokens, %s",
-                event.request_id, row.reply.usage.completion_tokens, event.finish_reason,
+                row.name, row.reply.usage.completion_tokens, event.finish_reason,
             )  # fmt: skip
 
     def _end_overdue(self, answered: dict[str, bytes | RequestError]) -> None:
         now = time.monotonic()
         overdue = [request_id for request_id, row in self._rows.items() if now >= row.deadline and not row.done]
         for request_id in overdue:
-            seconds = self._rows[request_id].timeout_s
-            logger.info("[dsserve] %s: given up after its timeout of %g s", request_id, seconds)
-            self._give_up(request_id, timeout_error(seconds), answered)
+            row = self._rows[request_id]
+            logger.info("[dsserve] %s: given up after its timeout of %g s", row.name, row.timeout_s)
+            self._give_up(request_id, timeout_error(row.timeout_s), answered)
 
     def _give_up(self, request_id: str, error: RequestError, answered: dict[str, bytes | RequestError]) -> None:
         """Ends a request with an error: as its status, or as its last event where the status has gone out."""
@@ -200,9 +211,9 @@ class LiveBatch:
         return items
 
 
-def drain_error(request_id: str) -> RequestError:
+def drain_error(name: str) -> RequestError:
     """What a request gets that arrives while the server ends."""
-    logger.info("[dsserve] %s: refused with 503 (draining)", request_id)
+    logger.info("[dsserve] %s: refused with 503 (draining)", name)
     return RequestError(
         "the server is shutting down: send the request again, to another server or later",
         status=503, kind="server_error", retry_after_s=RETRY_AFTER_S,

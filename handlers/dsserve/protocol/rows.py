@@ -3,12 +3,32 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 from dsserve.errors import RequestError
+from dsserve.generation.request import Origin
 
 _BODY_KEYS = ("body", "data")
 _HINT = "send it with -H 'Content-Type: application/json' and a JSON object, or with text/plain and the prompt"
+
+# TorchServe overwrites the header of this name in lower case; one with a capital letter reaches the handler beside it.
+_CLIENT_ID_HEADER = "x-request-id"
+_CLIENT_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_TRACE_HEADER = "traceparent"
+
+
+def row_origin(ctx: Any, index: int, request_id: str) -> Origin:
+    """Where a request comes from, as far as its headers say it; an id that is no plain word is dropped."""
+    client_id = traceparent = None
+    for name, value in ctx.get_all_request_header(index).items():
+        if not isinstance(value, str):
+            continue
+        if name.lower() == _CLIENT_ID_HEADER and value != request_id and _CLIENT_ID.fullmatch(value):
+            client_id = value
+        elif name.lower() == _TRACE_HEADER:
+            traceparent = value
+    return Origin(client_id=client_id, traceparent=traceparent)
 
 
 def row_path(ctx: Any, index: int) -> str:
