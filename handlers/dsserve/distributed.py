@@ -14,7 +14,7 @@ import logging
 import os
 import shutil
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -89,6 +89,17 @@ def prepare_environment(device: torch.device, rank: RankInfo, num_threads: int |
         torch.cuda.set_device(device)
         # TorchServe's base handler allows TF32, which is not fp32.
         torch.set_float32_matmul_precision("highest")
+
+
+@contextlib.contextmanager
+def all_cores() -> Iterator[None]:
+    """Within the block this rank computes with all cores: for what one rank does while the others wait."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def end_rank(error: Exception) -> None:

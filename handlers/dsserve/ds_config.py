@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from dsserve.config import YAML_FILE, check_tp_size, describe
 from dsserve.errors import LoadError
+from dsserve.quantization import check_mode
 
 AUTO = "auto"
 # Ours alone: they stand in model-config.yaml and DeepSpeed never sees them.
@@ -32,6 +33,7 @@ class DeepSpeedSettings:
         tp_size: size of the tensor parallel group.
         checkpoint: file name of the list of weight files (upstream's key), relative to the model folder.
         self_check: compare the logits before and after sharding.
+        quantization: `int8`, `int4`, `fp8` (`quantization`), None for the weights as they are.
     """
 
     init: dict[str, Any]
@@ -39,6 +41,7 @@ class DeepSpeedSettings:
     tp_size: int
     checkpoint: str | None
     self_check: bool
+    quantization: str | None = None
 
     @property
     def kernel_inject(self) -> bool:
@@ -70,7 +73,10 @@ def read_deepspeed_settings(
     _check_with_deepspeed({**merged, "tensor_parallel": {**tensor_parallel, "tp_size": tp_size}}, ours.get("config"))
     if tensor_parallel:
         merged["tensor_parallel"] = tensor_parallel
-    return DeepSpeedSettings(merged, dtype, tp_size, ours.get("checkpoint"), ours.get("self_check", True))
+    kernel_inject = bool(merged.get("replace_with_kernel_inject", False))
+    quantization = check_mode(ours.get("quantization"), kernel_inject)
+    self_check = ours.get("self_check", True)
+    return DeepSpeedSettings(merged, dtype, tp_size, ours.get("checkpoint"), self_check, quantization)
 
 
 def _read_file(name: Any, model_dir: Path) -> dict[str, Any]:
@@ -154,8 +160,6 @@ def _holds_auto(value: Any) -> bool:
 
 
 def _check_ours(ours: Mapping[str, Any]) -> None:
-    if ours.get("quantization") is not None:
-        raise LoadError(f"{YAML_FILE}: deepspeed.quantization is not available yet; leave it out")
     if not isinstance(ours.get("self_check", True), bool):
         raise LoadError(f"{YAML_FILE}: deepspeed.self_check must be true or false, found {ours['self_check']!r}")
     if not isinstance(ours.get("checkpoint", ""), str):
@@ -172,7 +176,9 @@ def _read_dtype(name: Any, model_dtype: torch.dtype) -> torch.dtype:
     except (ValueError, TypeError):
         raise LoadError(f"deepspeed.dtype: {name!r} is unknown; use one of {', '.join(spellings)} or auto") from None
     if dtype is torch.int8:
-        raise LoadError("deepspeed.dtype: int8 is not available yet; use fp32, fp16 or bf16")
+        raise LoadError(
+            "deepspeed.dtype: int8 is no dtype to compute in; use fp32, fp16 or bf16, and deepspeed.quantization: int8"
+        )
     supported = get_accelerator().supported_dtypes()
     if dtype not in supported:
         device = get_accelerator().device_name()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,30 +17,37 @@ from ts.context import Context
 
 from dsserve import checkpoint
 from dsserve.config import YAML_FILE
-from dsserve.distributed import RankInfo, init_process_group, prepare_environment, select_device
+from dsserve.distributed import RankInfo, all_cores, init_process_group, prepare_environment, select_device
 from dsserve.errors import LoadError
 from dsserve.hf_model import model_dtype
+from dsserve.load_clock import LoadClock
+from dsserve.precision import convert_parameters, without_deepspeeds_conversion
+from dsserve.quantization import check_device, quantize_engine
 from dsserve.self_check import SelfCheck
 from dsserve.sharding.alibi import use_rank_alibi
-from dsserve.sharding.heads import repeat_kv_heads
+from dsserve.sharding.heads import plan_kv_copies, repeat_kv_heads
 from dsserve.sharding.phi3 import use_rank_query_heads
 
 if TYPE_CHECKING:
     from dsserve.ds_config import DeepSpeedSettings
+    from dsserve.shard_cache import Shards
 
 logger = logging.getLogger(__name__)
 
 
-def get_ds_engine(model: Any, ctx: Context) -> Any:
+def get_ds_engine(model: Any, ctx: Context, shards: Shards | None = None, clock: LoadClock | None = None) -> Any:
     """Shards `model` as the `deepspeed:` section of model-config.yaml says.
 
     Args:
         model: a Hugging Face model on the CPU, whole in every rank, or on the meta device with `deepspeed.checkpoint`.
         ctx: TorchServe's context of the load.
+        shards: a cache that fits `model`, which then lies on the meta device and gets its values from there.
+        clock: what times the phases.
 
     Returns:
         DeepSpeed's `InferenceEngine`; `engine.module` is what a handler keeps. `engine.self_check` holds the reference
-        logits, None where the check is off or the model came on the meta device or is no causal language model.
+        logits (those of the quantized weights with `deepspeed.quantization`), None where the check is off, the model is
+        no causal language model or came on the meta device without a cache.
 
     Raises:
         LoadError: settings that cannot work, a rank without attention heads, or logits that changed.
@@ -56,24 +62,47 @@ def get_ds_engine(model: Any, ctx: Context) -> Any:
 
     model_dir = Path(ctx.system_properties["model_dir"])
     settings = read_deepspeed_settings(ctx.model_yaml_config or {}, model_dir, rank.world_size, model_dtype(model))
+    if settings.quantization:
+        check_device(settings.quantization, settings.dtype, device)
     on_meta = any(parameter.is_meta for parameter in model.parameters())
-    check = SelfCheck.capture(model, settings.dtype) if settings.self_check and _can_check(model, on_meta) else None
+    clock, check = clock or LoadClock(rank.rank, device), None
+    if settings.self_check:
+        with clock.phase("reference"):
+            check = shards.reference if shards else _capture(model, settings.dtype, on_meta, rank)
     init = dict(settings.init)
     if settings.checkpoint:
         init["checkpoint"] = _prepare_checkpoint(model, ctx, settings.checkpoint, rank, model_dir, on_meta)
-    started = time.perf_counter()
-    engine = _shard(model, init, settings, rank)
-    checkpoint.check_nothing_on_meta(engine.module)
-    engine.self_check = check
-    _report(engine, rank, settings.tp_size, time.perf_counter() - started)
-    if check:
-        _verify(engine, check, rank, device)
+    with clock.phase("shard"):
+        engine = _shard(model, init, settings, rank)
+        if shards:
+            shards.fill(engine.module, rank.rank, device)
+    with clock.phase("self-check"):
+        checkpoint.check_nothing_on_meta(engine.module)
+        checkpoint.check_finite(engine.module)
+        engine.self_check = check
+        _report(engine, rank, settings.tp_size, clock.seconds["shard"])
+        if check:
+            _verify(engine, check, rank, device)
+    if settings.quantization:
+        with clock.phase("quantize"):
+            engine.self_check = quantize_engine(engine.module, settings.quantization, check, rank, device)
     return engine
 
 
-def _can_check(model: Any, on_meta: bool) -> bool:
-    """Only what maps token ids to logits can be compared; a meta model has no reference."""
-    return not on_meta and hasattr(model, "get_output_embeddings") and model.get_output_embeddings() is not None
+def _capture(model: Any, dtype: torch.dtype, on_meta: bool, rank: RankInfo) -> SelfCheck | None:
+    """The whole model's logits, computed on rank 0 alone while the others wait: they would only share its cores.
+
+    Only what maps token ids to logits can be compared; a meta model has no reference.
+    """
+    if on_meta or not hasattr(model, "get_output_embeddings") or model.get_output_embeddings() is None:
+        return None
+    found: list[SelfCheck | None] = [None]
+    if rank.is_leader:
+        with all_cores():
+            found = [SelfCheck.capture(model, dtype)]
+    if rank.world_size > 1:
+        torch.distributed.broadcast_object_list(found, src=0, device=torch.device("cpu"))
+    return found[0]
 
 
 def _prepare_checkpoint(model: Any, ctx: Context, name: str, rank: RankInfo, model_dir: Path, on_meta: bool) -> str:
@@ -81,7 +110,12 @@ def _prepare_checkpoint(model: Any, ctx: Context, name: str, rank: RankInfo, mod
     model_path = (ctx.model_yaml_config.get("handler") or {}).get("model_path")
     if not model_path:
         raise LoadError(f"{YAML_FILE}: deepspeed.checkpoint needs handler.model_path, the folder of the weights")
-    files = checkpoint.find_weight_files(model_dir / model_path)
+    files = checkpoint.find_bin_files(model_dir / model_path)
+    if on_meta and plan_kv_copies(model, rank.world_size) > 1:
+        raise LoadError(
+            "deepspeed.checkpoint: the KV heads are too few for the ranks and cannot be repeated in a model made on "
+            "the meta device; load it with from_pretrained, or lower torchrun.nproc-per-node"
+        )
     destination = model_dir / name
     if rank.is_leader:
         checkpoint.write_checkpoint_list(files, destination)
@@ -99,7 +133,9 @@ def _shard(model: Any, init: dict[str, Any], settings: DeepSpeedSettings, rank: 
     copies = repeat_kv_heads(model, settings.tp_size)
     if copies > 1 and rank.is_leader:
         logger.info("[dsserve] every KV head %d times, so that each rank has one", copies)
-    engine = _init_inference(model, init, settings.dtype, settings.tp_size)
+    with without_deepspeeds_conversion():
+        engine = _init_inference(model, init, settings.dtype, settings.tp_size)
+    convert_parameters(engine.module, settings.dtype)
     use_rank_alibi(engine.module, rank.rank, settings.tp_size)
     use_rank_query_heads(engine.module)
     return engine

@@ -1,11 +1,13 @@
 """Finds and loads a Hugging Face causal language model with its tokenizer.
 
-Loads whole models into host memory, in every rank; `ds_engine` shards them. Does not generate.
+Weights are pages of their files (mmap), which cost no memory of a rank's own until `ds_engine` has cut them. Proves
+that the files hold all weights. Does not shard and does not generate.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,8 +18,13 @@ import torch
 
 from dsserve.config import YAML_FILE, HandlerConfig
 from dsserve.errors import LoadError
+from dsserve.weights import check_weight_files, find_weight_files
 
-_WEIGHT_PATTERNS = ("*.safetensors", "*.bin")
+logger = logging.getLogger(__name__)
+
+# Of a hub id: what a model needs, in safetensors; its .bin files only where it has no others.
+_HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.py")
+_HUB_BIN = ("pytorch_model*.bin",)
 
 
 @dataclass(frozen=True)
@@ -30,17 +37,19 @@ class LoadedModel:
     max_position: int | None
 
 
-def resolve_model_path(config: HandlerConfig, model_dir: Path) -> str:
-    """The folder of the weights, or the hub id as it stands.
+def locate_model(config: HandlerConfig, model_dir: Path) -> Path:
+    """The folder of the model: `handler.model_path`, or the hub id's, downloaded where the hub's cache lacks it.
+
+    HF_HOME, HF_TOKEN and HF_HUB_OFFLINE count as everywhere.
 
     Raises:
-        LoadError: a path that is no folder, or a folder without config.json or weights.
+        LoadError: a path that is no folder, a folder without config.json, or a model that cannot be downloaded.
     """
     name = config.model_path
     folder = Path(name) if Path(name).is_absolute() else model_dir / name
     if not folder.is_dir():
         if _looks_like_hub_id(name):
-            return name
+            return _download(config)
         raise LoadError(
             f"{YAML_FILE}: handler.model_path: no folder {name}; give an absolute path, a path relative to the "
             "model folder, or a hub id"
@@ -49,47 +58,106 @@ def resolve_model_path(config: HandlerConfig, model_dir: Path) -> str:
         raise LoadError(
             f"{YAML_FILE}: handler.model_path: {name} holds no config.json; name a Hugging Face model folder"
         )
-    if not any(True for pattern in _WEIGHT_PATTERNS for _ in folder.glob(pattern)):
-        raise LoadError(f"{YAML_FILE}: handler.model_path: {name} holds no weights (*.safetensors or *.bin)")
-    return str(folder)
+    return folder
+
+
+def _download(config: HandlerConfig) -> Path:
+    """The hub's snapshot. Ranks that call it at the same time wait for each other at each file."""
+    from huggingface_hub import snapshot_download
+
+    def fetch(patterns: tuple[str, ...]) -> Path:
+        return Path(snapshot_download(config.model_path, revision=config.revision, allow_patterns=list(patterns)))
+
+    with _loading(config):
+        folder = fetch(_HUB_FILES)
+        return folder if any(folder.glob("*.safetensors")) else fetch(_HUB_BIN)
 
 
 def _looks_like_hub_id(name: str) -> bool:
     return name.count("/") <= 1 and not name.startswith((".", "/", "~")) and not name.endswith("/")
 
 
-def load_model(config: HandlerConfig, model_dir: Path) -> LoadedModel:
-    """Loads model and tokenizer.
+def load_outline(config: HandlerConfig, folder: Path) -> Any:
+    """The model on the meta device, without weights: enough to refuse a shape before the long load, and to be filled
+    from a shard cache.
 
     Raises:
-        LoadError: see `resolve_model_path`; also where transformers cannot load what is there.
+        LoadError: weights that are quantized already, or a model that transformers cannot make.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-    path, source = resolve_model_path(config, model_dir), _source(config)
+    trust = {"trust_remote_code": config.trust_remote_code}
     with _loading(config):
-        tokenizer = AutoTokenizer.from_pretrained(path, **source)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", low_cpu_mem_usage=True, **source)
-    model.eval()
+        model_config = AutoConfig.from_pretrained(folder, **trust)
+        _refuse_quantized(model_config)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(model_config, dtype=model_config.dtype or torch.float32, **trust)
+        if (folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model.eval()
+
+
+def _refuse_quantized(model_config: Any) -> None:
+    """GPTQ, AWQ, FP8 and the like: AutoTP would cut packed integers and scales as if they were weights."""
+    quantization = getattr(model_config, "quantization_config", None)
+    if quantization is None:
+        return
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
+    raise LoadError(
+        f"the weights are quantized with {getattr(method, 'value', method)} (quantization_config in config.json), "
+        "which cannot be sharded here; name the model's unquantized weights"
+    )
+
+
+def load_model(config: HandlerConfig, folder: Path, outline: Any = None) -> LoadedModel:
+    """Loads model and tokenizer.
+
+    Args:
+        outline: what `load_outline` made, to be filled later: its weights are not read from `folder`.
+
+    Raises:
+        LoadError: weights that are missing, incomplete or damaged, or that transformers cannot load.
+    """
+    from transformers import AutoTokenizer
+
+    model = load_weights(config, folder) if outline is None else outline
+    with _loading(config):
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
     return LoadedModel(model, tokenizer, _eos_ids(model, tokenizer), _max_position(model.config))
 
 
-def load_outline(config: HandlerConfig, model_dir: Path) -> Any:
-    """The model on the meta device, without weights: enough to refuse a shape before the long load.
+def load_weights(config: HandlerConfig, folder: Path) -> Any:
+    """The model in its own dtype, all of whose weights stood in the files. Raises LoadError, see `load_model`."""
+    from transformers import AutoModelForCausalLM
 
-    Raises:
-        LoadError: as `load_model`.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    with _loading(config):
+        files = find_weight_files(folder)
+        check_weight_files(files)
+        logger.info("[dsserve] weights: %d file(s), %.2f GiB", len(files.files), files.total_bytes / 2**30)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype="auto",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            trust_remote_code=config.trust_remote_code,
+        )
+    _check_names(info)
+    return model.eval()
 
-    path, source = resolve_model_path(config, model_dir), _source(config)
-    with _loading(config), torch.device("meta"):
-        model_config = AutoConfig.from_pretrained(path, **source)
-        return AutoModelForCausalLM.from_config(model_config, trust_remote_code=config.trust_remote_code)
 
-
-def _source(config: HandlerConfig) -> dict[str, Any]:
-    return {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+def _check_names(info: dict[str, Any]) -> None:
+    """transformers gives random values to what is missing or of another shape, with a warning; that is never served."""
+    missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    shapes = [f"{name} is {list(found)} and not {list(wanted)}" for name, found, wanted in info["mismatched_keys"]]
+    mend = "download or save the model again, or correct config.json"
+    if missing:
+        raise LoadError(
+            f"the weight files lack {len(missing)} tensor(s) of the model ({', '.join(missing[:5])}): {mend}"
+        )
+    if shapes:
+        raise LoadError(f"the weight files hold {len(shapes)} tensor(s) of another shape ({shapes[0]}): {mend}")
+    if unexpected:
+        logger.warning("[dsserve] %d tensor(s) in the files are no part of the model: %s", len(unexpected), unexpected)
 
 
 @contextlib.contextmanager
@@ -97,6 +165,8 @@ def _loading(config: HandlerConfig) -> Iterator[None]:
     """Turns what transformers raises into one line that names the key."""
     try:
         yield
+    except LoadError as error:
+        raise LoadError(f"{YAML_FILE}: handler.model_path: {config.model_path}: {error}") from None
     except (OSError, ValueError, ImportError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
         reason = f"{type(error).__name__}: {error}"[:400]
         raise LoadError(

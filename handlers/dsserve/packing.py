@@ -7,6 +7,7 @@ is changed. The layers' sharding and all-reduces stay DeepSpeed's, the LM head's
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -83,14 +84,18 @@ def _make_linear(weight: torch.Tensor, bias: torch.Tensor | None, row_parallel: 
     return kind(weight, bias, row_parallel)
 
 
+# (weight [out, in], bias [out] or None, row_parallel) -> the layer
+MakeLinear = Callable[[torch.Tensor, torch.Tensor | None, bool], ShardedLinear]
+
+
 class _FusedColumns:
     """Several column-parallel layers as one matmul; computed when the first part is asked for, then handed out."""
 
-    def __init__(self, layers: list[Any]) -> None:
+    def __init__(self, layers: list[Any], make: MakeLinear) -> None:
         biases = [layer.bias for layer in layers]
         bias = None if biases[0] is None else torch.cat([b.detach() for b in biases])
         self._sizes = [layer.weight.shape[0] for layer in layers]
-        self._linear = _make_linear(torch.cat([layer.weight.detach() for layer in layers]), bias, False)
+        self._linear = make(torch.cat([layer.weight.detach() for layer in layers]), bias, False)
         self._input: torch.Tensor | None = None
         self._outputs: tuple[torch.Tensor, ...] = ()
 
@@ -120,38 +125,54 @@ def pack_weights(module: nn.Module) -> int:
 
     The original weights are dropped with their layers. All ranks must call it.
     """
+    return replace_layers(module, _make_linear) + _pack_heads(module)
+
+
+def replace_layers(module: nn.Module, make: MakeLinear, keep: nn.Module | None = None) -> int:
+    """Replaces the row- and column-parallel layers by what `make` makes of them, siblings as one; returns how many
+    matmuls that are.
+
+    Args:
+        keep: a layer that stays as it is.
+    """
     count = 0
     for parent in list(module.modules()):
         for names in _FUSED_SIBLINGS:
-            count += _fuse(parent, names)
-        for name, child in list(parent.named_children()):
-            packed = _pack(child)
-            if packed is not None:
-                setattr(parent, name, packed)
+            count += _fuse(parent, names, make)
+        for name, child in _children(parent):
+            kind = _kind(child)
+            if kind in ("column", "row") and child is not keep:
+                setattr(parent, name, make(child.weight, child.bias, kind == "row" and child.is_tp_parallel))
                 count += 1
     return count
 
 
-def _fuse(parent: nn.Module, names: tuple[str, ...]) -> int:
+def _fuse(parent: nn.Module, names: tuple[str, ...], make: MakeLinear) -> int:
     layers: list[Any] = [getattr(parent, name, None) for name in names]
     if any(_kind(layer) != "column" for layer in layers):
         return 0
     if len({layer.bias is None for layer in layers}) != 1:
         return 0
-    columns = _FusedColumns(layers)
+    columns = _FusedColumns(layers, make)
     for index, name in enumerate(names):
         setattr(parent, name, _FusedPart(columns, index))
     return 1
 
 
-def _pack(child: Any) -> nn.Module | None:
-    kind = _kind(child)
-    if kind is None:
-        return None
-    if kind == "head":
-        weight, bias, start = gather_rows(child)
-        return VocabParallelHead(_make_linear(weight, bias, False), start, child.weight.shape[0])
-    return _make_linear(child.weight, child.bias, kind == "row" and child.is_tp_parallel)
+def _pack_heads(module: nn.Module) -> int:
+    count = 0
+    for parent in list(module.modules()):
+        for name, child in _children(parent):
+            if _kind(child) == "head":
+                weight, bias, start = gather_rows(child)
+                head = VocabParallelHead(_make_linear(weight, bias, False), start, child.weight.shape[0])
+                setattr(parent, name, head)
+                count += 1
+    return count
+
+
+def _children(parent: nn.Module) -> list[tuple[str, Any]]:
+    return list(parent.named_children())
 
 
 def _kind(layer: Any) -> str | None:

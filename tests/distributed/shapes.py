@@ -11,10 +11,18 @@ import torch
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GemmaForCausalLM,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     Phi3Config,
@@ -35,6 +43,8 @@ from dsserve.generation.request import GenerationRequest
 from dsserve.generation.warmup import verify_runner
 from dsserve.packing import pack_weights
 from dsserve.self_check import SelfCheck
+from dsserve.shard_cache import find_shards, write_shards
+from dsserve.shard_manifest import Manifest
 from tests.contexts import make_context
 from tests.streams import Numbers, run
 
@@ -70,6 +80,26 @@ def qwen3(heads: int, kv_heads: int) -> Any:
         Qwen3Config(
             hidden_size=16 * heads, intermediate_size=240, num_hidden_layers=LAYERS, num_attention_heads=heads,
             num_key_value_heads=kv_heads, head_dim=32, vocab_size=VOCABULARY, tie_word_embeddings=True,
+        )
+    )  # fmt: skip
+
+
+def mistral(heads: int, kv_heads: int) -> Any:
+    return MistralForCausalLM(
+        MistralConfig(
+            hidden_size=16 * heads, intermediate_size=240, num_hidden_layers=LAYERS, num_attention_heads=heads,
+            num_key_value_heads=kv_heads, head_dim=24, vocab_size=VOCABULARY, sliding_window=None,
+        )
+    )  # fmt: skip
+
+
+def gemma(kind: tuple[Any, Any], heads: int, kv_heads: int) -> Any:
+    """Gemma 1, 2 and 3: scaled embeddings, norms of their own, 2 with capped logits, 3 with query and key norms."""
+    network, config = kind
+    return network(
+        config(
+            hidden_size=16 * heads, intermediate_size=240, num_hidden_layers=LAYERS, num_attention_heads=heads,
+            num_key_value_heads=kv_heads, head_dim=24, vocab_size=VOCABULARY, pad_token_id=0,
         )
     )  # fmt: skip
 
@@ -116,6 +146,10 @@ SHAPES: dict[str, Callable[[], Any]] = {
     "Qwen2 8/4": lambda: qwen2(8, 4),
     "Qwen2 9/3": lambda: qwen2(9, 3),
     "Qwen3 8/2": lambda: qwen3(8, 2),
+    "Mistral 8/2": lambda: mistral(8, 2),
+    "Gemma 8/1": lambda: gemma((GemmaForCausalLM, GemmaConfig), 8, 1),
+    "Gemma 2 8/4": lambda: gemma((Gemma2ForCausalLM, Gemma2Config), 8, 4),
+    "Gemma 3 4/1": lambda: gemma((Gemma3ForCausalLM, Gemma3TextConfig), 4, 1),
     "Phi-3 8/2": lambda: phi3(8, 2),
     "Phi-3 8/4": lambda: phi3(8, 4),
     "OPT 8": lambda: opt(8),
@@ -166,6 +200,7 @@ def outcome(make: Callable[[], Any], folder: str, stream: bool) -> dict[str, Any
     with torch.inference_mode():
         found["logits"] = (engine.module(token_ids).logits - expected).abs().max().item()
     found["largest"] = expected.abs().max().item()
+    found["cached"] = is_the_same_from_cache(engine, make, Path(folder, "cache"), token_ids)
     check = shorten(engine.self_check)
     runner = ModelRunner(engine.module, SLOTS, 64, torch.device("cpu"))
     found["engine"] = verify_runner(runner, check)
@@ -175,6 +210,21 @@ def outcome(make: Callable[[], Any], folder: str, stream: bool) -> dict[str, Any
     found["packed_layers"] = pack_weights(engine.module)
     found["packed"] = verify_runner(ModelRunner(engine.module, SLOTS, 64, torch.device("cpu")), check)
     return found
+
+
+def is_the_same_from_cache(engine: Any, make: Callable[[], Any], folder: Path, token_ids: torch.Tensor) -> bool:
+    """Whether shards that are written and read again, into a model without weights, have the same logits to the bit."""
+    rank = RankInfo.from_env()
+    manifest = Manifest(
+        architecture="", config="", source={}, tp_size=rank.world_size, dtype="float32", libraries={}
+    )  # fmt: skip
+    write_shards(engine.module, engine.self_check, manifest, folder, rank)
+    with torch.device("meta"):
+        outline = make().eval()
+    shards = find_shards(manifest, folder, rank)
+    again = get_ds_engine(outline, make_context(folder, {"deepspeed": {"dtype": "fp32"}}), shards)
+    with torch.inference_mode():
+        return torch.equal(again.module(token_ids).logits, engine.module(token_ids).logits)
 
 
 def shorten(check: SelfCheck) -> SelfCheck:

@@ -45,6 +45,25 @@ def logits_and_shards(path: str) -> dict[str, Any]:
     }
 
 
+def errors_at_long_positions(path: str, length: int) -> dict[str, Any]:
+    """Relative error of bf16 logits at the end of a long prompt against fp32's: sharded, and transformers' own."""
+    text = torch.randint(49152, (1, length), generator=torch.Generator().manual_seed(2))
+
+    def logits(model: Any) -> torch.Tensor:
+        with torch.inference_mode():
+            return model(text, logits_to_keep=64).logits.float()
+
+    expected = logits(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval())
+    theirs = logits(AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval())
+    module = make_engine(path, "bf16").module
+    ours = logits(module)
+    return {
+        "ours": ((ours - expected).norm() / expected.norm()).item(),
+        "theirs": ((theirs - expected).norm() / expected.norm()).item(),
+        "frequencies": str(module.model.rotary_emb.inv_freq.dtype),
+    }
+
+
 def engine_errors(path: str, dtype: str) -> dict[str, Any]:
     """Relative error of the logits through ragged KV slots: as sharded, then with packed weights, then with compiled
     operations too."""
@@ -132,3 +151,26 @@ def meta_checkpoint_error(path: str) -> dict[str, Any]:
     with torch.inference_mode():
         error = (engine.module(token_ids).logits - reference(token_ids).logits).abs().max().item()
     return {"error": error, "files": sorted(os.listdir(path))}
+
+
+def quantized_logits(path: str, modes: list[tuple[str, str]]) -> list[dict[str, Any]]:
+    """For each mode and dtype, with quantized shards: logits of 4 positions and 1,024 tokens of the vocabulary, and
+    relative errors of all: against the exact ones, and of the engine (KV slots, packed head) against the quantized."""
+    token_ids = torch.randint(49152, (1, 24), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        exact = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()(token_ids).logits
+    results = []
+    for mode, dtype in modes:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval()
+        engine = get_ds_engine(model, make_context(path, {"deepspeed": {"dtype": dtype, "quantization": mode}}))
+        with torch.inference_mode():
+            found = engine.module(token_ids).logits.float()
+        pack_weights(engine.module)
+        result = {
+            "error": ((found - exact).norm() / exact.norm()).item(),
+            "engine": verify_runner(ModelRunner(engine.module, 4, 64, torch.device("cpu")), engine.self_check),
+            "logits": found[0, -4:, :1024].tolist(),
+            "exact": exact[0, -4:, :1024].tolist(),
+        }
+        results.append(result)
+    return results

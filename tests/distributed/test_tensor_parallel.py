@@ -56,6 +56,12 @@ def test_kv_slots_packing_and_compiled_operations_keep_the_logits(smollm2: Path,
         assert rank["compiled"] and rank["fused"] < limit
 
 
+def test_positions_of_long_prompts_are_not_rounded(smollm2: Path) -> None:
+    for rank in run_ranks(f"{STEPS}:errors_at_long_positions", path=str(smollm2), length=1500):
+        assert rank["frequencies"] == "torch.float32"
+        assert rank["ours"] < 1.25 * rank["theirs"]
+
+
 def test_prompts_in_one_pass_have_the_logits_of_each_alone(smollm2: Path) -> None:
     for error in run_ranks(f"{STEPS}:packed_prefill_error", path=str(smollm2)):
         assert error < 1e-3

@@ -78,3 +78,15 @@ def test_promtool_reads_a_real_scrape(small: Served) -> None:
     )
     complaints = (done.stdout + done.stderr).splitlines()
     assert [line for line in complaints if not line.endswith(VLLM_STYLE)] == []
+
+
+def test_a_clients_request_id_comes_back_and_is_in_the_log(small: Served) -> None:
+    body = {"prompt": PROMPT, "max_new_tokens": 2}
+    reply = httpx.post(small.url, json=body, headers={"X-Request-Id": "order-66.a_b"}, timeout=120)
+    assert reply.headers["x-client-request-id"] == "order-66.a_b"
+    server_id = reply.headers["x-request-id"]
+    lines = [line for line in small.worker_log().splitlines() if server_id in line]
+    assert len(lines) >= 2 and all(f"{server_id} (order-66.a_b): " in line for line in lines)
+    reply = httpx.post(small.url, json=body, headers={"X-Request-Id": "no plain word"}, timeout=120)
+    assert reply.status_code == 200 and "x-client-request-id" not in reply.headers
+    assert "no plain word" not in small.worker_log()

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from scripts import processes
+from scripts import balancer, processes
 from tests.conftest import ROOT
-from tests.e2e.conftest import free_ports
+from tests.e2e.conftest import Served, free_ports
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
@@ -31,6 +31,7 @@ def block(first_words: str) -> str:
 URL = "curl http://127.0.0.1:8080/predictions/smollm2"
 DEPLOY, LOOK_AND_STOP, OPERATE, BY_HAND = map(block, ("make deploy", "make status", "make health", "make model"))
 REQUESTS, OPENAI_REQUESTS = block(f"{URL} "), block(f"{URL}/1.0/v1")
+BALANCE = block("export DSSERVE_MODEL")
 (OPENAI_CLIENT,) = re.findall(r"```python\n(import openai\n.*?)```", README, flags=re.DOTALL)
 
 
@@ -51,7 +52,7 @@ def run(commands: str, folder: Path, timeout_s: float = 240, **environ: str) -> 
 
 
 def test_no_command_of_the_readme_is_left_out() -> None:
-    assert sorted(BLOCKS) == sorted([DEPLOY, LOOK_AND_STOP, REQUESTS, OPENAI_REQUESTS, OPERATE, BY_HAND])
+    assert sorted(BLOCKS) == sorted([DEPLOY, LOOK_AND_STOP, REQUESTS, OPENAI_REQUESTS, OPERATE, BY_HAND, BALANCE])
 
 
 def test_deploy_ask_requests_status_and_stop(tmp_path: Path) -> None:
@@ -60,10 +61,10 @@ def test_deploy_ask_requests_status_and_stop(tmp_path: Path) -> None:
     try:
         deployed = run(DEPLOY, tmp_path, **environ)
         assert "2 ranks on cpu" in deployed
-        assert "Paris" in deployed
+        assert "Tokyo" in deployed
         again = re.findall(r"^  (curl .*)$", deployed, flags=re.MULTILINE)
         assert len(again) == 2
-        assert "Paris" in run(again[0], tmp_path)
+        assert "Tokyo" in run(again[0], tmp_path)
         replies = run(REQUESTS.replace(":8080/", f":{port}/"), tmp_path)
         assert '"completion_tokens":20' in replies
         assert "data: [DONE]" in replies
@@ -84,6 +85,21 @@ def test_deploy_ask_requests_status_and_stop(tmp_path: Path) -> None:
         assert processes.find_marked(run_dir) == []
     finally:
         run("make stop", tmp_path, **environ)
+
+
+def test_the_balancers_commands(fp32: Served, tmp_path: Path) -> None:
+    try:
+        path = f"{Path(balancer.find_haproxy()).parent}:{os.environ['PATH']}"
+    except balancer.BalancerError as error:
+        pytest.skip(str(error))
+    port = free_ports().inference
+    commands = (
+        BALANCE.replace(":8080", f":{fp32.record.port}").replace(":8000", f":{port}").replace("run/", f"{tmp_path}/")
+    )
+    sockets = {"BIND": f"127.0.0.1:{port}", "STATS": f"127.0.0.1:{port + 1}", "ADMIN": str(tmp_path / "admin.sock")}
+    environ = {f"{balancer.OURS}{name}": value for name, value in sockets.items()}
+    replies = run(commands, tmp_path, 60, PATH=path, **environ)
+    assert "Configuration file is valid" in replies and "Tokyo" in replies and '"object":"chat.completion"' in replies
 
 
 def test_by_hand(tmp_path: Path) -> None:

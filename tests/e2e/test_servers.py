@@ -11,17 +11,25 @@ import pytest
 from scripts import package as packaging
 from scripts import processes, server
 from scripts.package import Choice, package
+from scripts.shard_checkpoint import ShardError, shard
 from tests.e2e.conftest import Served, serve
 
 
 def test_a_second_server_beside_the_first_meets_nothing_of_it(fp32: Served, smollm2: Path, tmp_path: Path) -> None:
-    archive = package(
-        "second", str(smollm2), Choice(tp="2", device="cpu", dtype="fp32"), model_store=tmp_path / "store"
-    )
-    second = serve(tmp_path / "run", "second", archive)
+    """It serves from what `make shard` wrote, in a folder without the model's own weights."""
+    model, choice = tmp_path / "model", Choice(tp="2", device="cpu", dtype="fp32")
+    model.mkdir()
+    for item in smollm2.iterdir():
+        (model / item.name).symlink_to(item)
+    assert shard("second", str(model), choice) == model / "shards" / "tp2-float32"
+    for item in model.glob("*.safetensors"):
+        item.unlink()
+    second = serve(tmp_path / "run", "second", package("second", str(model), choice, model_store=tmp_path / "store"))
     body = {"prompt": "The capital of France is", "max_new_tokens": 6}
     try:
         assert second.text(body) == fp32.text(body)
+        for rank in (0, 1):
+            assert f"rank {rank}: read file 1 of 1" in second.worker_log()
         ranks = [
             process for process in processes.find_marked(second.run.path) if "worker" in " ".join(process.cmdline())
         ]
@@ -74,3 +82,13 @@ def test_a_load_that_cannot_work_is_told_and_never_hangs(
     for word in words:
         assert word in message
     assert processes.find_marked(tmp_path / "run") == []
+
+
+def test_a_model_that_cannot_be_sharded_is_told_and_leaves_nothing(smollm2: Path, tmp_path: Path) -> None:
+    for item in smollm2.iterdir():
+        if item.suffix != ".safetensors":
+            (tmp_path / item.name).symlink_to(item)
+    (tmp_path / "model.safetensors").write_bytes((smollm2 / "model.safetensors").read_bytes()[:-1])
+    with pytest.raises(ShardError, match=r"model\.safetensors is not a whole safetensors file"):
+        shard("smollm2", str(tmp_path), Choice(tp="2", dtype="fp32"))
+    assert not (tmp_path / "shards").exists()

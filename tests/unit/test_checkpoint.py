@@ -20,27 +20,27 @@ def touch(folder: Path, *names: str) -> None:
 
 def test_one_file_and_nothing_foreign(tmp_path: Path) -> None:
     touch(tmp_path, "pytorch_model.bin", "training_args.bin", "optimizer.bin")
-    assert checkpoint.find_weight_files(tmp_path) == [tmp_path / "pytorch_model.bin"]
+    assert checkpoint.find_bin_files(tmp_path) == [tmp_path / "pytorch_model.bin"]
 
 
 def test_an_index_names_the_shards_in_order(tmp_path: Path) -> None:
     touch(tmp_path, "a.bin", "b.bin", "training_args.bin")
     weight_map = {"x": "b.bin", "y": "a.bin", "z": "b.bin"}
     (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    assert [path.name for path in checkpoint.find_weight_files(tmp_path)] == ["a.bin", "b.bin"]
+    assert [path.name for path in checkpoint.find_bin_files(tmp_path)] == ["a.bin", "b.bin"]
 
 
 def test_missing_weights_are_named_and_safetensors_explained(tmp_path: Path) -> None:
     touch(tmp_path, "model.safetensors")
     with pytest.raises(LoadError, match=r"pytorch_model\.bin.*only \.bin"):
-        checkpoint.find_weight_files(tmp_path)
+        checkpoint.find_bin_files(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["{", "{}", '{"weight_map": 3}', "[]"])
 def test_a_broken_index_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "pytorch_model.bin.index.json").write_text(text)
     with pytest.raises(LoadError, match="index"):
-        checkpoint.find_weight_files(tmp_path)
+        checkpoint.find_bin_files(tmp_path)
 
 
 def test_the_list_is_deepspeeds_format_and_written_whole(tmp_path: Path) -> None:

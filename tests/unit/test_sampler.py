@@ -91,15 +91,19 @@ values = st.builds(
 @settings(max_examples=400, deadline=None)
 @given(values, st.integers(0, 10_000), st.sampled_from([200, 20_000]), st.floats(0.2, 8))
 def test_the_distribution_is_transformers(params: SamplingParams, seed: int, vocabulary: int, spread: float) -> None:
-    """Where a limit falls on a token, rounding decides: the same limit moved by a millionth counts too."""
+    """Where a limit falls on a token, rounding decides: the same limit moved by a millionth counts too, and so do
+    tokens at the limit that weigh less than a millionth together (a limit next to 1 cannot be moved between them)."""
     logits = torch.randn(vocabulary, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * spread
     logits = logits.float()
     expected = transformers_distribution(logits, params, (7, 8, 7))
     for nudge in (0, 1e-6, -1e-6):
         found = distribution(logits, nudged(params, nudge), (7, 8, 7))
-        if np.array_equal(found > 0, expected > 0):
+        disputed = (found > 0) != (expected > 0)
+        if found[disputed].sum() + expected[disputed].sum() < 1e-6:
             break
-    np.testing.assert_allclose(found, expected, rtol=2e-4, atol=1e-9)
+    else:
+        pytest.fail(f"tokens {disputed.nonzero()[0]} are kept by one side only")
+    np.testing.assert_allclose(found[~disputed], expected[~disputed], rtol=2e-4, atol=1e-9)
 
 
 def nudged(params: SamplingParams, nudge: float) -> SamplingParams:

@@ -97,3 +97,16 @@ def test_what_is_no_archive_is_refused(tmp_path: Path) -> None:
     (tmp_path / "bad.mar").write_bytes(b"not a zip file")
     with pytest.raises(ServerError, match="no archive"):
         read_archive(tmp_path / "bad.mar")
+
+
+def test_startup_timeout_follows_from_the_models_size(tmp_path: Path) -> None:
+    model = tmp_path / "large"
+    model.mkdir()
+    with (model / "model.safetensors").open("wb") as file:
+        file.truncate(140 * 10**9)
+    assert packaging.startup_timeout_s(model) == 300 + 2800
+    assert packaging.startup_timeout_s(tmp_path / "org" / "name") == 3600
+    archive = package("large", str(model), Choice(tp="2", device="cpu"), model_store=tmp_path)
+    assert read_archive(archive)["startupTimeout"] == 3100
+    demo = package("smollm2", str(model), Choice(tp="2", device="cpu"), model_store=tmp_path)
+    assert read_archive(demo)["startupTimeout"] == 600

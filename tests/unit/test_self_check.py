@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dsserve.errors import LoadError
+from dsserve.precision import convert_parameters
 from dsserve.self_check import LENGTH, SelfCheck
 
 
@@ -20,9 +23,12 @@ def model() -> LlamaForCausalLM:
 
 def test_the_same_model_passes_in_every_dtype(model: LlamaForCausalLM) -> None:
     for dtype in (torch.bfloat16, torch.float32):
-        check = SelfCheck.capture(model, dtype)
+        own = copy.deepcopy(model)
+        check = SelfCheck.capture(own, dtype)
         assert check.logits.shape == (LENGTH, 50)
-        logits = model(check.token_ids[None]).logits[0].detach()
+        assert own.lm_head.weight.dtype == torch.float32, "a large weight was converted"
+        convert_parameters(own, dtype)
+        logits = own(check.token_ids[None]).logits[0].detach()
         assert check.verify(logits, "nothing") == 0.0
         assert check.verify(logits[-3:], "nothing") == 0.0
 

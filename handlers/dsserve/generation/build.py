@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
@@ -26,7 +26,11 @@ from dsserve.generation.observer import Observer
 from dsserve.generation.request import Limits
 from dsserve.generation.warmup import verify_runner, warm_up
 from dsserve.hf_model import LoadedModel
+from dsserve.load_clock import LoadClock
 from dsserve.packing import can_pack, pack_weights
+
+if TYPE_CHECKING:
+    from dsserve.ds_config import DeepSpeedSettings
 
 logger = logging.getLogger(__name__)
 
@@ -34,8 +38,8 @@ logger = logging.getLogger(__name__)
 _KEPT_ROWS = 8
 
 
-def check_engine_choice(ctx: Any, world_size: int) -> None:
-    """Refuses kernel injection before anything is sharded: this engine drives AutoTP modules only.
+def check_engine_choice(ctx: Any, world_size: int, model_dtype: torch.dtype) -> DeepSpeedSettings:
+    """The settings of a model in `model_dtype`; kernel injection is refused: this engine drives AutoTP modules only.
 
     Raises:
         LoadError: `replace_with_kernel_inject: true`, or settings that `read_deepspeed_settings` refuses.
@@ -43,11 +47,13 @@ def check_engine_choice(ctx: Any, world_size: int) -> None:
     from dsserve.ds_config import read_deepspeed_settings
 
     model_dir = Path(ctx.system_properties["model_dir"])
-    if read_deepspeed_settings(ctx.model_yaml_config, model_dir, world_size, torch.float32).kernel_inject:
+    settings = read_deepspeed_settings(ctx.model_yaml_config, model_dir, world_size, model_dtype)
+    if settings.kernel_inject:
         raise LoadError(
             "replace_with_kernel_inject: true is not served by DeepSpeedHandler yet; set it to false (AutoTP) in "
             f"ds-config.json or {YAML_FILE}"
         )
+    return settings
 
 
 def read_limits(config: HandlerConfig, max_position: int | None, model_config: Any) -> Limits:
@@ -120,6 +126,7 @@ def build_engine(
     config: HandlerConfig,
     rank: RankInfo,
     device: torch.device,
+    clock: LoadClock,
     observer: Observer | None = None,
 ) -> tuple[Engine, Limits, GrammarCompiler]:
     """The engine of this rank, proven and warm, what requests may ask of it, and the maker of its grammars.
@@ -135,19 +142,15 @@ def build_engine(
     limits = read_limits(config, loaded.max_position, module.config)
     dtype = next(module.parameters()).dtype
     kept, needed = plan_kv_rows(module.config, config, limits, dtype, rank, device)
-    replaced = _tune(module, config, device)
+    with clock.phase("pack"):
+        replaced = _tune(module, config, device)
     runner = ModelRunner(module, config.max_running, limits.max_model_len, device, kept)
-    if config.warmup:
-        all_reduces = warm_up(runner, rank.is_leader)
-        if rank.is_leader:
-            layers = module.config.get_text_config().num_hidden_layers
-            logger.info("[dsserve] all-reduces in a decode step: %d for %d layers", all_reduces, layers)
-    if config.cuda_graphs and device.type == "cuda":
-        runner.capture_graphs(rank.is_leader, prefill=uses_decode_attention(module))
-    if ds_engine.self_check is not None:
-        error = verify_runner(runner, ds_engine.self_check)
-        if rank.is_leader:
-            logger.info("[dsserve] self-check: the engine's logits differ by %.1e", error)
+    with clock.phase("warm-up"):
+        _warm_up(runner, module, config, rank, device)
+        if ds_engine.self_check is not None:
+            error = verify_runner(runner, ds_engine.self_check)
+            if rank.is_leader:
+                logger.info("[dsserve] self-check: the engine's logits differ by %.1e", error)
     if rank.is_leader:
         logger.info(
             "[dsserve] %d slots of %d tokens and %d kept rows, KV cache up to %.2f GiB a rank, %s, %d thread(s) a rank",
@@ -160,6 +163,16 @@ def build_engine(
     grammars = GrammarCompiler(loaded.tokenizer, runner.vocabulary, loaded.eos_ids)
     engine = Engine(runner, rank, make_text, loaded.eos_ids, grammars, observer)
     return engine, limits, grammars
+
+
+def _warm_up(runner: ModelRunner, module: Any, config: HandlerConfig, rank: RankInfo, device: torch.device) -> None:
+    if config.warmup:
+        all_reduces = warm_up(runner, rank.is_leader)
+        if rank.is_leader:
+            layers = module.config.get_text_config().num_hidden_layers
+            logger.info("[dsserve] all-reduces in a decode step: %d for %d layers", all_reduces, layers)
+    if config.cuda_graphs and device.type == "cuda":
+        runner.capture_graphs(rank.is_leader, prefill=uses_decode_attention(module))
 
 
 def _tune(module: Any, config: HandlerConfig, device: torch.device) -> str:

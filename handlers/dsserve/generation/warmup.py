@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import replace
 
 import torch
 
@@ -55,7 +56,7 @@ def _teacher_force(runner: ModelRunner, check: SelfCheck, admit: list[Plan], len
     worst = 0.0
     for length, row in zip(lengths, rows, strict=True):
         last = length + row.shape[0] - 1
-        part = SelfCheck(check.token_ids[:last], check.logits[:last], check.dtype)
+        part = replace(check, token_ids=check.token_ids[:last], logits=check.logits[:last])
         worst = max(worst, part.verify(row, "the engine (KV slots, packed weights)"))
     return worst
 

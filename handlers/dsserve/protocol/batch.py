@@ -82,7 +82,7 @@ class LiveBatch:
         draining = self._is_draining()
         for index, request_id in enumerate(ids):
             if request_id not in self._rows:
-                origin = row_origin(ctx, index, request_id)
+                origin = row_origin(ctx, index, request_id, time.monotonic())
                 if origin.client_id is not None:
                     ctx.set_response_header(index, CLIENT_ID_HEADER, origin.client_id)
                 if draining:

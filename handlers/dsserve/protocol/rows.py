@@ -18,7 +18,7 @@ _CLIENT_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _TRACE_HEADER = "traceparent"
 
 
-def row_origin(ctx: Any, index: int, request_id: str) -> Origin:
+def row_origin(ctx: Any, index: int, request_id: str, arrived: float) -> Origin:
     """Where a request comes from, as far as its headers say it; an id that is no plain word is dropped."""
     client_id = traceparent = None
     for name, value in ctx.get_all_request_header(index).items():
@@ -28,7 +28,7 @@ def row_origin(ctx: Any, index: int, request_id: str) -> Origin:
             client_id = value
         elif name.lower() == _TRACE_HEADER:
             traceparent = value
-    return Origin(client_id=client_id, traceparent=traceparent)
+    return Origin(arrived, client_id=client_id, traceparent=traceparent)
 
 
 def row_path(ctx: Any, index: int) -> str:

@@ -57,7 +57,7 @@ def repeat_kv_heads(model: Any, num_ranks: int) -> int:
     Query head i reads KV head i // (heads / KV heads), so copies lie side by side.
 
     Raises:
-        LoadError: see `plan_kv_copies`; also for a model on the meta device, whose checkpoint has each head once.
+        LoadError: see `plan_kv_copies`.
     """
     copies = plan_kv_copies(model, num_ranks)
     if copies == 1:
@@ -67,12 +67,6 @@ def repeat_kv_heads(model: Any, num_ranks: int) -> int:
     for attention in _kv_attentions(model):
         for name in _KV_PROJECTIONS:
             projection = getattr(attention, name)
-            if projection.weight.is_meta:
-                raise LoadError(
-                    f"deepspeed.checkpoint: {kv_heads} KV heads are too few for the ranks and cannot be repeated in a "
-                    f"model made on the meta device; load it with from_pretrained, or set torchrun.nproc-per-node to "
-                    f"{kv_heads} or less"
-                )
             projection.weight = _repeat(projection.weight, kv_heads, copies)
             projection.bias = None if projection.bias is None else _repeat(projection.bias, kv_heads, copies)
             projection.out_features = projection.weight.shape[0]

@@ -1,0 +1,186 @@
+"""Weight-only quantization of a rank's shards (`deepspeed.quantization`), by torchao.
+
+Matrices of the layers are stored in 8 or 4 bits and multiplied in the model's dtype; embeddings, the LM head and norms
+stay as they are. It happens after the sharding, on each rank's own part: a column-parallel shard has the scales of the
+whole matrix, a row-parallel one has its own, as fine or finer. Does not quantize activations or the KV cache, and does
+not read checkpoints that are quantized already.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from dsserve.config import YAML_FILE
+from dsserve.distributed import RankInfo
+from dsserve.errors import LoadError
+from dsserve.packing import ShardedLinear, replace_layers
+from dsserve.self_check import SelfCheck
+
+logger = logging.getLogger(__name__)
+
+KEY = f"{YAML_FILE}: deepspeed.quantization"
+# Mode -> the largest relative error of the logits that its rounding explains; above it something is wrong.
+LIMITS = {"int8": 0.15, "fp8": 0.3, "int4": 0.7}
+# Weights of a row that share a scale in int4.
+INT4_GROUP = 32
+# Rows up to which a CPU multiplies int8 directly; more are faster with the weight expanded.
+_CPU_INT8_ROWS = 16
+# Compute capability from which a GPU has fp8, and torch its int4 matmul.
+_CAPABILITY = {"int8": (0, 0), "int4": (8, 0), "fp8": (8, 9)}
+
+
+def check_mode(mode: Any, kernel_inject: bool) -> str | None:
+    """The mode that `deepspeed.quantization` names, None where it is left out.
+
+    Raises:
+        LoadError: an unknown mode, or kernel injection, whose kernels read their own weights.
+    """
+    if mode is None:
+        return None
+    if not isinstance(mode, str) or mode not in LIMITS:
+        raise LoadError(f"{KEY}: {mode!r:.80} is unknown; use one of {', '.join(LIMITS)}, or leave it out")
+    if kernel_inject:
+        raise LoadError(f"{KEY}: {mode} needs AutoTP; set replace_with_kernel_inject: false, or leave it out")
+    return mode
+
+
+def check_device(mode: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Refuses what the device or the library cannot do.
+
+    Raises:
+        LoadError: the mode needs another device or dtype, or torchao is not installed; the message says which.
+    """
+    name = str(dtype).removeprefix("torch.")
+    if device.type == "cuda":
+        found = torch.cuda.get_device_capability(device)
+        if found < _CAPABILITY[mode]:
+            needed = ".".join(map(str, _CAPABILITY[mode]))
+            has = ".".join(map(str, found))
+            raise LoadError(f"{KEY}: {mode} needs a GPU of compute capability {needed}, this one has {has}; use int8")
+    elif mode == "fp8":
+        raise LoadError(f"{KEY}: fp8 needs a GPU of compute capability 8.9; use int8 on a CPU")
+    if mode == "int4" and dtype is not torch.bfloat16:
+        raise LoadError(f"{KEY}: int4 multiplies in bf16, the model's dtype is {name}; set deepspeed.dtype: bf16")
+    if mode == "fp8" and dtype is torch.float32:
+        raise LoadError(f"{KEY}: fp8 multiplies in bf16 or fp16, the model's dtype is {name}; set deepspeed.dtype")
+    logging.getLogger("torchao").setLevel(logging.ERROR)  # it warns of CUDA libraries that a CPU does not need
+    try:
+        import torchao  # noqa: F401
+    except ImportError as error:
+        raise LoadError(f"{KEY}: {mode} needs torchao ({error}); install torchao==0.18.0") from None
+
+
+def quantize_engine(
+    module: Any, mode: str, check: SelfCheck | None, rank: RankInfo, device: torch.device
+) -> SelfCheck | None:
+    """Quantizes a sharded model's layers in place, and measures what that does to the logits.
+
+    Returns:
+        The check with the quantized model's logits: what the engine must reproduce. None without a check.
+
+    Raises:
+        LoadError: the logits changed more than the mode's rounding explains.
+    """
+    layers = quantize_layers(module, mode)
+    if rank.is_leader:
+        before, after = sum(layer.bytes_before for layer in layers), sum(layer.bytes for layer in layers)
+        sizes = f"{after / 2**20:.0f} MiB a rank instead of {before / 2**20:.0f}"
+        logger.info("[dsserve] %s: %d matmuls quantized, %s", mode, len(layers), sizes)
+    if check is None:
+        return None
+    with torch.inference_mode():
+        logits = module(input_ids=check.token_ids[None].to(device), use_cache=False).logits[0]
+    error = check.error(logits)
+    if not error <= LIMITS[mode]:
+        raise LoadError(
+            f"{KEY}: {mode} changed the logits by {error:.2f} (limit {LIMITS[mode]}); this model is not fit for it: "
+            "use int8, or leave it out"
+        )
+    if rank.is_leader:
+        logger.info("[dsserve] self-check: %s changes the logits by %.1e", mode, error)
+    return replace(check, logits=logits.float().cpu())
+
+
+def quantize_layers(module: Any, mode: str) -> list[QuantizedLinear]:
+    """Replaces the row- and column-parallel layers, in place; returns what was made of them, siblings as one."""
+    head = module.get_output_embeddings() if hasattr(module, "get_output_embeddings") else None
+    layers: list[QuantizedLinear] = []
+
+    def make(weight: torch.Tensor, bias: torch.Tensor | None, row_parallel: bool) -> ShardedLinear:
+        layers.append(QuantizedLinear(weight, bias, row_parallel, mode))
+        return layers[-1]
+
+    replace_layers(module, make, keep=head)
+    return layers
+
+
+class QuantizedLinear(ShardedLinear):
+    """A rank's part of a layer with a weight of torchao's; see `ShardedLinear`.
+
+    A weight that the mode cannot hold (empty, or rows that int4's groups do not divide) keeps its dtype. `bytes_before`
+    and `bytes` are what the weight took and takes.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, row_parallel: bool, mode: str) -> None:
+        self._mode = mode
+        super().__init__(weight, bias, row_parallel)
+        self.bytes_before, self.bytes = _bytes(weight), _bytes(self._weight)
+
+    def _lay_out(self, weight: torch.Tensor) -> torch.Tensor:
+        self._packs_int8 = False
+        if not weight.numel() or (self._mode == "int4" and weight.shape[1] % INT4_GROUP):
+            return weight
+        quantized = _QUANTIZE[self._mode](weight.contiguous())
+        # torchao expands an int8 weight for every product; torch has a direct one, fast on CPUs in bf16.
+        self._packs_int8 = self._mode == "int8" and weight.device.type == "cpu" and weight.dtype is torch.bfloat16
+        if self._packs_int8:
+            self._scales = quantized.scale.flatten().to(weight.dtype)
+        return quantized
+
+    def _multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        rows = x.numel() // x.shape[-1]
+        if not self._packs_int8 or rows > _CPU_INT8_ROWS:
+            return F.linear(x, self._weight, bias)
+        weight: Any = self._weight
+        output = torch._weight_int8pack_mm(x.reshape(rows, -1), weight.qdata, self._scales)
+        output = output.view(*x.shape[:-1], -1)
+        return output if bias is None else output.add_(bias)
+
+
+def _int8(weight: torch.Tensor) -> Any:
+    from torchao.quantization import Int8Tensor
+    from torchao.quantization.granularity import PerRow
+
+    return Int8Tensor.from_hp(weight, granularity=PerRow())
+
+
+def _fp8(weight: torch.Tensor) -> Any:
+    from torchao.quantization import Float8Tensor
+    from torchao.quantization.granularity import PerRow
+
+    return Float8Tensor.from_hp(weight, float8_dtype=torch.float8_e4m3fn, granularity=PerRow())
+
+
+def _int4(weight: torch.Tensor) -> Any:
+    if weight.device.type == "cuda":
+        from torchao.quantization import Int4TilePackedTo4dTensor as Int4
+    else:
+        from torchao.prototype.quantization.int4.int4_opaque_tensor import Int4OpaqueTensor as Int4
+    return Int4.from_hp(weight, [1, INT4_GROUP])
+
+
+_QUANTIZE: dict[str, Callable[[torch.Tensor], Any]] = {"int8": _int8, "fp8": _fp8, "int4": _int4}
+
+
+def _bytes(weight: Any) -> int:
+    if not hasattr(weight, "tensor_data_names"):
+        return int(weight.numel() * weight.element_size())
+    names = [*weight.tensor_data_names, *getattr(weight, "optional_tensor_data_names", [])]
+    parts = [getattr(weight, name, None) for name in names]
+    return sum(part.numel() * part.element_size() for part in parts if part is not None)

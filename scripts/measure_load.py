@@ -1,0 +1,137 @@
+"""Memory and time of a load, phase by phase: ours, from shards, and from_pretrained with init_inference in every rank.
+
+Makes a Llama checkpoint of random bf16 weights of the asked size, loads it each way on CPUs or GPUs, and prints a
+table. Peaks are of memory that belongs to the process alone (RssAnon + RssShmem), above its value before the load;
+pages of the model's files do not count. What a rank does is in `measure_load_rank`.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import typer
+
+from scripts.console import fail, say
+from scripts.machine import AUTO
+from scripts.package import Choice
+from scripts.prepare_model import ROOT
+from scripts.shard_checkpoint import shard
+
+WAYS = ("plain", "ours", "cache")
+# A layer of Llama-2-7B in bf16, and its embeddings and head.
+HIDDEN, INTERMEDIATE, HEADS, VOCABULARY = 4096, 11008, 32, 32000
+LAYER_BYTES = 2 * (4 * HIDDEN * HIDDEN + 3 * HIDDEN * INTERMEDIATE)
+ENDS_BYTES = 2 * 2 * VOCABULARY * HIDDEN
+
+
+def make_checkpoint(folder: Path, gigabytes: float) -> int:
+    """Writes a sharded checkpoint one layer after the other and returns its bytes."""
+    from safetensors.torch import save_file
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    layers = max(1, round((gigabytes * 1e9 - ENDS_BYTES) / LAYER_BYTES))
+    config = LlamaConfig(
+        hidden_size=HIDDEN, intermediate_size=INTERMEDIATE, num_hidden_layers=layers, num_attention_heads=HEADS,
+        vocab_size=VOCABULARY, tie_word_embeddings=False, dtype=torch.bfloat16,
+    )  # fmt: skip
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in LlamaForCausalLM(config).state_dict().items()}
+    groups: dict[str, list[str]] = {}
+    for name in shapes:
+        groups.setdefault(".".join(name.split(".")[:3]) if ".layers." in name else "ends", []).append(name)
+    weight_map: dict[str, str] = {}
+    for count, names in enumerate(groups.values(), 1):
+        file = f"model-{count:05d}-of-{len(groups):05d}.safetensors"
+        tensors = {name: _random(shapes[name]).roll(count, 0).contiguous() for name in names}
+        save_file(tensors, folder / file, {"format": "pt"})
+        weight_map |= dict.fromkeys(names, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return layers * LAYER_BYTES + ENDS_BYTES
+
+
+@functools.cache
+def _random(shape: tuple[int, ...]) -> torch.Tensor:
+    """A norm's ones, or numbers of which every layer holds the same rolled by a row: drawing 10^10 takes minutes."""
+    if len(shape) == 1:
+        return torch.ones(shape, dtype=torch.bfloat16)
+    return torch.empty(shape, dtype=torch.bfloat16).normal_(std=0.02)
+
+
+def measure(way: str, model: Path, ranks: int, device: str) -> list[dict[str, Any]]:
+    """One load in `ranks` processes: for each rank its phases, seconds and peaks in bytes."""
+    with tempfile.TemporaryDirectory(prefix="dsserve-load-") as folder:
+        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "1", "--nproc-per-node", str(ranks)]
+        command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "--max-restarts", "0"]
+        command += ["-m", "scripts.measure_load_rank", way, str(model), device, folder]
+        environ = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        if device == "cpu":
+            environ["DS_ACCELERATOR"] = "cpu"
+        done = subprocess.run(command, cwd=ROOT, env=environ, check=False, capture_output=True, text=True)
+        if done.returncode != 0:
+            fail(f"{way}: {done.stderr[-3000:]}")
+        return [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(ranks)]
+
+
+def forget(model: Path) -> None:
+    """Drops the files from the page cache, so that every way reads them from the disk."""
+    os.sync()
+    for file in model.rglob("*.safetensors"):
+        with file.open("rb") as opened:
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def table(found: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """Markdown rows: way, seconds, peak of a rank and of all together, what is held at the end, the GPU's peak."""
+    columns = ["way", "s", "host peak of a rank, GiB", "together", "held at the end", "GPU peak", "weights", "phases"]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for way, ranks in found.items():
+        sizes = [max(rank[key] for rank in ranks) for key in ("held", "device", "weights")]
+        peaks = [rank["peak"] for rank in ranks]
+        numbers = [f"{size / 2**30:.2f}" for size in (max(peaks), sum(peaks), *sizes)]
+        phases = ", ".join(f"{name} {seconds:.1f}" for name, seconds in ranks[0]["seconds"].items())
+        total = max(sum(rank["seconds"].values()) for rank in ranks)
+        lines.append(f"| {' | '.join([way, f'{total:.1f}', *numbers, phases])} |")
+    return lines
+
+
+def main(
+    gigabytes: float = typer.Option(10.2, help="size of the checkpoint, 10^9 bytes"),
+    tp: int = typer.Option(2, help="number of ranks"),
+    device: str = typer.Option("cpu", help="cpu or gpu"),
+    ways: str = typer.Option(",".join(WAYS), help="which to measure"),
+    folder: Path = typer.Option(
+        None, help="where the checkpoint goes, and is found again; default: removed at the end"
+    ),
+) -> None:
+    """Measure and print a table."""
+    model = folder or Path(tempfile.mkdtemp(prefix="dsserve-load-model-"))
+    model.mkdir(parents=True, exist_ok=True)
+    try:
+        if not (model / "config.json").is_file():
+            say(f"wrote {make_checkpoint(model, gigabytes) / 1e9:.1f} GB of weights")
+        found = {}
+        for way in ways.split(","):
+            if way == "cache":
+                shard("measure", str(model), Choice(str(tp), "cpu", AUTO))
+            forget(model)
+            found[way] = measure(way, model, tp, device)
+            say(f"{way}: {[round(rank['peak'] / 2**30, 2) for rank in found[way]]} GiB")
+        typer.echo("\n".join(table(found)))
+    finally:
+        if folder is None:
+            shutil.rmtree(model, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,64 @@
+"""One rank of `shard_checkpoint`: loads and cuts the model as the handler does, proves it, and writes its part.
+
+Runs under torchrun with one argument, the folder of its settings.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+from ts.context import Context
+
+from dsserve import shard_cache
+from dsserve.base_handler import BaseDeepSpeedHandler
+from dsserve.config import read_handler_config
+from dsserve.ds_engine import get_ds_engine
+from dsserve.errors import LoadError
+from dsserve.generation.build import check_engine_choice
+from dsserve.hf_model import load_outline, load_weights, locate_model, model_dtype
+from dsserve.shard_manifest import Manifest
+from dsserve.sharding.heads import plan_kv_copies
+
+
+class ShardRank(BaseDeepSpeedHandler):
+    """The handler's load, with the shards written at its end."""
+
+    def write(self, yaml_config: dict[str, Any], model_dir: Path) -> Path:
+        """Returns the folder of the shards. Raises LoadError."""
+        context = Context("shard", str(model_dir), None, 1, None, "0.12.0", model_yaml_config=yaml_config)
+        self.initialize(context)
+        config = read_handler_config(yaml_config)
+        folder = locate_model(config, model_dir)
+        outline = load_outline(config, folder)
+        plan_kv_copies(outline, self.rank.world_size)
+        settings = check_engine_choice(context, self.rank.world_size, model_dtype(outline))
+        manifest = Manifest.describe(outline, folder, settings.tp_size, settings.dtype)
+        engine = get_ds_engine(load_weights(config, folder), context)
+        cache = Path(config.shard_cache) if config.shard_cache else folder / shard_cache.FOLDER
+        return shard_cache.write_shards(engine.module, engine.self_check, manifest, cache, self.rank)
+
+
+def main() -> None:
+    import torch
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    folder = Path(sys.argv[1])
+    rank = ShardRank()
+    try:
+        written = rank.write(json.loads((folder / "model-config.json").read_text()), folder)
+    except (LoadError, OSError) as error:
+        logging.getLogger(__name__).error("[dsserve] %s", error)
+        (folder / "error").write_text(str(error))
+        sys.exit(1)
+    if rank.rank.is_leader:
+        (folder / "result.json").write_text(json.dumps({"folder": str(written)}))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
