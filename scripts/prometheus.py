@@ -98,6 +98,10 @@ class Prometheus:
         result = self.get("query_range", query=promql, start=start, end=end, step=step_s)["result"]
         return [Series(found["metric"], [read(sample) for sample in found["values"]]) for found in result]
 
+    def names(self, selector: str) -> set[str]:
+        """Names of all series that it selects."""
+        return {labels["__name__"] for labels in self.get("series", **{"match[]": selector})}
+
     def wait_for(self, promql: str, timeout_s: float) -> list[Series]:
         """What the query gives as soon as it gives anything. Raises PrometheusError after `timeout_s`."""
         deadline = time.monotonic() + timeout_s
