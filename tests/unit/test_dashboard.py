@@ -134,15 +134,23 @@ def test_every_alert_says_what_to_do_and_how_bad_it_is() -> None:
 
 
 def test_the_autoscaler_reads_gauges_that_are_served(emitted: dict[str, set[str]]) -> None:
+    """From the autoscaler's names through the adapter's one rule to what rank 0 serves, with nothing left over."""
     (rule,) = yaml.safe_load((AUTOSCALING / "adapter-values.yaml").read_text())["rules"]["custom"]
     found = re.search(r'__name__=~"([^"]+)"', rule["seriesQuery"])
     assert found
-    matches = {name for name in emitted if re.fullmatch(found[1], name)}
-    assert matches == {"vllm:num_requests_running", "vllm:num_requests_waiting"}
-    relabeled = {
-        rule.get("target_label") for rule in yaml.safe_load(PODS.read_text())["scrape_configs"][0]["relabel_configs"]
-    }
-    assert set(rule["resources"]["overrides"]) <= relabeled, "the adapter finds a pod's series by these labels"
+    renamed = rule["name"]["as"].replace("$1", r"\1")
+    offered = {re.sub(rule["name"]["matches"], renamed, name) for name in emitted if re.fullmatch(found[1], name)}
+    scaler = yaml.safe_load((AUTOSCALING / "autoscaler.yaml").read_text())["spec"]
+    assert {metric["pods"]["metric"]["name"] for metric in scaler["metrics"]} == offered
+    assert offered == {"vllm_num_requests_running", "vllm_num_requests_waiting"}
+    pods = yaml.safe_load(PODS.read_text())["scrape_configs"][0]["relabel_configs"]
+    of_pods = set(rule["resources"]["overrides"])
+    assert of_pods <= {item.get("target_label") for item in pods}, "the adapter finds a pod's series by these labels"
+    # As the adapter fills its query.
+    query = rule["metricsQuery"].replace("<<.Series>>", "vllm:num_requests_waiting").replace("<<.GroupBy>>", "pod")
+    query = query.replace("<<.LabelMatchers>>", ",".join(f'{label}=~"x"' for label in of_pods))
+    assert unknown(query, {name: labels | of_pods for name, labels in emitted.items()}) == set()
+    assert unknown(query.replace("waiting", "queued"), emitted)
 
 
 def test_pods_are_scraped_where_their_annotations_say() -> None:
