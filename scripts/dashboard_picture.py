@@ -6,6 +6,7 @@ Fills the variables as Grafana does (all models, all servers) and places panels 
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import re
@@ -18,7 +19,8 @@ from scripts.prometheus import Prometheus, Series
 
 WIDTH_IN, LINE_IN, DPI = 15.0, 0.26, 72
 MARGIN = 0.006
-UNITS = {"s": " s", "reqps": " /s", "percentunit": " %", "bytes": " GiB", "short": "", "none": ""}
+PALETTE = 64
+UNITS = {"s": ", s", "reqps": ", /s", "percentunit": ", %", "bytes": ", GiB", "short": "", "none": ""}
 FACTORS = {"percentunit": 100.0, "bytes": 2.0**-30}
 
 
@@ -69,26 +71,51 @@ def draw(target: Prometheus, path: Path, start: float, end: float, step_s: float
             continue
         place = (x + 0.035, y - (height - 1.9) / lines, width / COLUMNS - 0.045, (height - 3) / lines)
         series = ask(target, panel, start, end, step_s, scrape_s)
-        plot(figure.add_axes(place), panel, series, start, end)
+        plot(figure.add_axes(place), panel, series, start, end, step_s)
         if not series:
             empty.append(panel["title"])
     titles = "; ".join(panel["title"] for panel in panels)
-    figure.savefig(path, metadata={"Description": titles}, pil_kwargs={"optimize": True})
+    save(figure, path, titles)
     pyplot.close(figure)
     return empty
 
 
-def plot(axes: Any, panel: Mapping[str, Any], found: Sequence[tuple[str, Series]], start: float, end: float) -> None:
+def save(figure: Any, path: Path, description: str) -> None:
+    """As PNG of few colours, a third of the size; the description tells which panels it shows."""
+    from PIL import Image, PngImagePlugin
+
+    buffer, notes = io.BytesIO(), PngImagePlugin.PngInfo()
+    figure.savefig(buffer)
+    notes.add_text("Description", description)
+    with Image.open(buffer) as image:
+        image.convert("RGB").quantize(PALETTE, dither=Image.Dither.NONE).save(path, "png", optimize=True, pnginfo=notes)
+
+
+def with_gaps(samples: Sequence[tuple[float, float]], step_s: float) -> list[tuple[float, float]]:
+    """The samples, and no number where some are missing, so that no line is drawn over it."""
+    found = list(samples[:1])
+    for at, value in samples[1:]:
+        if at - found[-1][0] > 1.5 * step_s:
+            found.append((found[-1][0] + step_s, math.nan))
+        found.append((at, value))
+    return found
+
+
+def plot(
+    axes: Any, panel: Mapping[str, Any], found: Sequence[tuple[str, Series]], start: float, end: float, step_s: float
+) -> None:
     """One chart: minutes since `start`, values in the panel's unit; stacked where the panel is."""
     defaults = panel["fieldConfig"]["defaults"]
     factor = FACTORS.get(defaults["unit"], 1.0)
-    axes.set_title(panel["title"] + UNITS[defaults["unit"]].replace(" ", ", ", 1), loc="left", fontsize=10)
+    axes.set_title(panel["title"] + UNITS[defaults["unit"]], loc="left", fontsize=10)
     axes.set_xlim(0, (end - start) / 60)
-    lines = [
-        (label, [(at - start) / 60 for at, _ in series.samples], [value * factor for _, value in series.samples])
-        for label, series in found
-    ]
-    if defaults["custom"]["stacking"]["mode"] == "normal" and lines:
+    axes.xaxis.set_major_formatter("{x:g} min")
+    is_stacked = defaults["custom"]["stacking"]["mode"] == "normal"
+    lines = []
+    for label, series in found:
+        samples = with_gaps(series.samples, step_s)
+        lines.append((label, [(at - start) / 60 for at, _ in samples], [value * factor for _, value in samples]))
+    if is_stacked and lines:
         stack(axes, lines)
     else:
         for label, minutes, values in lines:
@@ -96,16 +123,12 @@ def plot(axes: Any, panel: Mapping[str, Any], found: Sequence[tuple[str, Series]
     if not lines:
         axes.text(0.5, 0.5, "no data", transform=axes.transAxes, ha="center", color="0.5")
     most = 100 if "max" in defaults else max([0.0, *(v for _, _, values in lines for v in values if v == v)]) * 1.1
-    axes.set_ylim(0, axes.get_ylim()[1] if panel_is_stacked(defaults) else most or 1)
+    axes.set_ylim(0, axes.get_ylim()[1] if is_stacked else most or 1)
     axes.grid(alpha=0.3, linewidth=0.5)
     if lines:
         axes.legend(
             loc="upper center", bbox_to_anchor=(0.5, -0.09), ncols=min(len(lines), 5), frameon=False, fontsize=8
         )
-
-
-def panel_is_stacked(defaults: Mapping[str, Any]) -> bool:
-    return bool(defaults["custom"]["stacking"]["mode"] == "normal")
 
 
 def stack(axes: Any, lines: Sequence[tuple[str, list[float], list[float]]]) -> None:

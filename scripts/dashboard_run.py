@@ -36,7 +36,7 @@ from scripts.run_dir import HOST
 
 PICTURE = ROOT / "configs" / "measurements" / "dashboard.png"
 # Parts of the run: how much of what one server can do is asked of both.
-SHARES = (0.3, 0.6, 1.0, 1.6, 0.6, 0.3)
+SHARES = (0.4, 0.8, 1.4, 2.4, 0.8, 0.3)
 KILL_IN_PART = 1
 CONCURRENT, NEW_TOKENS = 16, (16, 32, 64, 96)
 SCRAPE_S = 10  # prometheus.yml's own
