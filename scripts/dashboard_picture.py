@@ -19,7 +19,7 @@ from scripts.prometheus import Prometheus, Series
 
 WIDTH_IN, LINE_IN, DPI = 15.0, 0.26, 72
 MARGIN = 0.006
-PALETTE = 64
+PALETTE = 256
 UNITS = {"s": ", s", "reqps": ", /s", "percentunit": ", %", "bytes": ", GiB", "short": "", "none": ""}
 FACTORS = {"percentunit": 100.0, "bytes": 2.0**-30}
 
@@ -81,7 +81,7 @@ def draw(target: Prometheus, path: Path, start: float, end: float, step_s: float
 
 
 def save(figure: Any, path: Path, description: str) -> None:
-    """As PNG of few colours, a third of the size; the description tells which panels it shows."""
+    """As PNG with a palette, half of the size; the description tells which panels it shows."""
     from PIL import Image, PngImagePlugin
 
     buffer, notes = io.BytesIO(), PngImagePlugin.PngInfo()

@@ -14,6 +14,7 @@ import random
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -71,8 +72,8 @@ def kill_and_add_back(both: Pair, front: Balancer) -> None:
     say(f"s2 is ready again after {both.start('s2'):.1f} s")
 
 
-def send(front: Balancer, load: Load, both: Pair, kill_at_s: float) -> dict[str, int]:
-    """The whole load, s2's death in it; returns how many requests ended how."""
+def send(front: Balancer, load: Load, both: Pair, kill_at_s: float) -> dict[str, Any]:
+    """The whole load, s2's death in it; returns how many requests ended how, and what refused ones were told."""
     background = Background(front, load)
     accident = threading.Timer(kill_at_s, kill_and_add_back, (both, front))
     accident.start()
@@ -81,7 +82,8 @@ def send(front: Balancer, load: Load, both: Pair, kill_at_s: float) -> dict[str,
     finally:
         accident.cancel()
         accident.join()
-    return open_load.count(background.answers)
+    told = Counter(answer.detail for answer in background.answers if answer.outcome == open_load.REFUSED)
+    return {**open_load.count(background.answers), "told": dict(told)}
 
 
 def alerts(target: Prometheus, start: float, end: float) -> list[str]:
