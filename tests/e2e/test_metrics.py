@@ -96,7 +96,7 @@ def test_a_clients_request_id_comes_back_and_is_in_the_log(small: Served) -> Non
 
 
 def test_an_id_reaches_the_log_through_haproxy(small: Served, tmp_path: Path) -> None:
-    """Which sends all names of headers in lower case: TorchServe writes its own id over `x-request-id` then."""
+    """Which sends all names of headers in lower case, and an id of its own where a client has none."""
     try:
         balancer.find_haproxy()
     except BalancerError as error:

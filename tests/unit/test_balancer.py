@@ -172,7 +172,6 @@ def test_a_clients_request_id_goes_on_and_a_wrong_one_is_replaced(tmp_path: Path
         post(target, {}, **{"x-request-id": "mine-1"})
         post(target, {"secret": "words"}, **{"x-request-id": "two words"})
         ids = [headers["x-request-id"] for _, _, headers in server.asked]
-        assert [headers["x-client-request-id"] for _, _, headers in server.asked] == ids
     assert ids[0] == "mine-1" and len(ids[1]) == 36
     log = (tmp_path / "haproxy.log").read_text()
     assert "mine-1" in log and "words" not in log and "/v1/" not in log

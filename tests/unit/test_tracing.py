@@ -123,12 +123,6 @@ def test_a_clients_id_stands_beside_torchserves(sent: str) -> None:
     assert (origin.arrived, origin.client_id, origin.name("server-id")) == (2.0, sent, f"server-id ({sent})")
 
 
-def test_a_balancers_name_for_the_id_comes_first() -> None:
-    sent = {"x-request-id": "server-id", "x-client-request-id": "one", "X-Request-Id": "two"}
-    assert row_origin(Headers(**sent), 0, "server-id", 2.0).client_id == "one"
-    assert row_origin(Headers(**sent | {"x-client-request-id": "no word"}), 0, "server-id", 2.0).client_id == "two"
-
-
 @pytest.mark.parametrize("sent", ["", "x" * 65, "two words", "a\nb", "<script>", "ü", "a;b", None, 5])
 def test_what_is_no_plain_word_is_dropped(sent: Any) -> None:
     origin = row_origin(Headers(**{"x-request-id": "server-id", "X-Request-Id": sent}), 0, "server-id", 2.0)

@@ -12,24 +12,22 @@ from dsserve.generation.request import Origin
 _BODY_KEYS = ("body", "data")
 _HINT = "send it with -H 'Content-Type: application/json' and a JSON object, or with text/plain and the prompt"
 
-# TorchServe writes its own id over `x-request-id` in lower case, as proxies send all names; one with a capital letter
-# reaches the handler beside it. So a balancer sends the id under the first name too.
-_CLIENT_ID_HEADERS = ("x-client-request-id", "x-request-id")
+# The client's header reaches the handler in whatever case it was sent (measured); TorchServe's own id may stand beside it.
+_CLIENT_ID_HEADER = "x-request-id"
 _CLIENT_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _TRACE_HEADER = "traceparent"
 
 
 def row_origin(ctx: Any, index: int, request_id: str, arrived: float) -> Origin:
     """Where a request comes from, as far as its headers say it; an id that is no plain word is dropped."""
-    client_ids, traceparent = dict[str, str](), None
+    client_id = traceparent = None
     for name, value in ctx.get_all_request_header(index).items():
         if not isinstance(value, str):
             continue
-        if name.lower() in _CLIENT_ID_HEADERS and value != request_id and _CLIENT_ID.fullmatch(value):
-            client_ids[name.lower()] = value
+        if name.lower() == _CLIENT_ID_HEADER and value != request_id and _CLIENT_ID.fullmatch(value):
+            client_id = value
         elif name.lower() == _TRACE_HEADER:
             traceparent = value
-    client_id = next((client_ids[name] for name in _CLIENT_ID_HEADERS if name in client_ids), None)
     return Origin(arrived, client_id=client_id, traceparent=traceparent)
 
 
