@@ -12,7 +12,7 @@ from dsserve.generation.request import Origin
 _BODY_KEYS = ("body", "data")
 _HINT = "send it with -H 'Content-Type: application/json' and a JSON object, or with text/plain and the prompt"
 
-# The client's header reaches the handler in whatever case it was sent (measured); TorchServe's own id may stand beside it.
+# A client's header reaches the handler in whatever case it was sent; TorchServe's own id may stand beside it.
 _CLIENT_ID_HEADER = "x-request-id"
 _CLIENT_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _TRACE_HEADER = "traceparent"
