@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import time
 
@@ -14,9 +15,11 @@ from dsserve.generation.model_runner import StepLogits
 from dsserve.generation.plan import Plan
 from dsserve.metrics import Metrics
 from scripts import bench_metrics
-from scripts.bench_metrics import NEW_TOKENS, Calls, NoText, Switch, compare, count_alone, turn
+from scripts.bench_metrics import NEW_TOKENS, Calls, NoText, Switch, compare, count_alone, table, turn
+from tests.conftest import ROOT
 
 ROWS = 2
+MEASURED = ROOT / "configs" / "measurements" / "metrics_cost.json"
 
 
 class ZeroRunner:
@@ -67,3 +70,10 @@ def test_all_that_a_turn_tells_is_counted_alone() -> None:
     engine, switch = make_engine(metrics)
     assert 0.1 < count_alone(engine, switch, time.perf_counter, ROWS) < 1000
     assert switch.told is None
+
+
+def test_the_readme_has_the_measured_cost_and_it_is_below_the_aim() -> None:
+    reports = json.loads(MEASURED.read_text())
+    assert table(*reports) in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert {report["shape"] for report in reports} == {"tiny", "135m"}
+    assert all(found["slower"] < bench_metrics.AIM for report in reports for found in report["rows"].values())
