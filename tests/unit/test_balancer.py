@@ -177,6 +177,25 @@ def test_a_clients_request_id_goes_on_and_a_wrong_one_is_replaced(tmp_path: Path
     assert "mine-1" in log and "words" not in log and "/v1/" not in log
 
 
+def test_a_server_that_comes_back_is_not_flooded_by_what_waited(tmp_path: Path) -> None:
+    with fake() as stays, fake() as returns, front(tmp_path, stays, returns, SERVER_MAX="2") as target:
+        returns.health = 503
+        target.wait_until("s1", True, FAST)
+        target.wait_until("s2", False, FAST)
+        clients = [threading.Thread(target=post, args=(target, {"stream": True})) for _ in range(12)]
+        for client in clients:
+            client.start()
+        returns.health = 200
+        target.wait_until("s2", True, FAST)
+        time.sleep(3)  # a slow start hands out more each second
+        assert (len(stays.asked), len(returns.asked)) == (2, 2)
+        stays.gate.set()
+        returns.gate.set()
+        for client in clients:
+            client.join(FAST)
+    assert len(stays.asked) + len(returns.asked) == len(clients)
+
+
 @pytest.mark.parametrize("mode", ["draining", "silent"])
 def test_what_a_server_did_not_begin_goes_to_the_other_one(tmp_path: Path, mode: str) -> None:
     """100 kB of prompt too: a request can be sent again only if HAProxy's buffer holds it whole."""
