@@ -20,6 +20,7 @@ from dsserve.config import YAML_FILE
 from dsserve.distributed import RankInfo, all_cores, init_process_group, prepare_environment, select_device
 from dsserve.errors import LoadError
 from dsserve.hf_model import model_dtype
+from dsserve.injection.inject import check_injection, inject_kernels
 from dsserve.load_clock import LoadClock
 from dsserve.precision import convert_parameters, without_deepspeeds_conversion
 from dsserve.quantization import check_device, quantize_engine
@@ -35,7 +36,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def get_ds_engine(model: Any, ctx: Context, shards: Shards | None = None, clock: LoadClock | None = None) -> Any:
+def get_ds_engine(
+    model: Any,
+    ctx: Context,
+    shards: Shards | None = None,
+    clock: LoadClock | None = None,
+    max_batch: int | None = None,
+) -> Any:
     """Shards `model` as the `deepspeed:` section of model-config.yaml says.
 
     Args:
@@ -43,6 +50,8 @@ def get_ds_engine(model: Any, ctx: Context, shards: Shards | None = None, clock:
         ctx: TorchServe's context of the load.
         shards: a cache that fits `model`, which then lies on the meta device and gets its values from there.
         clock: what times the phases.
+        max_batch: the largest batch that the kernels' workspace is taken for (kernel injection only); default:
+            TorchServe's `batchSize`.
 
     Returns:
         DeepSpeed's `InferenceEngine`; `engine.module` is what a handler keeps. `engine.self_check` holds the reference
@@ -65,6 +74,8 @@ def get_ds_engine(model: Any, ctx: Context, shards: Shards | None = None, clock:
     if settings.quantization:
         check_device(settings.quantization, settings.dtype, device)
     on_meta = any(parameter.is_meta for parameter in model.parameters())
+    if settings.kernel_inject:
+        check_injection(model, settings, device)
     clock, check = clock or LoadClock(rank.rank, device), None
     if settings.self_check:
         with clock.phase("reference"):
@@ -73,7 +84,10 @@ def get_ds_engine(model: Any, ctx: Context, shards: Shards | None = None, clock:
     if settings.checkpoint:
         init["checkpoint"] = _prepare_checkpoint(model, ctx, settings.checkpoint, rank, model_dir, on_meta)
     with clock.phase("shard"):
-        engine = _shard(model, init, settings, rank)
+        if settings.kernel_inject:
+            engine = _inject(model, init, settings, max_batch or ctx.system_properties["batch_size"] or 1)
+        else:
+            engine = _shard(model, init, settings, rank)
         if shards:
             shards.fill(engine.module, rank.rank, device)
     with clock.phase("self-check"):
@@ -128,8 +142,6 @@ def _prepare_checkpoint(model: Any, ctx: Context, name: str, rank: RankInfo, mod
 
 def _shard(model: Any, init: dict[str, Any], settings: DeepSpeedSettings, rank: RankInfo) -> Any:
     """DeepSpeed's engine; around AutoTP's split, what makes it right for every number of ranks (`sharding`)."""
-    if settings.kernel_inject:
-        return _init_inference(model, init, settings.dtype, settings.tp_size)
     copies = repeat_kv_heads(model, settings.tp_size)
     if copies > 1 and rank.is_leader:
         logger.info("[dsserve] every KV head %d times, so that each rank has one", copies)
@@ -139,6 +151,17 @@ def _shard(model: Any, init: dict[str, Any], settings: DeepSpeedSettings, rank: 
     use_rank_alibi(engine.module, rank.rank, settings.tp_size)
     use_rank_query_heads(engine.module)
     return engine
+
+
+def _inject(model: Any, init: dict[str, Any], settings: DeepSpeedSettings, rows: int) -> Any:
+    """DeepSpeed's engine with kernels in place of the model's layers, for batches of up to `rows`."""
+    convert_parameters(model, settings.dtype)  # the kernels' layers take the weights as they are
+
+    def init_inference(model: Any, init: dict[str, Any]) -> Any:
+        with without_deepspeeds_conversion():
+            return _init_inference(model, init, settings.dtype, settings.tp_size)
+
+    return inject_kernels(model, init, rows, init_inference)
 
 
 def _init_inference(model: Any, init: dict[str, Any], dtype: torch.dtype, tp_size: int) -> Any:
