@@ -39,7 +39,11 @@ def make_config(name: str, size: str) -> Any:
     vocab = 99 if size == "tiny" else 50265
     # The kernels' GELU is the tanh form; where exactness is to be shown the models have it too.
     gelu = "gelu_new" if size == "tiny" else "gelu"
-    common = {"vocab_size": vocab, "initializer_range": 0.05, "tie_word_embeddings": kind not in ("gptj", "llama")}
+    common = {
+        "vocab_size": vocab,
+        "initializer_range": 0.05,
+        "tie_word_embeddings": kind not in ("gptj", "llama", "bloom"),
+    }
     if kind == "gpt2":
         hidden, heads, layers = _dims(size, 12, 64)
         shape = {"n_embd": hidden, "n_head": heads, "n_layer": layers, "n_positions": positions}

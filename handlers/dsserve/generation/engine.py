@@ -1,6 +1,8 @@
-"""The AutoTP engine: continuous batching over KV slots, led by rank 0.
+"""The engine: sequences in, tokens out, led by rank 0.
 
-Rank 0 admits, evicts and steps; the other ranks follow its plans. Does not parse requests or render replies.
+Rank 0 admits, evicts and steps; the other ranks follow its plans. What joins when is the scheduler's, what a step
+computes the runner's: continuous batching over KV slots (AutoTP), or one batch after the other (kernel injection). Does
+not parse requests or render replies.
 """
 
 from __future__ import annotations
@@ -15,11 +17,12 @@ import torch
 from dsserve.distributed import RankInfo
 from dsserve.generation.detokenizer import TextStream
 from dsserve.generation.grammar import GrammarCompiler
-from dsserve.generation.model_runner import ModelRunner, StepLogits
+from dsserve.generation.model_runner import StepLogits
 from dsserve.generation.observer import Observer, Outcome, Step
 from dsserve.generation.plan import Plan, PlanChannel
 from dsserve.generation.prefix_cache import PrefixCache
 from dsserve.generation.request import GenerationRequest, Origin, TokenEvent, TokenLogprob
+from dsserve.generation.runner import Runner
 from dsserve.generation.sampler import SamplingState, choose, report_logprobs
 from dsserve.generation.scheduler import PREFILL_TOKENS_A_STEP, Scheduler
 from dsserve.generation.sequence import Sequence, ending_ids
@@ -35,25 +38,27 @@ class Engine:
     """One rank's engine. `admit`, `evict` and `run` are rank 0's; all others call `follow` once a handler call.
 
     Args:
-        runner: the sharded model with its KV slots.
+        runner: the sharded model with its rows.
         make_text: a fresh incremental detokenizer for a request.
         eos_ids: the tokens that end a text.
         grammars: for requests with structured output.
         observer: hears of rank 0's steps and sequences.
+        scheduler: default: continuous batching over the runner's slots.
     """
 
     def __init__(
         self,
-        runner: ModelRunner,
+        runner: Runner,
         rank: RankInfo,
         make_text: Callable[[GenerationRequest], TextStream],
         eos_ids: frozenset[int],
         grammars: GrammarCompiler | None = None,
         observer: Observer | None = None,
+        scheduler: Scheduler | None = None,
     ) -> None:
         self._runner = runner
         self._channel = PlanChannel(rank.rank, rank.world_size)
-        self._scheduler = Scheduler(runner.slots, PrefixCache(runner.slots, runner.kept))
+        self._scheduler = scheduler or Scheduler(runner.slots, PrefixCache(runner.slots, runner.kept))
         self._make_text = make_text
         self._eos_ids = eos_ids
         self._grammars = grammars

@@ -32,7 +32,8 @@ def check_injection(model: Any, settings: Any, device: torch.device) -> None:
         settings: `DeepSpeedSettings`.
 
     Raises:
-        LoadError: see `check_model` and `check_device`; a second model in the process; `deepspeed.checkpoint`.
+        LoadError: see `check_model` and `check_device`; a second model in the process; `deepspeed.checkpoint`;
+            `enable_cuda_graph`.
     """
     check_model(model.config, settings.tp_size, settings.dtype, _longest(settings.init))
     check_device(device, settings.dtype)
@@ -40,6 +41,10 @@ def check_injection(model: Any, settings: Any, device: torch.device) -> None:
         raise LoadError(
             f"{YAML_FILE}: deepspeed.checkpoint: with kernel injection DeepSpeed unpickles weights and reads no "
             "safetensors; leave it out and load the model with from_pretrained"
+        )
+    if settings.init.get("enable_cuda_graph"):
+        raise LoadError(
+            "enable_cuda_graph: the kernels count tokens on the host, which a CUDA graph does not repeat; leave it out"
         )
     if has_injected_model():
         raise LoadError(
@@ -77,7 +82,23 @@ def inject_kernels(
     with patched_deepspeed():
         engine = init_inference(model, {**init, "max_out_tokens": tokens, "min_out_tokens": tokens})
     engine.workspace = _adapt(engine.module, places, call, tokens, rows)
+    _refuse_beams(engine.module)
     return engine
+
+
+def _refuse_beams(module: Any) -> None:
+    """`generate` with beams would reorder a cache that the kernels do not see, and go on with the wrong rows."""
+    generate = getattr(module, "generate", None)
+    if generate is None:
+        return
+
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        config = kwargs.get("generation_config") or module.generation_config
+        if (kwargs.get("num_beams") or getattr(config, "num_beams", None) or 1) > 1:
+            raise ValueError("num_beams: DeepSpeed's kernels keep one sequence a row; set it to 1")
+        return generate(*args, **kwargs)
+
+    module.generate = checked
 
 
 def find_layers(model: Any) -> list[str]:

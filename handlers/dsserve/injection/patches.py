@@ -1,5 +1,8 @@
 """The one place where DeepSpeed's own classes are changed, for as long as an injection lasts. DeepSpeed 0.19.8.
 
+Transposition: containers transpose the model's weights in place, so that pages of the weights' files become a second
+copy of the model in each rank's own memory, and the untouched layers could not be put back. There is no setting.
+
 BLOOM: its container refuses transformers above 4.43.4, in the constructor, because BLOOM's mask and cache changed
 then. The adapters (`layer`) hand it the mask it wants and it keeps its own cache, so the refusal has lost its reason;
 there is no setting for it.
@@ -14,10 +17,12 @@ from typing import Any
 
 @contextlib.contextmanager
 def patched_deepspeed() -> Iterator[None]:
-    """Within the block DeepSpeed injects BLOOM's layers whatever the version of transformers."""
+    """Within the block DeepSpeed injects BLOOM's layers whatever the version of transformers, and no weight is
+    transposed in place."""
+    from deepspeed.module_inject.containers.base import BaseTransformerContainer
     from deepspeed.module_inject.containers.bloom import DS_BloomContainer
 
-    original = DS_BloomContainer.__init__
+    original, in_place = DS_BloomContainer.__init__, BaseTransformerContainer.transpose_impl
 
     def construct(self: Any, **kwargs: Any) -> None:
         super(DS_BloomContainer, self).__init__(**kwargs)
@@ -25,10 +30,12 @@ def patched_deepspeed() -> Iterator[None]:
         self.triangular_masking = True
 
     DS_BloomContainer.__init__ = construct
+    BaseTransformerContainer.transpose_impl = lambda _, data: data.transpose(-1, -2).contiguous()
     try:
         yield
     finally:
         DS_BloomContainer.__init__ = original
+        BaseTransformerContainer.transpose_impl = in_place
 
 
 def has_injected_model() -> bool:

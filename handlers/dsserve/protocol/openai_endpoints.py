@@ -43,7 +43,7 @@ def list_models(served: ServedModel) -> bytes:
         "owned_by": "dsserve",
         "root": served.name,
         "max_model_len": served.limits.max_model_len,
-        "engine": served.engine,
+        "engine": {**served.engine, **({"fallback": served.fallback} if served.fallback else {})},
     }
     return to_json({"object": "list", "data": [model]})
 
