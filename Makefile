@@ -27,7 +27,7 @@ endif
 ifeq ($(LACKS),nothing)
 PY    := $(PYTHON)
 STAMP :=
-OPS_STAMP := ops
+OPS_STAMP := cpu-ops
 else
 PY    := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
@@ -39,7 +39,7 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup ops model download shard mar deploy start run stop health token rollout status logs ask test test-faults check audit bench bench-failover soak clean
+.PHONY: help setup cpu-ops ops model download shard mar deploy start run stop health token rollout status logs ask test test-faults check audit bench bench-failover soak clean
 
 help: ## list the targets and variables
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -65,8 +65,12 @@ $(VENV)/.ops: $(VENV)/.installed
 	@$(PY) -m scripts.build_ops --device '$(DEVICE)'
 	@touch $@
 
-ops: $(STAMP) ## compile the CPU operations: shared-memory all-reduce, norms, rotary (slower ones are used without)
+# What `setup` needs where a PYTHON was named; in a virtual environment a stamp says that it was done.
+cpu-ops: $(STAMP)
 	@$(PY) -m scripts.build_ops --device '$(DEVICE)'
+
+ops: $(STAMP) ## compile ahead: a CPU's all-reduce, norms, rotary; on a GPU DeepSpeed's kernels for replace_with_kernel_inject
+	@$(PY) -m scripts.build_ops --device '$(DEVICE)' --kernels
 
 model: $(STAMP) ## convert or check MODEL
 	@$(PY) -m scripts.prepare_model '$(MODEL)'

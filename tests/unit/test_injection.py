@@ -12,7 +12,9 @@ from transformers import AutoConfig
 from dsserve.errors import LoadError
 from dsserve.injection.cache import KernelCache
 from dsserve.injection.families import FAMILIES, check_device, check_model
+from dsserve.injection.inject import _refuse_beams, check_injection
 from dsserve.injection.mask import additive, as_ones
+from dsserve.injection.op import load_op
 from dsserve.injection.workspace import Workspace, WorkspaceError, WorkspaceSize
 from tests.injection.models import make_config
 
@@ -141,3 +143,71 @@ def test_the_workspace_has_room_for_activations_that_are_whole_on_every_rank() -
     config.heads, config.mp_size = 32, 1
     with pytest.raises(LoadError, match="count scores in 32 bits; lower max_out_tokens to 2047"):
         WorkspaceSize.plan(16, 4096, config)
+
+
+@pytest.fixture
+def no_op(monkeypatch: pytest.MonkeyPatch) -> None:
+    from deepspeed.ops.transformer.inference.op_binding.base import BaseOp
+
+    monkeypatch.setattr(BaseOp, "inference_module", None)
+
+
+def test_a_missing_compiler_is_named_at_once(monkeypatch: pytest.MonkeyPatch, no_op: None) -> None:
+    monkeypatch.setattr("dsserve.injection.op.missing_tools", lambda: ["nvcc", "ninja"])
+    with pytest.raises(LoadError, match=r"nvcc and ninja not found.*make ops"):
+        load_op()
+
+
+def test_a_compilation_that_fails_is_one_line(monkeypatch: pytest.MonkeyPatch, no_op: None) -> None:
+    def fail(self: Any, verbose: bool) -> None:
+        raise RuntimeError("Error building extension\nnvcc fatal: unknown option\n")
+
+    monkeypatch.setattr("dsserve.injection.op.missing_tools", list)
+    monkeypatch.setattr("deepspeed.ops.op_builder.InferenceBuilder.load", fail)
+    with pytest.raises(LoadError) as caught:
+        load_op()
+    assert "Error building extension" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_the_op_is_loaded_once(monkeypatch: pytest.MonkeyPatch, no_op: None) -> None:
+    loads: list[int] = []
+    said: list[str] = []
+    monkeypatch.setattr("dsserve.injection.op.missing_tools", list)
+    monkeypatch.setattr("deepspeed.ops.op_builder.InferenceBuilder.load", lambda self, verbose: loads.append(1) or 7)
+    assert load_op(said.append) >= 0 and load_op(said.append) == 0
+    assert len(loads) == 1 and len(said) == 1 and "loaded, in" in said[0]
+
+
+def settings(**changes: Any) -> SimpleNamespace:
+    return SimpleNamespace(**{"tp_size": 1, "dtype": FP16, "init": {}, "checkpoint": None, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"checkpoint": "checkpoints.json"}, "deepspeed.checkpoint"),
+        ({"init": {"enable_cuda_graph": True}}, "enable_cuda_graph"),
+        ({"init": {"max_out_tokens": 10_000}}, "max_out_tokens 10000"),
+    ],
+)
+def test_settings_that_the_kernels_cannot_follow_are_refused(changes: dict[str, Any], says: str) -> None:
+    model = SimpleNamespace(config=make_config("opt", "real"))
+    with pytest.raises(LoadError, match=says):
+        check_injection(model, settings(**changes), torch.device("cuda"))
+
+
+def test_a_second_model_in_the_process_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dsserve.injection.inject.has_injected_model", lambda: True)
+    with pytest.raises(LoadError, match="one workspace a process"):
+        check_injection(SimpleNamespace(config=make_config("opt", "real")), settings(), torch.device("cuda"))
+
+
+def test_beams_are_refused_by_generate() -> None:
+    module = SimpleNamespace(generate=lambda *_, **__: "text", generation_config=SimpleNamespace(num_beams=1))
+    _refuse_beams(module)
+    assert module.generate(max_new_tokens=3) == "text"
+    with pytest.raises(ValueError, match="num_beams"):
+        module.generate(num_beams=4)
+    module.generation_config.num_beams = 2
+    with pytest.raises(ValueError, match="num_beams"):
+        module.generate()

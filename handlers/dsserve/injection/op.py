@@ -22,10 +22,13 @@ logger = logging.getLogger(__name__)
 _FAULTS = (ImportError, RuntimeError, OSError, AssertionError)
 
 
-def load_op(say: Callable[[str], None] = logger.info) -> float:
+def load_op(say: Callable[[str], None] = logger.info, verbose: bool = False) -> float:
     """Loads the op for every layer to come, and returns the seconds that took.
 
     Ranks that call it at the same time wait for the one that compiles.
+
+    Args:
+        verbose: show the compiler's output. Never in a worker, whose stdout TorchServe parses.
 
     Raises:
         LoadError: it cannot be compiled or loaded here, with the reason and the mend.
@@ -43,9 +46,8 @@ def load_op(say: Callable[[str], None] = logger.info) -> float:
         )
     started_s = time.monotonic()
     try:
-        # DeepSpeed and ninja print to stdout, which TorchServe parses.
-        with contextlib.redirect_stdout(io.StringIO()):
-            BaseOp.inference_module = InferenceBuilder().load(verbose=False)
+        with contextlib.nullcontext() if verbose else contextlib.redirect_stdout(io.StringIO()):
+            BaseOp.inference_module = InferenceBuilder().load(verbose=verbose)
     except _FAULTS as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
         raise LoadError(
