@@ -20,7 +20,7 @@ from tests.injection.models import Size
 
 Prompts = list[list[int]]
 # Two logits, each off by the typical error; three standard deviations.
-_TIE = 6.0
+TIE = 6.0
 
 
 @dataclass
@@ -121,7 +121,7 @@ class Pair:
             return
         result.differ += 1
         gap = wanted.max() - wanted[found.argmax()]
-        result.unexplained += bool(gap > _TIE * self.limit * wanted.square().mean().sqrt())
+        result.unexplained += bool(gap > TIE * self.limit * wanted.square().mean().sqrt())
 
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
