@@ -82,7 +82,6 @@ def get_ds_engine(
     if injection and injects:
         rows = max_batch or ctx.system_properties["batch_size"] or 1
         with clock.phase("inject"):
-            convert_parameters(model, settings.dtype)  # the kernels' layers take the weights as they are
             engine = injection.inject(model, rows, check, lambda model, init: _init_inference(model, init, settings))
     if engine is None:
         load = _Load(ctx, settings, rank, device, clock, shards, on_meta)

@@ -55,3 +55,9 @@ def test_auto_serves_by_autotp_where_kernels_are_wrong(tmp_path_factory: pytest.
 def test_true_refuses_wrong_kernels_with_the_figures() -> None:
     text = run_ranks("tests.injection.serve:refuse", 1, env=ONE_THREAD, name="llama")[0]
     assert "self-check failed: kernel injection, prefill, changed the logits by" in text and "limit 1e-04" in text
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama-gqa"])
+def test_weights_of_another_dtype_are_converted_on_their_way(name: str) -> None:
+    found = run_ranks("tests.injection.serve:converted", 1, env=ONE_THREAD, name=name)[0]
+    assert found == {"dtypes": ["torch.bfloat16"], "equal": True}

@@ -29,7 +29,7 @@ class Kernels:
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         stem, _, dtype = name.rpartition("_")
-        if dtype != "fp32":
+        if dtype != "fp32" and stem != "allocate_workspace":
             raise AttributeError(name)
         return object.__getattribute__(self, stem)
 

@@ -162,3 +162,18 @@ def refuse(name: str) -> str:
     except LoadError as error:
         return str(error)
     return ""
+
+
+def converted(name: str) -> dict[str, Any]:
+    """A model in fp32 that is served in bf16: dtypes of what the kernels got, and whether the weights are the same."""
+    from tests.injection.kernels import install
+
+    install()
+    model = make_model(name, "tiny", torch.float32, "cpu")
+    embedding = model.get_input_embeddings().weight.detach().clone()
+    settings = {"dtype": "bf16", "replace_with_kernel_inject": True, "max_out_tokens": 32, "self_check": False}
+    module = get_ds_engine(model, make_context(".", {"deviceType": "cpu", "deepspeed": settings}), max_batch=2).module
+    return {
+        "dtypes": sorted({str(parameter.dtype) for parameter in module.parameters()}),
+        "equal": bool((module.get_input_embeddings().weight == embedding.bfloat16()).all()),
+    }

@@ -21,6 +21,7 @@ from dsserve.errors import LoadError
 from dsserve.injection.inject import check_injection, find_layers, inject_kernels
 from dsserve.injection.op import load_op
 from dsserve.injection.verify import verify_kernels
+from dsserve.precision import convert_parameters
 from dsserve.self_check import SelfCheck
 
 if TYPE_CHECKING:
@@ -68,6 +69,8 @@ class KernelInjection:
         originals, engine = Originals(model), None
         with self._deciding():
             engine = inject_kernels(model, self._settings.init, rows, init_inference)
+            # DeepSpeed has converted what it took, a layer at a time: no rank holds a converted copy of the model.
+            convert_parameters(engine.module, self._settings.dtype)
             checkpoint.check_finite(engine.module)
         if self.refusal is None and check is not None:
             with self._deciding():

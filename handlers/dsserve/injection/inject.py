@@ -18,6 +18,7 @@ from dsserve.injection.layer import InjectedLayer, LayerCall, PassState, probe_r
 from dsserve.injection.patches import forget_merge_buffers, has_injected_model, patched_deepspeed
 from dsserve.injection.repairs import prepare_model, repair_config, replace_operations
 from dsserve.injection.workspace import Workspace, WorkspaceSize
+from dsserve.precision import computing_in
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +79,8 @@ def inject_kernels(
     prepare_model(model)
     places = find_layers(model)
     layer_class = type(model.get_submodule(places[0]))
-    call = LayerCall.of(layer_class, probe_returns_tuple(model, model.get_submodule(places[0])))
+    with computing_in(model, torch.float32):  # whatever dtypes the weights and a reference left the model in
+        call = LayerCall.of(layer_class, probe_returns_tuple(model, model.get_submodule(places[0])))
     with patched_deepspeed():
         engine = init_inference(model, {**init, "max_out_tokens": tokens, "min_out_tokens": tokens})
     engine.workspace = _adapt(engine.module, places, call, tokens, rows)
