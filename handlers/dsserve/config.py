@@ -51,7 +51,13 @@ class HandlerConfig(BaseModel):
         "auto",
         description="KV rows that keep ended requests for prompts that begin alike; auto = up to 8; 0 = no reuse",
     )
-    num_scheduler_steps: int = Field(4, ge=1, le=64, description="most decode steps in one call of the handler")
+    max_num_batched_tokens: int = Field(
+        512, ge=16, description="tokens of prompts that a step reads at most; longer prompts are read in parts"
+    )
+    num_scheduler_steps: int = Field(32, ge=1, le=1024, description="most steps in one call of the handler")
+    max_stream_delay_ms: float = Field(
+        150.0, ge=0, description="longest call while a client streams: its tokens leave at the end of a call"
+    )
     pack_weights: Literal["auto"] | bool = Field(
         "auto", description="one matmul for q, k, v and one for gate, up; on CPUs with oneDNN's prepacked weights"
     )

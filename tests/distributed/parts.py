@@ -1,4 +1,4 @@
-"""What the ranks do for `test_parts`: long prompts that are read in parts beside running rows, and each request alone."""
+"""What the ranks do for `test_parts`: long prompts read in parts beside running rows, and each request alone."""
 
 from __future__ import annotations
 
@@ -80,9 +80,8 @@ def run(
             engine.follow()
             continue
         for name, request in wanted.items():
-            if len(wanted) == 1 or ARRIVALS[name][2] == len(calls):
-                if not calls or len(wanted) > 1:
-                    engine.admit(request)
+            if len(calls) == (ARRIVALS[name][2] if len(wanted) > 1 else 0):
+                engine.admit(request)
             if cancelled.get(name) == len(calls):
                 engine.evict(name)
                 open_.discard(name)

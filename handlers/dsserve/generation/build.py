@@ -161,7 +161,8 @@ def build_engine(
         return TextStream(loaded.tokenizer, request.stop.strings)
 
     grammars = GrammarCompiler(loaded.tokenizer, runner.vocabulary, loaded.eos_ids)
-    engine = Engine(runner, rank, make_text, loaded.eos_ids, grammars, observer)
+    most = config.max_num_batched_tokens
+    engine = Engine(runner, rank, make_text, loaded.eos_ids, grammars, observer, prefill_tokens=most)
     return engine, limits, grammars
 
 

@@ -6,6 +6,7 @@ Rank 0 admits, evicts and steps; the other ranks follow its plans. Does not pars
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -66,6 +67,7 @@ class Engine:
         self._observer = observer or Observer()
         self._ended: list[tuple[Sequence, TokenEvent]] = []  # in the present step
         self._memory_failures = 0
+        self._step_s = 0.0  # of the last step
 
     @property
     def running(self) -> int:
@@ -90,16 +92,27 @@ class Engine:
         for sequence in self._scheduler.cancel(request_id):
             self._end(sequence, "abort", time.monotonic())
 
-    def run(self, max_steps: int) -> list[TokenEvent]:
-        """Rank 0's part of one handler call: one step at least, `max_steps` while nothing new has to be answered.
+    def run(self, max_steps: int, limit_s: float = math.inf) -> list[TokenEvent]:
+        """Rank 0's part of one handler call: one step at least, then more as long as another one fits into both limits.
 
-        A call ends early when a prompt was admitted (its first token should leave) or nothing is left to do.
+        A call ends early when a prompt was read to its end (its first token should leave), when a text ended (so should
+        its last, and its slot is free), or when nothing is left to do.
         """
         events: list[TokenEvent] = []
-        for step in range(max_steps):
-            last = step == max_steps - 1 or self._scheduler.can_admit or not self._scheduler.has_work
-            events += self._step(self._scheduler.plan(last))
-            if last:
+        begun = started = time.monotonic()
+        for step in range(1, max_steps + 1):
+            is_late = started - begun + 2 * self._step_s > limit_s  # after this step another one would not fit
+            plan = self._scheduler.plan(step == max_steps or is_late or not self._scheduler.has_work)
+            if any(admission.complete for admission in plan.admit):
+                plan = replace(plan, last=True)
+            answered = self._step(plan)
+            events += answered
+            ended = time.monotonic()
+            self._step_s, started = ended - started, ended
+            if plan.last:
+                break
+            if any(event.is_last for event in answered):
+                self._channel.send(Plan(last=True))  # the others know a plan by its beginning only
                 break
         self._observer.called(self.running, self.waiting)
         return events

@@ -51,11 +51,6 @@ class Scheduler:
         return len(self._waiting)
 
     @property
-    def can_admit(self) -> bool:
-        """Whether the next step can take in a sequence that waits."""
-        return bool(self._waiting) and self.running < self._slots
-
-    @property
     def has_work(self) -> bool:
         """Whether a step would compute something."""
         return bool(self._waiting) or self.running > 0
