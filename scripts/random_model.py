@@ -18,8 +18,12 @@ LLAMA_6_7B = {
     "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
     "num_key_value_heads": 32, "vocab_size": 32000,
 }  # fmt: skip
-# Llama-2-7B, CodeLlama-34B, Llama-2-70B, OPT-6.7B; the tiny ones are for tests.
+# SmolLM2-135M, Llama-2-7B, CodeLlama-34B, Llama-2-70B, OPT-6.7B (each with a head of its own); tiny ones for tests.
 SHAPES: dict[str, tuple[str, dict[str, int]]] = {
+    "llama-135m": ("llama", {
+        "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+        "num_key_value_heads": 3, "vocab_size": 49152,
+    }),
     "llama-6.7b": ("llama", LLAMA_6_7B),
     "llama-34b": ("llama", {
         "hidden_size": 8192, "intermediate_size": 22016, "num_hidden_layers": 48, "num_attention_heads": 64,

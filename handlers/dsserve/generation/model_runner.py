@@ -148,17 +148,18 @@ class ModelRunner:
         )
         return output.logits[0]
 
-    def _forward_prefill(self, inputs: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    def _forward_prefill(self, inputs: torch.Tensor, wanted: torch.Tensor, read: torch.Tensor | None) -> torch.Tensor:
         """One pass on device tensors, see `PrefillGraphs`."""
         tokens, positions, cells, prompts = inputs
         window = self.cache.window
-        window.cells, window.kv_len, window.read = cells, None, None
-        hidden = (prompts[:, None] != prompts) | (positions[:, None] < positions)
+        window.cells, window.kv_len = cells, None
+        window.read, seen, whose = (None, positions, prompts) if read is None else read
+        hidden = (prompts[:, None] != whose) | (positions[:, None] < seen)
         mask = torch.zeros(hidden.shape, dtype=self._dtype, device=self._device).masked_fill_(hidden, float("-inf"))
         output = self._module(
             input_ids=tokens[None],  # [1, T]
             position_ids=positions[None],  # [1, T]
-            attention_mask=mask[None, None],  # [1, 1, T, T], additive
+            attention_mask=mask[None, None],  # [1, 1, T, T or S], additive
             past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=wanted,
