@@ -17,11 +17,10 @@ import torch
 from ts.context import Context
 
 from dsserve.base_handler import BaseDeepSpeedHandler
-from dsserve.config import HandlerConfig
+from dsserve.config import PREFILL_TOKENS_A_STEP, HandlerConfig
 from dsserve.ds_engine import get_ds_engine
 from dsserve.errors import LoadError
 from dsserve.generation.build import build_engine
-from dsserve.generation.scheduler import PREFILL_TOKENS_A_STEP
 from dsserve.hf_model import load_model
 from dsserve.load_clock import LoadClock
 from scripts.bench_gpu_device import StepBytes, held_bytes, read_bandwidth

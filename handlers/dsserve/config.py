@@ -13,6 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from dsserve.errors import LoadError
 
 YAML_FILE = "model-config.yaml"
+# New prompts enter a step up to so many tokens, so that neither a burst of arrivals nor a long prompt holds the rows
+# that run, and the first token of the first one, until the last one is read. A GPU prefills so many in CUDA graphs.
+PREFILL_TOKENS_A_STEP = 256
 
 # Keys of upstream's DeepSpeed example, and what took their place.
 _UPSTREAM_KEYS = {
@@ -52,7 +55,9 @@ class HandlerConfig(BaseModel):
         description="KV rows that keep ended requests for prompts that begin alike; auto = up to 8; 0 = no reuse",
     )
     max_num_batched_tokens: int = Field(
-        512, ge=16, description="tokens of prompts that a step reads at most; longer prompts are read in parts"
+        PREFILL_TOKENS_A_STEP,
+        ge=16,
+        description="tokens of prompts that a step reads at most; longer prompts are read in parts",
     )
     num_scheduler_steps: int = Field(32, ge=1, le=1024, description="most steps in one call of the handler")
     max_stream_delay_ms: float = Field(

@@ -7,9 +7,12 @@ from typing import Any
 import torch
 
 from dsserve.distributed import RankInfo, select_device
+from dsserve.fused_ops import load_ops, use_fused_ops
+from dsserve.generation.decode_attention import use_decode_attention
 from dsserve.generation.engine import Engine
 from dsserve.generation.model_runner import ModelRunner
 from dsserve.generation.request import GenerationRequest, SamplingParams, TokenEvent
+from dsserve.packing import pack_weights
 from tests.distributed.steps import make_engine
 from tests.streams import Numbers, more
 
@@ -48,6 +51,8 @@ def texts(path: str, device_type: str = "cpu") -> dict[str, Any]:
     rank = RankInfo.from_env()
     device = select_device(device_type, rank)
     module = make_engine(path, "fp32", device_type).module
+    if device.type == "cuda":  # prefill graphs need the fused writes to the cache
+        assert pack_weights(module) and use_decode_attention(module) and use_fused_ops(module, load_ops(device))
     wanted = requests(module.config.vocab_size)
     whole = make(module, rank, device, kept=0, prefill_tokens=CONTEXT)
     alone = {name: run(whole, rank, {name: request}, {}) for name, request in wanted.items()}
@@ -65,7 +70,7 @@ def texts(path: str, device_type: str = "cpu") -> dict[str, Any]:
 def make(module: Any, rank: RankInfo, device: torch.device, kept: int, prefill_tokens: int) -> Engine:
     runner = ModelRunner(module, SLOTS, CONTEXT, device, kept)
     if device.type == "cuda":
-        runner.capture_graphs(rank.is_leader)
+        runner.capture_graphs(rank.is_leader, prefill=True)
     return Engine(runner, rank, lambda _: Numbers(), frozenset(), prefill_tokens=prefill_tokens)  # type: ignore[arg-type, return-value]
 
 

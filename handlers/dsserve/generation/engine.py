@@ -14,6 +14,7 @@ from typing import TypeVar
 
 import torch
 
+from dsserve.config import PREFILL_TOKENS_A_STEP
 from dsserve.distributed import RankInfo
 from dsserve.generation.detokenizer import TextStream
 from dsserve.generation.grammar import GrammarCompiler
@@ -24,7 +25,7 @@ from dsserve.generation.plan import Plan, PlanChannel
 from dsserve.generation.prefix_cache import PrefixCache
 from dsserve.generation.request import GenerationRequest, Origin, TokenEvent, TokenLogprob
 from dsserve.generation.sampler import SamplingState, choose, report_logprobs
-from dsserve.generation.scheduler import PREFILL_TOKENS_A_STEP, Scheduler
+from dsserve.generation.scheduler import Scheduler
 from dsserve.generation.sequence import Sequence, ending_ids
 
 logger = logging.getLogger(__name__)

@@ -11,13 +11,11 @@ from collections import deque
 
 import numpy as np
 
+from dsserve.config import PREFILL_TOKENS_A_STEP
 from dsserve.generation.plan import Admission, Plan, moves
 from dsserve.generation.prefix_cache import PrefixCache, common_length
 from dsserve.generation.sequence import Sequence
 
-# New prompts enter a step up to this many tokens, so that neither a burst of arrivals nor a long prompt holds the rows
-# that run, and the first token of the first one, until the last one is read.
-PREFILL_TOKENS_A_STEP = 512
 # A prompt that shares so many tokens with one of the same step waits for the next one and takes them over from it.
 WORTH_A_STEP = 128
 
