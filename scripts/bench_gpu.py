@@ -117,6 +117,8 @@ def run_ranks(ranks: int, folder: Path, device: str, seconds: float) -> str:
     command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "--max-restarts", "0"]
     command += ["-m", "scripts.bench_gpu_rank", str(folder / "spec"), str(folder)]
     environ = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
+    # A PYTHON that was named does not have the package installed.
+    environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT / "handlers"), os.environ.get("PYTHONPATH")]))
     if device == "cpu":
         environ["DS_ACCELERATOR"] = "cpu"
     with (folder / "log").open("w+", encoding="utf-8", errors="replace") as log:
