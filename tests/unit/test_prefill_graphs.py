@@ -88,6 +88,12 @@ def test_prompts_parts_and_taken_over_beginnings_have_the_logits_of_an_eager_pas
     assert eager._lengths == captured._lengths == [44, 591, 38]
 
 
+def test_what_graphs_read_is_bounded() -> None:
+    lengths = {longest: PrefillGraphs(None, 4, longest, CPU)._reads for longest in (40, 599, 4000, 131071)}  # type: ignore[arg-type]
+    assert lengths[40] == [512] and lengths[599] == [512, 768]
+    assert lengths[4000] == lengths[131071] == [512, 1024, 2048, 4096]
+
+
 def test_passes_that_were_not_captured_run_eagerly(runners: tuple[ModelRunner, ModelRunner]) -> None:
     prompt = draw_prompts(512, 400, 1)[0]
     plans = [

@@ -21,8 +21,9 @@ from dsserve.generation.packed_prompts import PADDING, PREFILL_BUCKETS, PackedPr
 _LONGEST = 256
 # Passes that read the cache are padded to one of these: each is captured for all lengths of what they read.
 _PARTS = (64, 128, 256)
-# The shortest of those lengths; they double from here to the whole context.
-_SHORTEST_READ = 512
+# Those lengths double from the first to the last; passes that read more run eagerly: a graph holds its mask and a copy
+# of a layer's keys and values, which would be gigabytes for the longest contexts.
+_SHORTEST_READ, _LONGEST_READ = 512, 4096
 
 # (tokens, positions, cells and prompt numbers [4, T]; wanted [W]; cells, positions and prompt numbers [3, S] of what is
 # read of the cache, or None) -> logits [W, V], all on the device
@@ -55,7 +56,8 @@ class PrefillGraphs:
         self._device = device
         self._lengths = [bucket for bucket in PREFILL_BUCKETS if bucket <= min(longest, _LONGEST)]
         self._parts = [length for length in _PARTS if length in self._lengths]
-        self._reads = buckets(_SHORTEST_READ, max(_SHORTEST_READ, prefill_bucket(longest + 1)))
+        most_read = min(prefill_bucket(longest + 1), _LONGEST_READ)
+        self._reads = buckets(_SHORTEST_READ, max(_SHORTEST_READ, most_read))
         self._captured: dict[tuple[int, int], _Captured] = {}  # (T, S); S is 0 where nothing is read
 
     @torch.inference_mode()
