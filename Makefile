@@ -12,6 +12,7 @@ TOKENS  ?= on
 RUN_DIR ?= run/$(NAME)-$(PORT)
 DRAIN   ?= 30
 MINUTES ?= 30
+SHAPE   ?= llama-6.7b
 QUESTION ?= What is the capital of Japan?
 export QUESTION
 
@@ -39,7 +40,7 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup cpu-ops ops model download shard mar deploy start run stop health token rollout status logs ask test test-faults check audit bench bench-failover soak clean
+.PHONY: help setup cpu-ops ops model download shard mar deploy start run stop health token rollout status logs ask test test-faults check audit bench bench-gpu bench-failover soak clean
 
 help: ## list the targets and variables
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -131,6 +132,9 @@ audit: $(STAMP) ## known vulnerabilities of the exact versions (needs the intern
 
 bench: setup ## measure tokens per second through HTTP beside plain transformers
 	@$(PY) -m scripts.bench --model '$(MODEL)' --tp '$(TP)' --device '$(DEVICE)' --dtype '$(DTYPE)'
+
+bench-gpu: $(STAMP) ## random weights of SHAPE (ARGS='--help' lists all) on TP ranks: engine, HTTP, and transformers beside them
+	@$(PY) -m scripts.bench_gpu --shape '$(SHAPE)' --tp '$(TP)' --device '$(DEVICE)' --dtype '$(DTYPE)' $(if $(PARTS),--parts '$(PARTS)') $(ARGS)
 
 bench-failover: setup ## two servers behind HAProxy (apt-get install haproxy): one is killed under load and added back
 	@$(PY) -m scripts.failover --model '$(MODEL)' --dtype '$(or $(filter-out auto,$(DTYPE)),bf16)'

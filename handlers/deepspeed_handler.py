@@ -17,6 +17,7 @@ from dsserve.distributed import end_rank
 from dsserve.ds_engine import get_ds_engine, read_settings
 from dsserve.errors import LoadError
 from dsserve.generation.build import build_engine
+from dsserve.generation.call_length import CallLength
 from dsserve.generation.leader import EngineThread, LeaderEngine
 from dsserve.generation.observer import Observers
 from dsserve.hf_model import LoadedModel, load_model, load_outline, locate_model, model_dtype
@@ -85,8 +86,8 @@ class DeepSpeedHandler(BaseDeepSpeedHandler):
         served = describe_model(ctx.model_name, ds_engine, loaded, limits, grammars, self.rank.world_size)
         self._control = ControlFiles.from_env()
         self._leader = LeaderEngine(engine, thread, self._limits.engine_s, lambda: self.watchdog.end_in(ANSWER_S))
-        steps = config.num_scheduler_steps
-        self._batch = LiveBatch(self._leader, served, steps, self._control.is_draining, metrics.refused)
+        steps, length = config.num_scheduler_steps, CallLength(config.max_stream_delay_ms / 1e3)
+        self._batch = LiveBatch(self._leader, served, steps, length, self._control.is_draining, metrics.refused)
         metrics.loaded(clock.elapsed, served.engine)
         metrics.watch_memory(self.device)
         endpoint = MetricsEndpoint.from_env(metrics.registry)

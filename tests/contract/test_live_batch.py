@@ -13,6 +13,7 @@ from ts.context import RequestProcessor
 from ts.protocol.otf_message_handler import create_predict_response
 
 from dsserve.errors import RequestError
+from dsserve.generation.call_length import CallLength
 from dsserve.generation.grammar import GrammarCompiler
 from dsserve.generation.request import GenerationRequest, Limits, TokenEvent
 from dsserve.protocol import batch
@@ -29,6 +30,7 @@ class FakeEngine:
         self.evicted: list[str] = []
         self.script: list[list[TokenEvent]] = []
         self.calls = 0
+        self.limits_s: list[float] = []
         self.running = 0
         self.waiting = 0
 
@@ -38,7 +40,8 @@ class FakeEngine:
     def evict(self, request_id: str) -> None:
         self.evicted.append(request_id)
 
-    def run(self, max_steps: int) -> list[TokenEvent]:
+    def run(self, max_steps: int, limit_s: float) -> list[TokenEvent]:
+        self.limits_s.append(limit_s)
         self.calls += 1
         return self.script.pop(0) if self.script else []
 
@@ -64,6 +67,7 @@ class Worker:
             self.engine,  # type: ignore[arg-type]
             self.served,
             max_steps=4,
+            call_length=CallLength(0.15),
             is_draining=lambda: self.draining,
         )
         self.ctx = make_context(".", {})
@@ -149,6 +153,24 @@ def test_a_call_of_nothing_but_refused_rows_still_runs_the_engine(worker: Worker
     """The engine's step is the collective without which other ranks lose calls."""
     worker.call({"bad": {}})
     assert worker.engine.calls == 1
+
+
+def test_calls_are_short_while_somebody_streams_and_while_requests_come_often(
+    worker: Worker, clock: list[float]
+) -> None:
+    worker.call({"a": body()})
+    clock[0] += 10
+    worker.call({"a": {}, "b": body(stream=True), "c": body()}, [done("b")])
+    worker.call({"a": {}, "c": {}})
+    assert worker.engine.limits_s == [0.5, 0.15, 0.5]
+    live = {"a": {}, "c": {}}
+    for name in map(str, range(30)):
+        clock[0] += 0.02
+        worker.call({**live, name: body()}, [done(name)])
+    assert 0.01 <= worker.engine.limits_s[-1] < 0.02
+    worker.engine.running, worker.engine.waiting = 1, 1  # two slots: who comes now waits anyway
+    worker.call(live)
+    assert worker.engine.limits_s[-1] == 0.5
 
 
 def test_a_client_that_is_missing_is_evicted_once(worker: Worker) -> None:
@@ -247,7 +269,7 @@ def test_a_request_is_given_up_at_its_deadline_and_not_before(
 
 
 def test_a_deadline_that_passes_in_the_first_call_is_a_504(worker: Worker, clock: list[float]) -> None:
-    worker.engine.run = lambda max_steps: clock.__setitem__(0, clock[0] + 2) or []  # type: ignore[method-assign,func-returns-value]
+    worker.engine.run = lambda max_steps, limit_s: clock.__setitem__(0, clock[0] + 2) or []  # type: ignore[method-assign,func-returns-value]
     item, status, _, stream_next = worker.call({"a": body(timeout=1, stream=True), "b": body(timeout=3)})["a"]
     assert (status, stream_next) == (504, None) and json.loads(item)["error"]["param"] == "timeout"
     assert worker.engine.evicted == ["a"] and worker.batch.live == 1

@@ -24,11 +24,6 @@ class BatchScheduler(Scheduler):
         super().__init__(slots, PrefixCache(slots, 0))
         self._max_tokens = max_tokens
 
-    @property
-    def can_admit(self) -> bool:
-        """Whether the next step begins a batch."""
-        return bool(self._waiting) and not self.running
-
     def _admit(self) -> tuple[Admission, ...]:
         """The next batch: the first sequence that waits, and those behind it that fit beside it.
 
@@ -46,6 +41,7 @@ class BatchScheduler(Scheduler):
             prompt, output = longer
             self._waiting.remove(sequence)
             self._running.append(sequence)
+            sequence.prefilled = len(sequence.request.prompt_ids)  # prompts are never read in parts
         self._one_by_one = max(0, self._one_by_one - len(self._running))
         return tuple(_admission(sequence) for sequence in self._running)
 

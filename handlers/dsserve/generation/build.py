@@ -26,8 +26,10 @@ from dsserve.generation.kernel_runner import KernelRunner
 from dsserve.generation.limits import read_limits
 from dsserve.generation.model_runner import ModelRunner
 from dsserve.generation.observer import Observer
+from dsserve.generation.prefix_cache import PrefixCache
 from dsserve.generation.request import Limits
 from dsserve.generation.runner import Runner
+from dsserve.generation.scheduler import Scheduler
 from dsserve.generation.warmup import verify_runner, warm_up, warm_up_batches
 from dsserve.hf_model import LoadedModel
 from dsserve.load_clock import LoadClock
@@ -89,7 +91,9 @@ def build_engine(
     """
     if ds_engine.workspace is None:
         limits = read_limits(config, loaded.max_position, ds_engine.module.config)
-        runner, scheduler = _autotp_runner(ds_engine, config, limits, rank, device, clock), None
+        runner = _autotp_runner(ds_engine, config, limits, rank, device, clock)
+        prefixes = PrefixCache(runner.slots, runner.kept)
+        scheduler = Scheduler(runner.slots, prefixes, config.max_num_batched_tokens)
     else:
         size = ds_engine.workspace.size
         limits = read_limits(config, loaded.max_position, ds_engine.module.config, size.tokens)

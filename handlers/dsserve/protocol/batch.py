@@ -15,6 +15,7 @@ from http import HTTPStatus
 from typing import Any
 
 from dsserve.errors import RequestError
+from dsserve.generation.call_length import CallLength
 from dsserve.generation.leader import RETRY_AFTER_S, LeaderEngine
 from dsserve.generation.request import Origin, TokenEvent
 from dsserve.protocol.job import Job
@@ -49,7 +50,8 @@ class LiveBatch:
     Args:
         engine: rank 0's engine.
         served: the model and its limits.
-        max_steps: most decode steps in one call.
+        max_steps: most steps of one call.
+        call_length: how long a call may take.
         is_draining: whether new requests are to be refused; asked once a call.
         count_error: hears of each request that is answered with an error, once.
     """
@@ -59,12 +61,14 @@ class LiveBatch:
         engine: LeaderEngine,
         served: ServedModel,
         max_steps: int,
+        call_length: CallLength,
         is_draining: Callable[[], bool] = lambda: False,
         count_error: Callable[[RequestError], None] = lambda _: None,
     ) -> None:
         self._engine = engine
         self._served = served
         self._max_steps = max_steps
+        self._call_length = call_length
         self._is_draining = is_draining
         self._count_error = count_error
         self._rows: dict[str, _Row] = {}
@@ -93,10 +97,18 @@ class LiveBatch:
                     self._count_error(found)
                 if found is not None:
                     answered[request_id] = found
-        for event in self._engine.run(self._max_steps):
+        for event in self._engine.run(self._max_steps, self._limit_s()):
             self._take(event, answered)
         self._end_overdue(answered)
         return self._collect(ids, answered, ctx)
+
+    def _limit_s(self) -> float:
+        now = time.monotonic()
+        if any(row.is_new for row in self._rows.values()):
+            self._call_length.arrived(now)
+        streaming = any(row.reply.is_stream and not row.done for row in self._rows.values())
+        has_room = self._engine.running + self._engine.waiting < self._served.limits.max_running
+        return self._call_length.limit_s(now, streaming, has_room)
 
     def _drop_gone(self, ids: set[str]) -> None:
         for request_id in [known for known in self._rows if known not in ids]:
