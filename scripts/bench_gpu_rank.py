@@ -33,7 +33,7 @@ SHORT_PROMPT = 128  # of the stream beside which a long prompt is read
 
 @dataclass(frozen=True)
 class Spec:
-    """What one part measures: `engine`, `autotp`, `generate` or `batching`, at one prompt length."""
+    """What one part measures: `engine`, `kernels`, `autotp`, `generate` or `batching`, at one prompt length."""
 
     part: str
     model: str
@@ -62,11 +62,15 @@ class BenchRank(BaseDeepSpeedHandler):
     def run(self) -> None:
         """Measures all cases of the part."""
         spec = self._spec
-        yaml_config = {"deviceType": spec.device, "deepspeed": {"dtype": spec.dtype}}
+        deepspeed: dict[str, Any] = {"dtype": spec.dtype}
+        if spec.part == "kernels":
+            deepspeed |= {"replace_with_kernel_inject": True, "max_out_tokens": spec.prompt + spec.new_tokens}
+        yaml_config = {"deviceType": spec.device, "deepspeed": deepspeed}
         self.initialize(Context("bench", spec.model, None, 1, None, "0.12.0", model_yaml_config=yaml_config))
         self._clock = LoadClock(self.rank.rank, self.device)
         self._note(bandwidth=read_bandwidth(self.device))
-        {"engine": self._engine_part, "autotp": self._autotp}.get(spec.part, self._one_device)()
+        measures = {"engine": self._engine_part, "kernels": self._engine_part, "autotp": self._autotp}
+        measures.get(spec.part, self._one_device)()
 
     def _note(self, **more: Any) -> None:
         """Adds to the results, which are there whenever the part is ended."""
@@ -91,7 +95,7 @@ class BenchRank(BaseDeepSpeedHandler):
         config = HandlerConfig(model_path=self._spec.model)
         with self._clock.phase("files"):
             loaded = load_model(config, Path(self._spec.model))
-        ds_engine = get_ds_engine(loaded.model, self.context, None, self._clock)
+        ds_engine = get_ds_engine(loaded.model, self.context, None, self._clock, max(self._spec.batches))
         self._vocabulary = ds_engine.module.config.vocab_size
         self._note(bytes=asdict(StepBytes.of(ds_engine.module, self.rank.world_size)))
         return loaded, ds_engine
@@ -108,7 +112,7 @@ class BenchRank(BaseDeepSpeedHandler):
         for batch in (batch for batch in spec.batches if batch <= rows):
             rounds = [group.together(self._prompts(batch, seed), spec.new_tokens) for seed in range(spec.repeats)]
             self._case(str(batch), summarise(rounds))
-        if rows > 1 and spec.new_tokens > IDLE_STEPS + 2:
+        if ds_engine.workspace is None and rows > 1 and spec.new_tokens > IDLE_STEPS + 2:
             short = draw_prompts(self._vocabulary, min(SHORT_PROMPT, spec.prompt), spec.repeats + 1, seed=7)
             long, room = self._prompts(spec.repeats + 1, seed=8), spec.prompt + spec.new_tokens - len(short[0])
             rounds = [group.admit_beside(*pair, room) for pair in zip(short, long, strict=True)]

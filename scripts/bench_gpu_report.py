@@ -9,6 +9,7 @@ from typing import Any
 WAYS = {
     "engine": "this engine",
     "http": "this engine through HTTP",
+    "kernels": "kernel injection, this engine's batches",
     "autotp": "AutoTP + generate (upstream's way)",
     "batching": "transformers' continuous batching, one device",
     "generate": "transformers' generate, one device",

@@ -56,3 +56,9 @@ def test_all_parts_on_a_cpu(folder: Path, tp: int, runs: list[str]) -> None:
     assert len(engine["bytes"]) == len(engine["bandwidth"]) == tp
     assert engine["cases"]["admission"]["tokens_in_between"] == 3, "a prompt of 40 tokens is read in three parts of 16"
     assert text.count("\n| this engine | 40 |") == 2 and "left out" not in text
+
+
+def test_kernel_injection_is_left_out_with_its_reason_where_there_is_no_gpu(folder: Path) -> None:
+    text, report = bench_gpu(1, "kernels", folder / "kernels")
+    assert report["parts"]["kernels"]["40"]["cases"] == {}
+    assert "left out: kernel injection, this engine's batches, prompt 40, all:" in text and "need a GPU" in text

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from dsserve.injection.batch import KernelBatch
 from dsserve.injection.cache import KernelCache
 from dsserve.injection.workspace import WorkspaceError
 from tests.injection.models import Size
@@ -106,6 +107,24 @@ class Pair:
         if started is not None:
             self._synchronize()
             result.ms_a_step = 1e3 * (time.perf_counter() - started) / (steps - steps // 2)
+        return result
+
+    @torch.inference_mode()
+    def drive(self, prompts: Prompts, steps: int) -> Result:
+        """The same through `KernelBatch`, as requests are served."""
+        batch = KernelBatch(self.injected, self.size.tokens, self.device)
+        expected = [self._expect(prompt, steps) for prompt in prompts]
+        result = Result(steps=steps)
+        for found, (prefill, _, _) in zip(batch.prefill(prompts).float(), expected, strict=True):
+            wanted = prefill[-1].to(self.device)
+            result.prefill = max(result.prefill, error(found, wanted))
+            self._token(result, found, wanted)
+        for step in range(steps):
+            logits = batch.decode([tokens[step] for _, _, tokens in expected])
+            for found, (_, further, _) in zip(logits.float(), expected, strict=True):
+                wanted = further[step].to(self.device)
+                result.decode = max(result.decode, error(found, wanted))
+                self._token(result, found, wanted)
         return result
 
     def _forward(self, ids: torch.Tensor, mask: torch.Tensor, padded: bool, cache: KernelCache) -> torch.Tensor:
@@ -201,6 +220,7 @@ DECODER_CASES: dict[str, Case] = {
     "long decode": lambda p: p.compare(p.prompts(5), p.size.tokens - 5),
     "overrun refused": lambda p: _refused(p, 2, p.size.tokens - 1, 2),
     "whole workspace": lambda p: p.compare(p.prompts(*[p.size.tokens - 2] * p.size.rows), 2),
+    "served": lambda p: p.drive(p.prompts(13, 2, 1, 9), 10),
     "generate": lambda p: p.generate(p.prompts(11, 4, 1), 12),
     "one row": lambda p: p.compare(p.prompts(7), 8),
 }
