@@ -25,7 +25,7 @@ LONG = 150  # tokens: five parts
 ARRIVALS = {
     "first": (9, 24, 0),
     "short": (5, 5, 0),
-    "gone": (7, 40, 1),
+    "gone": (7, 12, 1),
     "long": (LONG, 12, 3),
     "behind": (20, 6, 4),
     "again": (LONG + 40, 6, 12),

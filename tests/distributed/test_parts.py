@@ -11,10 +11,12 @@ from transformers import AutoModelForCausalLM
 from tests.distributed.parts import ARRIVALS, CANCELLED, LONG, PART, requests
 from tests.ranks import run_ranks
 
+pytestmark = pytest.mark.timeout(900)  # half a minute on a machine that does nothing else
+
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["TP=1", "TP=2"])
 def leader(request: pytest.FixtureRequest, smollm2: Path) -> dict:
-    return run_ranks("tests.distributed.parts:texts", request.param, path=str(smollm2))[0]
+    return run_ranks("tests.distributed.parts:texts", request.param, timeout_s=800, path=str(smollm2))[0]
 
 
 def test_tokens_are_those_of_each_request_alone(leader: dict) -> None:
