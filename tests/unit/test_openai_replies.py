@@ -141,6 +141,13 @@ def test_what_only_looks_like_a_call_stays_text() -> None:
         assert "".join(str(piece) for piece in pieces) == text
 
 
+def test_a_call_that_is_nested_too_deeply_stays_text() -> None:
+    """A model can be made to write it, and Python's parser raises something else than for bad JSON."""
+    text = "<tool_call>" + "[" * 100_000
+    parser = ToolCallText()
+    assert "".join(str(piece) for piece in [*parser.push(text), *parser.flush()]) == text
+
+
 def test_one_call_at_most_where_asked_for() -> None:
     whole = WholeReply(ENVELOPE, [ChatShape(calls=ToolCallText(), most_calls=1)], 1)
     sent = b"".join(whole.take(event) for event in events(0, CALLED + CALLED))

@@ -85,6 +85,7 @@ def test_a_json_body_is_an_object_parsed_by_torchserve_or_not() -> None:
         ({"body": b""}, JSON, "is empty"),
         ({"body": b"{"}, JSON, "not valid JSON"),
         ({"body": b"[" * 200_000}, JSON, "nested too deeply"),
+        ({"body": b'{"seed": ' + b"1" * 5000 + b"}"}, JSON, "thousands of digits"),
         ({"body": b"\xff\xfe"}, "text/plain", "not UTF-8"),
         ({"body": b'"\xff"'}, JSON, "not UTF-8"),
         ({"body": b"[1]"}, JSON, "found an array"),
@@ -136,7 +137,7 @@ def test_no_bytes_raise_anything_else(body: bytes, content_type: str | None) -> 
         ({"prompt": "a", "stop": ""}, "stop", "must not be empty"),
         ({"prompt": "a", "stop": ["a", ""]}, "stop", "must not be empty"),
         ({"prompt": "a", "stop": "\ud800"}, "stop", "not valid Unicode"),
-        ({"prompt": "a", "stop": list("abcde")}, "stop", "at most 4"),
+        ({"prompt": "a", "stop": ["a"] * 65}, "stop", "at most 64"),
         ({"prompt": "a", "stream": "yes"}, "stream", "boolean"),
         ({"prompt": "a", "max_tokens": 5}, "max_tokens", "did you mean max_new_tokens?"),
         ({"prompt": "a", "nonsense": 5}, "nonsense", "Allowed: temperature, top_p"),
@@ -169,7 +170,7 @@ def test_a_prompt_gets_the_tokenizers_bos_and_the_defaults() -> None:
 
 
 def test_messages_get_the_templates_bos_alone() -> None:
-    assert encode_messages([{"role": "user", "content": "a"}], make_tokenizer()) == [0, 3, 1]
+    assert encode_messages([{"role": "user", "content": "a"}], make_tokenizer(), LIMITS) == [0, 3, 1]
     assert build({"messages": [{"role": "user", "content": "a"}]}).prompt_ids == (0, 3, 1)
 
 
@@ -192,6 +193,7 @@ def test_null_is_left_out() -> None:
 @pytest.mark.parametrize(
     ("body", "param"),
     [({"logit_bias": {"11": 1}}, "logit_bias"), ({"stop_token_ids": [11]}, "stop_token_ids"),
+     ({"stop": list("abcde")}, "stop"),
      ({"min_tokens": 5, "max_new_tokens": 4}, "min_tokens")],
 )  # fmt: skip
 def test_what_the_model_or_the_request_cannot_have_is_refused(body: dict[str, Any], param: str) -> None:
@@ -209,6 +211,28 @@ def test_what_the_model_or_the_request_cannot_have_is_refused(body: dict[str, An
 def test_what_does_not_fit_is_refused_with_the_numbers(body: dict[str, Any], status: int, words: str) -> None:
     error = refusal(build, body)
     assert error.status == status and words in error.message
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_text_far_above_the_context_is_not_tokenized_whole(chat: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A megabyte takes a second, and every stream waits for it."""
+    tokenizer, read = make_tokenizer(), 0
+    original = type(tokenizer).__call__
+
+    def count(self: Any, text: str, **options: Any) -> Any:
+        nonlocal read
+        read += len(text)
+        return original(self, text, **options)
+
+    monkeypatch.setattr(type(tokenizer), "__call__", count)
+    text = "a " * 500_000
+    body = {"messages": [{"role": "user", "content": text}]} if chat else {"prompt": text}
+    error = refusal(generate, "r", body, served(tokenizer))
+    assert error.status == 413 and error.param == "prompt" and "more than 64 tokens" in error.message
+    assert read < 2000
+    spaces = "a" + " " * 5000 + "b"  # many characters, few tokens
+    (request,) = generate("r", spaces, served(tokenizer)).requests
+    assert request.prompt_ids == (0, 3, 4)
 
 
 def test_the_default_is_cut_to_what_fits() -> None:

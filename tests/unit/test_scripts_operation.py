@@ -137,7 +137,7 @@ def test_what_the_probe_says(torchserve: Ports, described: Any, canary: Any, sta
     ("host", "open_to_all"), [("127.0.0.1", True), ("127.0.0.9", True), ("localhost", True), ("0.0.0.0", False)]
 )
 def test_tokens_are_asked_for_beyond_loopback(host: str, open_to_all: bool) -> None:
-    properties = server_properties(Ports(9000), "m", Path("/store/m.mar"), "cpu", host)
+    properties = server_properties(Ports(9000), "m", Path("/store/m.mar"), {}, host)
     assert is_loopback(host) is open_to_all
     assert properties["disable_token_authorization"] == str(open_to_all).lower()
     assert properties["inference_address"] == f"http://{host}:9000"

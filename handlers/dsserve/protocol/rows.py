@@ -88,6 +88,8 @@ def _parse(text: str) -> Any:
         raise RequestError(
             f"the request body is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}"
         ) from None
+    except ValueError:  # Python's limit of digits
+        raise RequestError("the request body holds a number of thousands of digits") from None
     except RecursionError:
         raise RequestError("the request body is nested too deeply") from None
 
