@@ -66,7 +66,9 @@ def refusal(call: Any, *arguments: Any) -> RequestError:
 
 def test_a_text_body_is_the_prompt() -> None:
     assert read_body({"body": b"caf\xc3\xa9"}, "text/plain") == "café"
-    assert read_body({"body": b'{"prompt": "a"}'}, None) == '{"prompt": "a"}'
+    assert read_body({"body": b"a"}, None) == read_body({"body": b"a"}, "application/octet-stream") == "a"
+    assert read_body({"body": b'{"prompt": "a"}'}, "text/plain") == '{"prompt": "a"}'
+    assert read_body({"body": b'{"a" is no JSON'}, None) == '{"a" is no JSON'
     assert read_body({"data": "a form's field"}, None) == "a form's field"
 
 
@@ -91,6 +93,8 @@ def test_a_json_body_is_an_object_parsed_by_torchserve_or_not() -> None:
         ({"body": b"[1]"}, JSON, "found an array"),
         ({"body": b'"a"'}, JSON, "found a string"),
         ({"body": b"null"}, JSON, "found null"),
+        ({"body": b' {"prompt": "a"}'}, None, "without a content type"),
+        ({"body": b'{"prompt": "a"}'}, "application/octet-stream", "-H 'Content-Type: application/json'"),
         ({"body": "a", "other": "b"}, None, "put them into the JSON body"),
     ],
 )
@@ -140,7 +144,9 @@ def test_no_bytes_raise_anything_else(body: bytes, content_type: str | None) -> 
         ({"prompt": "a", "stop": ["a"] * 65}, "stop", "at most 64"),
         ({"prompt": "a", "stream": "yes"}, "stream", "boolean"),
         ({"prompt": "a", "max_tokens": 5}, "max_tokens", "did you mean max_new_tokens?"),
-        ({"prompt": "a", "nonsense": 5}, "nonsense", "Allowed: temperature, top_p"),
+        ({"prompt": "a", "nonsense": 5}, "nonsense", "nonsense: unknown parameter. Allowed: temperature, top_p"),
+        ({"prompt": "a", "logit_bias": {"x": 1}}, "logit_bias", 'keys must be token ids, like "17"'),
+        ({"prompt": "a", "logit_bias": {"5": 101}}, "logit_bias", "less than or equal to 100"),
     ],
 )
 def test_a_wrong_parameter_is_named(body: dict[str, Any], param: str | None, words: str) -> None:

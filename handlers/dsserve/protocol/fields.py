@@ -40,7 +40,7 @@ def _int_keys(value: Any) -> Any:
     try:
         return {int(key): number for key, number in value.items()}
     except ValueError:
-        raise PydanticCustomError("bias_keys", 'keys must be token ids, like {{"17": -100}}') from None
+        raise PydanticCustomError("bias_keys", 'keys must be token ids, like "17"') from None
 
 
 Text = Annotated[str, AfterValidator(_check_unicode)]
@@ -177,4 +177,4 @@ def explain(error: ValidationError, allowed: list[str], other_names: dict[str, s
 
 def _unknown(name: str, allowed: list[str], other_names: dict[str, str]) -> str:
     hint = other_names.get(name)
-    return f"unknown parameter{f': {hint}' if hint else ''}. Allowed: {', '.join(allowed)}"
+    return f"{name}: {hint}" if hint else f"{name}: unknown parameter. Allowed: {', '.join(allowed)}"
