@@ -5,17 +5,17 @@ Only the number; `run_dir` writes it into config.properties.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from scripts.model_facts import context_of
 
 # A token is some 4 characters of text, up to 12 bytes a character where JSON escapes it, 7 as a number in a list; a
 # body may hold several prompts, and schemas or tools beside them.
 BYTES_A_TOKEN = 128
 LEAST_BYTES = 2**20
 TORCHSERVES_OWN = 6_553_500
-_CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 
 
 def max_request_bytes(config: Mapping[str, Any]) -> int:
@@ -25,13 +25,3 @@ def max_request_bytes(config: Mapping[str, Any]) -> int:
     if not isinstance(context, int):
         return TORCHSERVES_OWN
     return max(LEAST_BYTES, BYTES_A_TOKEN * context)
-
-
-def context_of(model: Path) -> int | None:
-    """The context in config.json of a model's folder; None for a hub id, or where it names none."""
-    try:
-        found = json.loads((model / "config.json").read_text(encoding="utf-8"))
-        found = {**found, **found.get("text_config", {})}
-    except (OSError, ValueError, TypeError):
-        return None
-    return next((found[key] for key in _CONTEXT_KEYS if isinstance(found.get(key), int)), None)

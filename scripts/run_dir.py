@@ -143,7 +143,12 @@ class RunDir:
         return read_token(self.key_file, kind)
 
     def create(self, properties: dict[str, str]) -> Path:
-        """Make the folder with empty logs and the configuration; return the (empty) temporary folder to use."""
+        """Make the folder with empty logs and the configuration; return the (empty) temporary folder to use.
+
+        What a server left that was killed goes, its temporary folder elsewhere too."""
+        killed = self.read_record()
+        if killed is not None:
+            self.clear(killed)
         self._forget()
         shutil.rmtree(self.logs, ignore_errors=True)
         self.logs.mkdir(parents=True)

@@ -87,6 +87,15 @@ def test_the_limit_of_a_body_follows_from_the_context(
     assert server_properties(Ports(9000), "m", ARCHIVE, config)["max_request_size"] == str(expected)
 
 
+def test_a_start_removes_what_a_killed_server_left_elsewhere(tmp_path: Path) -> None:
+    run, temp = RunDir(tmp_path / "run"), tmp_path / "elsewhere"
+    run.create({})
+    (temp / "models").mkdir(parents=True)
+    run.write_record(Record(1, "m", 8080, str(temp), 0.0))
+    run.create({})
+    assert not temp.exists() and run.read_record() is None
+
+
 def test_a_run_directory_starts_empty_and_keeps_logs(tmp_path: Path) -> None:
     run = RunDir(tmp_path / "run")
     temp = run.create({"a": "b"})

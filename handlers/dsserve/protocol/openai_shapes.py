@@ -81,7 +81,6 @@ class CompletionShape(Shape):
             "text_offset": offsets,
         }
 
-
     def _top(self, entry: TokenLogprob) -> dict[str, float] | None:
         """The likeliest tokens, and the token itself where it is none of them, as OpenAI has it."""
         assert self._token_text is not None
