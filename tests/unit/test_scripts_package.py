@@ -75,9 +75,9 @@ def test_packing_again_replaces_the_archive(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["", "a/b", "../x", "-f", "a b", "a;b", "ü"])
 def test_a_name_unfit_for_urls_is_refused(name: str, tmp_path: Path) -> None:
-    with pytest.raises(PackageError, match="NAME=.* is not fit for a URL"):
+    with pytest.raises(PackageError, match=r"NAME=.* is not fit for a URL"):
         package(name, "x", Choice(), model_store=tmp_path)
-    with pytest.raises(PackageError, match="VERSION=.* is not fit for a URL"):
+    with pytest.raises(PackageError, match=r"VERSION=.* is not fit for a URL"):
         package("m", "x", Choice(), version=name, model_store=tmp_path)
 
 
