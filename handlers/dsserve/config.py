@@ -50,6 +50,8 @@ class HandlerConfig(BaseModel):
     )
     max_running: int = Field(16, ge=1, le=1024, description="sequences that generate at the same time: KV slots")
     max_waiting: int = Field(64, ge=0, description="sequences that wait for a slot; more are answered with 429")
+    max_n: int = Field(128, ge=1, le=128, description="texts for one prompt (`n`)")
+    max_stops: int = Field(4, ge=0, le=64, description="stop strings of one request")
     prefix_cache_rows: Literal["auto"] | Annotated[int, Field(ge=0)] = Field(
         "auto",
         description="KV rows that keep ended requests for prompts that begin alike; auto = up to 8; 0 = no reuse",
