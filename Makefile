@@ -12,6 +12,7 @@ TOKENS  ?= on
 RUN_DIR ?= run/$(NAME)-$(PORT)
 DRAIN   ?= 30
 MINUTES ?= 30
+SHAPE   ?= llama-6.7b
 QUESTION ?= What is the capital of Japan?
 export QUESTION
 
@@ -27,7 +28,7 @@ endif
 ifeq ($(LACKS),nothing)
 PY    := $(PYTHON)
 STAMP :=
-OPS_STAMP := ops
+OPS_STAMP := cpu-ops
 else
 PY    := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
@@ -39,7 +40,7 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup ops model download shard mar deploy start run stop health token rollout status logs ask test test-faults check audit bench bench-failover soak clean
+.PHONY: help setup cpu-ops ops model download shard mar deploy start run stop health token rollout status logs ask test test-faults check audit bench bench-gpu bench-failover soak clean
 
 help: ## list the targets and variables
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -65,8 +66,12 @@ $(VENV)/.ops: $(VENV)/.installed
 	@$(PY) -m scripts.build_ops --device '$(DEVICE)'
 	@touch $@
 
-ops: $(STAMP) ## compile the CPU operations: shared-memory all-reduce, norms, rotary (slower ones are used without)
+# What `setup` needs where a PYTHON was named; in a virtual environment a stamp says that it was done.
+cpu-ops: $(STAMP)
 	@$(PY) -m scripts.build_ops --device '$(DEVICE)'
+
+ops: $(STAMP) ## compile ahead: a CPU's all-reduce, norms, rotary; on a GPU DeepSpeed's kernels for replace_with_kernel_inject
+	@$(PY) -m scripts.build_ops --device '$(DEVICE)' --kernels
 
 model: $(STAMP) ## convert or check MODEL
 	@$(PY) -m scripts.prepare_model '$(MODEL)'
@@ -127,6 +132,9 @@ audit: $(STAMP) ## known vulnerabilities of the exact versions (needs the intern
 
 bench: setup ## measure tokens per second through HTTP beside plain transformers
 	@$(PY) -m scripts.bench --model '$(MODEL)' --tp '$(TP)' --device '$(DEVICE)' --dtype '$(DTYPE)'
+
+bench-gpu: $(STAMP) ## random weights of SHAPE (ARGS='--help' lists all) on TP ranks: engine, HTTP, and transformers beside them
+	@$(PY) -m scripts.bench_gpu --shape '$(SHAPE)' --tp '$(TP)' --device '$(DEVICE)' --dtype '$(DTYPE)' $(if $(PARTS),--parts '$(PARTS)') $(ARGS)
 
 bench-failover: setup ## two servers behind HAProxy (apt-get install haproxy): one is killed under load and added back
 	@$(PY) -m scripts.failover --model '$(MODEL)' --dtype '$(or $(filter-out auto,$(DTYPE)),bf16)'

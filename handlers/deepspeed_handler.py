@@ -14,12 +14,14 @@ from dsserve.base_handler import BaseDeepSpeedHandler
 from dsserve.config import HandlerConfig, read_handler_config
 from dsserve.control import ControlFiles
 from dsserve.distributed import end_rank
-from dsserve.ds_engine import get_ds_engine
+from dsserve.ds_engine import get_ds_engine, read_settings
 from dsserve.errors import LoadError
-from dsserve.generation.build import build_engine, check_engine_choice
+from dsserve.generation.build import build_engine
+from dsserve.generation.call_length import CallLength
 from dsserve.generation.leader import EngineThread, LeaderEngine
 from dsserve.generation.observer import Observers
 from dsserve.hf_model import LoadedModel, load_model, load_outline, locate_model, model_dtype
+from dsserve.injection.attempt import KernelInjection
 from dsserve.load_clock import LoadClock
 from dsserve.logs import set_serving_level
 from dsserve.metrics import Metrics
@@ -70,7 +72,7 @@ class DeepSpeedHandler(BaseDeepSpeedHandler):
     def _load(self, ctx: Any, config: HandlerConfig, clock: LoadClock) -> None:
         logger.info("[dsserve] rank %d of %d: loading on %s", self.rank.rank, self.rank.world_size, self.device)
         loaded, shards = self._read(ctx, config, clock)
-        ds_engine = get_ds_engine(loaded.model, ctx, shards, clock)
+        ds_engine = get_ds_engine(loaded.model, ctx, shards, clock, config.max_running)
         self.model = ds_engine.module
         if not self.rank.is_leader:
             self._engine, _, _ = build_engine(ds_engine, loaded, config, self.rank, self.device, clock)
@@ -81,11 +83,11 @@ class DeepSpeedHandler(BaseDeepSpeedHandler):
         engine, limits, grammars = thread.call(
             lambda: build_engine(ds_engine, loaded, config, self.rank, self.device, clock, observer)
         )
-        served = describe_model(ctx.model_name, ds_engine.module, loaded, limits, grammars, self.rank.world_size)
+        served = describe_model(ctx.model_name, ds_engine, loaded, limits, grammars, self.rank.world_size)
         self._control = ControlFiles.from_env()
         self._leader = LeaderEngine(engine, thread, self._limits.engine_s, lambda: self.watchdog.end_in(ANSWER_S))
-        steps = config.num_scheduler_steps
-        self._batch = LiveBatch(self._leader, served, steps, self._control.is_draining, metrics.refused)
+        steps, length = config.num_scheduler_steps, CallLength(config.max_stream_delay_ms / 1e3)
+        self._batch = LiveBatch(self._leader, served, steps, length, self._control.is_draining, metrics.refused)
         metrics.loaded(clock.elapsed, served.engine)
         metrics.watch_memory(self.device)
         endpoint = MetricsEndpoint.from_env(metrics.registry)
@@ -97,13 +99,16 @@ class DeepSpeedHandler(BaseDeepSpeedHandler):
         with clock.phase("files"):
             folder = locate_model(config, self.model_dir)
             outline = load_outline(config, folder)
-            plan_kv_copies(outline, self.rank.world_size)  # refuses before the long load
-            settings = check_engine_choice(ctx, self.rank.world_size, model_dtype(outline))
+            settings = read_settings(ctx, self.rank.world_size, model_dtype(outline))
+            # Refusals come before the long load.
+            injects = settings.kernel_inject and KernelInjection(settings, self.rank, self.device).is_possible(outline)
+            if not injects:
+                plan_kv_copies(outline, self.rank.world_size)
             numbers = sum(parameter.numel() for parameter in outline.parameters())
             clock.share_bytes = numbers * settings.dtype.itemsize // settings.tp_size
             cache = self.model_dir / config.shard_cache if config.shard_cache else folder / shard_cache.FOLDER
             wanted = Manifest.describe(outline, folder, settings.tp_size, settings.dtype)
-            shards = shard_cache.find_shards(wanted, cache, self.rank)
+            shards = None if injects else shard_cache.find_shards(wanted, cache, self.rank)
             return load_model(config, folder, outline if shards else None), shards
 
     def handle(self, data: list[dict[str, Any]], context: Any) -> list[Any]:

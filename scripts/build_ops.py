@@ -1,8 +1,8 @@
-"""Compile what a CPU needs ahead of time, so that the first model need not wait for it: DeepSpeed's shared-memory
-all-reduce and our own operations.
+"""Compile ahead of time what a model would wait for at its load: on a CPU DeepSpeed's shared-memory all-reduce and our
+own operations, on a GPU DeepSpeed's kernels for `replace_with_kernel_inject`.
 
-Takes about 40 seconds once; the result lies in torch's extension cache. Without a compiler the ranks use gloo and plain
-torch operations instead, about 3 times slower a step, and this says so.
+Takes about 40 seconds once on a CPU, a minute on a GPU host; the results lie in torch's extension cache. Without a
+compiler a CPU's ranks use gloo and plain torch operations instead, about 3 times slower a step, and this says so.
 """
 
 from __future__ import annotations
@@ -42,14 +42,36 @@ def build() -> bool:
     return load_cpu_ops()
 
 
-def main(device: str = typer.Option(AUTO, help="auto, cpu or gpu: a GPU needs no CPU op")) -> None:
-    """Compile the CPU's operations, or say what is used instead."""
+def main(
+    device: str = typer.Option(AUTO, help="auto, cpu or gpu: a GPU needs no CPU op"),
+    kernels: bool = typer.Option(False, help="on a GPU: compile the kernels of replace_with_kernel_inject"),
+) -> None:
+    """Compile what the device needs, or say what is used instead."""
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     try:
         if resolve_device(device) == "gpu":
+            if kernels:
+                _build_kernels()
             return
     except MachineError as error:
         fail(str(error))
-    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    _build_cpu_ops()
+
+
+def _build_kernels() -> None:
+    """DeepSpeed's `transformer_inference` op alone, with the compiler's output."""
+    os.environ["DS_ACCELERATOR"] = "cuda"
+    sys.path.insert(0, str(ROOT / "handlers"))  # a PYTHON that was named does not have the package installed
+    from dsserve.errors import LoadError
+    from dsserve.injection.op import load_op
+
+    try:
+        say(f"DeepSpeed's kernels are ready ({load_op(lambda _: None, verbose=True):.0f} s)")
+    except LoadError as error:
+        fail(str(error))
+
+
+def _build_cpu_ops() -> None:
     missing = missing_tools()
     if missing:
         names = " and ".join(missing)

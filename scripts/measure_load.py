@@ -7,7 +7,6 @@ pages of the model's files do not count. What a rank does is in `measure_load_ra
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import shutil
@@ -24,48 +23,23 @@ from scripts.console import fail, say
 from scripts.machine import AUTO
 from scripts.package import Choice
 from scripts.prepare_model import ROOT
+from scripts.random_model import LLAMA_6_7B, make_config, write_checkpoint
 from scripts.shard_checkpoint import shard
 
 WAYS = ("plain", "ours", "cache")
 # A layer of Llama-2-7B in bf16, and its embeddings and head.
-HIDDEN, INTERMEDIATE, HEADS, VOCABULARY = 4096, 11008, 32, 32000
+HIDDEN, INTERMEDIATE = LLAMA_6_7B["hidden_size"], LLAMA_6_7B["intermediate_size"]
 LAYER_BYTES = 2 * (4 * HIDDEN * HIDDEN + 3 * HIDDEN * INTERMEDIATE)
-ENDS_BYTES = 2 * 2 * VOCABULARY * HIDDEN
+ENDS_BYTES = 2 * 2 * LLAMA_6_7B["vocab_size"] * HIDDEN
 
 
 def make_checkpoint(folder: Path, gigabytes: float) -> int:
-    """Writes a sharded checkpoint one layer after the other and returns its bytes."""
-    from safetensors.torch import save_file
-    from transformers import LlamaConfig, LlamaForCausalLM
-
+    """Writes a sharded checkpoint of Llama-2-7B's layers and returns its bytes."""
     layers = max(1, round((gigabytes * 1e9 - ENDS_BYTES) / LAYER_BYTES))
-    config = LlamaConfig(
-        hidden_size=HIDDEN, intermediate_size=INTERMEDIATE, num_hidden_layers=layers, num_attention_heads=HEADS,
-        vocab_size=VOCABULARY, tie_word_embeddings=False, dtype=torch.bfloat16,
-    )  # fmt: skip
-    config.architectures = ["LlamaForCausalLM"]
-    config.save_pretrained(folder)
-    with torch.device("meta"):
-        shapes = {name: tensor.shape for name, tensor in LlamaForCausalLM(config).state_dict().items()}
-    groups: dict[str, list[str]] = {}
-    for name in shapes:
-        groups.setdefault(".".join(name.split(".")[:3]) if ".layers." in name else "ends", []).append(name)
-    weight_map: dict[str, str] = {}
-    for count, names in enumerate(groups.values(), 1):
-        file = f"model-{count:05d}-of-{len(groups):05d}.safetensors"
-        tensors = {name: _random(shapes[name]).roll(count, 0).contiguous() for name in names}
-        save_file(tensors, folder / file, {"format": "pt"})
-        weight_map |= dict.fromkeys(names, file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    config = make_config("llama-6.7b", torch.bfloat16)
+    config.num_hidden_layers = layers
+    write_checkpoint(folder, config)
     return layers * LAYER_BYTES + ENDS_BYTES
-
-
-@functools.cache
-def _random(shape: tuple[int, ...]) -> torch.Tensor:
-    """A norm's ones, or numbers of which every layer holds the same rolled by a row: drawing 10^10 takes minutes."""
-    if len(shape) == 1:
-        return torch.ones(shape, dtype=torch.bfloat16)
-    return torch.empty(shape, dtype=torch.bfloat16).normal_(std=0.02)
 
 
 def measure(way: str, model: Path, ranks: int, device: str) -> list[dict[str, Any]]:

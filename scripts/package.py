@@ -22,6 +22,7 @@ import yaml
 
 from scripts.console import fail, say
 from scripts.machine import AUTO, MachineError, resolve_device, resolve_dtype, resolve_tp
+from scripts.model_facts import attention_heads
 from scripts.prepare_model import DEMO_MODEL, ROOT, WEIGHT_PATTERNS, ModelError, prepare
 
 HANDLERS = "handlers"  # relative to ROOT: the archiver splits its list of files at commas
@@ -105,11 +106,13 @@ def package(
 
     Raises PackageError, MachineError.
     """
-    if not NAME_PATTERN.fullmatch(name):
-        raise PackageError(f"NAME={name} is not fit for a URL: use letters, digits, '_', '.' and '-'")
+    for variable, value in (("NAME", name), ("VERSION", version)):
+        if not NAME_PATTERN.fullmatch(value):
+            raise PackageError(f"{variable}={value} is not fit for a URL: use letters, digits, '_', '.' and '-'")
     has_own = (CONFIGS / name).is_dir()
     config_dir = CONFIGS / (name if has_own else DEMO_MODEL)
     model_config, ds_config = render(config_dir, model_path, choice)
+    check_ranks(model_config["torchrun"]["nproc-per-node"], Path(model_path))
     if not has_own or STARTUP_KEY not in model_config:
         model_config[STARTUP_KEY] = startup_timeout_s(Path(model_path))
     model_config["handler"] |= handler or {}
@@ -124,6 +127,13 @@ def package(
         f"{ds_config['dtype']}, weights from {model_path}"
     )
     return model_store / f"{name}.mar"
+
+
+def check_ranks(ranks: int, model: Path) -> None:
+    """Raises PackageError for more ranks than the load would refuse, once torchrun had started them all."""
+    heads = attention_heads(model)
+    if heads is not None and ranks > heads:
+        raise PackageError(f"TP={ranks}: the model has {heads} attention heads, and a rank needs one: lower TP")
 
 
 def startup_timeout_s(model: Path) -> int:

@@ -10,8 +10,12 @@ import json
 import shutil
 import socket
 import tempfile
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
+
+from scripts.request_size import max_request_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 LOG4J_TEMPLATE = ROOT / "configs" / "torchserve" / "log4j2.xml"
@@ -139,7 +143,12 @@ class RunDir:
         return read_token(self.key_file, kind)
 
     def create(self, properties: dict[str, str]) -> Path:
-        """Make the folder with empty logs and the configuration; return the (empty) temporary folder to use."""
+        """Make the folder with empty logs and the configuration; return the (empty) temporary folder to use.
+
+        What a server left that was killed goes, its temporary folder elsewhere too."""
+        killed = self.read_record()
+        if killed is not None:
+            self.clear(killed)
         self._forget()
         shutil.rmtree(self.logs, ignore_errors=True)
         self.logs.mkdir(parents=True)
@@ -189,9 +198,9 @@ def is_loopback(host: str) -> bool:
 
 
 def server_properties(
-    ports: Ports, name: str, archive: Path, device: str, host: str = HOST, tokens: bool = True
+    ports: Ports, name: str, archive: Path, config: Mapping[str, Any], host: str = HOST, tokens: bool = True
 ) -> dict[str, str]:
-    """config.properties for one model, metrics for Prometheus.
+    """config.properties for one model (`config` is its model-config.yaml), metrics for Prometheus.
 
     Management, TorchServe's metrics and gRPC listen on loopback. Inference does too, unless `host` is another address:
     then every call needs a token, unless `tokens` is False: for networks that only a balancer reaches.
@@ -208,6 +217,7 @@ def server_properties(
         "model_store": str(archive.parent),
         "load_models": f"{name}={archive.name}",
         "disable_token_authorization": str(is_loopback(host) or not tokens).lower(),
+        "max_request_size": str(max_request_bytes(config)),
         "token_expiration_min": str(TOKEN_MINUTES),
         "enable_model_api": "true",  # rolling restarts register versions
         "allowed_urls": "file:///nowhere",  # out of the model store alone
@@ -215,6 +225,6 @@ def server_properties(
         "metrics_mode": "prometheus",
         "vmargs": "-Xms64m -Xmx1g -XX:+UseSerialGC",  # the cores belong to the ranks
     }
-    if device == "cpu":
+    if config.get("deviceType") == "cpu":
         properties["number_of_gpu"] = "0"
     return properties

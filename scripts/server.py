@@ -76,7 +76,7 @@ def start(run: RunDir, name: str, archive: Path, ports: Ports, host: str = HOST,
             "choose another PORT, or stop the program that listens there"
         )
     config = read_archive(archive)
-    temp = run.create(server_properties(ports, name, archive, str(config.get("deviceType")), host, tokens))
+    temp = run.create(server_properties(ports, name, archive, config, host, tokens))
     environ = worker_environment(run, temp, config) | {METRICS_VARIABLE: f"{host}:{ports.metrics}"}
     command = [sys.executable, "-m", "ts.model_server", "--start", "--ncs"]
     command += ["--ts-config", str(run.config_file), "--log-config", str(run.log4j_file)]

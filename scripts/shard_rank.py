@@ -16,9 +16,8 @@ from ts.context import Context
 from dsserve import shard_cache
 from dsserve.base_handler import BaseDeepSpeedHandler
 from dsserve.config import read_handler_config
-from dsserve.ds_engine import get_ds_engine
+from dsserve.ds_engine import get_ds_engine, read_settings
 from dsserve.errors import LoadError
-from dsserve.generation.build import check_engine_choice
 from dsserve.hf_model import load_outline, load_weights, locate_model, model_dtype
 from dsserve.shard_manifest import Manifest
 from dsserve.sharding.heads import plan_kv_copies
@@ -35,7 +34,12 @@ class ShardRank(BaseDeepSpeedHandler):
         folder = locate_model(config, model_dir)
         outline = load_outline(config, folder)
         plan_kv_copies(outline, self.rank.world_size)
-        settings = check_engine_choice(context, self.rank.world_size, model_dtype(outline))
+        settings = read_settings(context, self.rank.world_size, model_dtype(outline))
+        if settings.kernel_inject and not settings.may_fall_back:
+            raise LoadError(
+                "shards are AutoTP's; with replace_with_kernel_inject: true every start reads the whole model. Set it "
+                "to false or auto"
+            )
         manifest = Manifest.describe(outline, folder, settings.tp_size, settings.dtype)
         engine = get_ds_engine(load_weights(config, folder), context)
         cache = Path(config.shard_cache) if config.shard_cache else folder / shard_cache.FOLDER

@@ -13,6 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from dsserve.errors import LoadError
 
 YAML_FILE = "model-config.yaml"
+# New prompts enter a step up to so many tokens, so that neither a burst of arrivals nor a long prompt holds the rows
+# that run, and the first token of the first one, until the last one is read. A GPU prefills so many in CUDA graphs.
+PREFILL_TOKENS_A_STEP = 256
 
 # Keys of upstream's DeepSpeed example, and what took their place.
 _UPSTREAM_KEYS = {
@@ -47,11 +50,21 @@ class HandlerConfig(BaseModel):
     )
     max_running: int = Field(16, ge=1, le=1024, description="sequences that generate at the same time: KV slots")
     max_waiting: int = Field(64, ge=0, description="sequences that wait for a slot; more are answered with 429")
+    max_n: int = Field(128, ge=1, le=128, description="texts for one prompt (`n`)")
+    max_stops: int = Field(4, ge=0, le=64, description="stop strings of one request")
     prefix_cache_rows: Literal["auto"] | Annotated[int, Field(ge=0)] = Field(
         "auto",
         description="KV rows that keep ended requests for prompts that begin alike; auto = up to 8; 0 = no reuse",
     )
-    num_scheduler_steps: int = Field(4, ge=1, le=64, description="most decode steps in one call of the handler")
+    max_num_batched_tokens: int = Field(
+        PREFILL_TOKENS_A_STEP,
+        ge=16,
+        description="tokens of prompts that a step reads at most; longer prompts are read in parts",
+    )
+    num_scheduler_steps: int = Field(32, ge=1, le=1024, description="most steps in one call of the handler")
+    max_stream_delay_ms: float = Field(
+        150.0, ge=0, description="longest call while a client streams: its tokens leave at the end of a call"
+    )
     pack_weights: Literal["auto"] | bool = Field(
         "auto", description="one matmul for q, k, v and one for gate, up; on CPUs with oneDNN's prepacked weights"
     )

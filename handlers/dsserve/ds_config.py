@@ -21,6 +21,7 @@ from dsserve.quantization import check_mode
 AUTO = "auto"
 # Ours alone: they stand in model-config.yaml and DeepSpeed never sees them.
 _OUR_KEYS = ("config", "checkpoint", "self_check", "quantization")
+_INJECT = "replace_with_kernel_inject"
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class DeepSpeedSettings:
         checkpoint: file name of the list of weight files (upstream's key), relative to the model folder.
         self_check: compare the logits before and after sharding.
         quantization: `int8`, `int4`, `fp8` (`quantization`), None for the weights as they are.
+        may_fall_back: `replace_with_kernel_inject: auto`: AutoTP where the kernels cannot be had.
     """
 
     init: dict[str, Any]
@@ -42,10 +44,12 @@ class DeepSpeedSettings:
     checkpoint: str | None
     self_check: bool
     quantization: str | None = None
+    may_fall_back: bool = False
 
     @property
     def kernel_inject(self) -> bool:
-        return bool(self.init.get("replace_with_kernel_inject", False))
+        """Whether the kernels are to be tried."""
+        return bool(self.init.get(_INJECT, False))
 
 
 def read_deepspeed_settings(
@@ -64,7 +68,9 @@ def read_deepspeed_settings(
     if not isinstance(section, Mapping):
         raise LoadError(f"{YAML_FILE}: section `deepspeed:` is missing; write `deepspeed: {{config: ds-config.json}}`")
     ours = {key: section[key] for key in _OUR_KEYS if key in section}
-    inline = _without_auto(_canonical({k: v for k, v in section.items() if k not in ours}, f"{YAML_FILE}: deepspeed"))
+    inline = _canonical({k: v for k, v in section.items() if k not in ours}, f"{YAML_FILE}: deepspeed")
+    may_fall_back = inline.get(_INJECT) == AUTO
+    inline = _without_auto({**inline, _INJECT: True} if may_fall_back else inline)
     merged = _merge(_read_file(ours.get("config"), model_dir), inline, ours.get("config"))
     _check_ours(ours)
     if "quant" in merged:
@@ -75,10 +81,10 @@ def read_deepspeed_settings(
     _check_with_deepspeed({**merged, "tensor_parallel": {**tensor_parallel, "tp_size": tp_size}}, ours.get("config"))
     if tensor_parallel:
         merged["tensor_parallel"] = tensor_parallel
-    kernel_inject = bool(merged.get("replace_with_kernel_inject", False))
+    kernel_inject = bool(merged.get(_INJECT, False))
     quantization = check_mode(ours.get("quantization"), kernel_inject)
     self_check = ours.get("self_check", True)
-    return DeepSpeedSettings(merged, dtype, tp_size, ours.get("checkpoint"), self_check, quantization)
+    return DeepSpeedSettings(merged, dtype, tp_size, ours.get("checkpoint"), self_check, quantization, may_fall_back)
 
 
 def _read_file(name: Any, model_dir: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,10 +21,11 @@ from dsserve.config import YAML_FILE
 from dsserve.distributed import RankInfo, all_cores, init_process_group, prepare_environment, select_device
 from dsserve.errors import LoadError
 from dsserve.hf_model import model_dtype
+from dsserve.injection.attempt import KernelInjection
 from dsserve.load_clock import LoadClock
 from dsserve.precision import convert_parameters, without_deepspeeds_conversion
 from dsserve.quantization import check_device, quantize_engine
-from dsserve.self_check import SelfCheck
+from dsserve.self_check import SelfCheck, answers
 from dsserve.sharding.alibi import use_rank_alibi
 from dsserve.sharding.heads import plan_kv_copies, repeat_kv_heads
 from dsserve.sharding.phi3 import use_rank_query_heads
@@ -35,7 +37,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def get_ds_engine(model: Any, ctx: Context, shards: Shards | None = None, clock: LoadClock | None = None) -> Any:
+def get_ds_engine(
+    model: Any,
+    ctx: Context,
+    shards: Shards | None = None,
+    clock: LoadClock | None = None,
+    max_batch: int | None = None,
+) -> Any:
     """Shards `model` as the `deepspeed:` section of model-config.yaml says.
 
     Args:
@@ -43,11 +51,14 @@ def get_ds_engine(model: Any, ctx: Context, shards: Shards | None = None, clock:
         ctx: TorchServe's context of the load.
         shards: a cache that fits `model`, which then lies on the meta device and gets its values from there.
         clock: what times the phases.
+        max_batch: the largest batch that the kernels' workspace is taken for (kernel injection only); default:
+            TorchServe's `batchSize`.
 
     Returns:
         DeepSpeed's `InferenceEngine`; `engine.module` is what a handler keeps. `engine.self_check` holds the reference
         logits (those of the quantized weights with `deepspeed.quantization`), None where the check is off, the model is
-        no causal language model or came on the meta device without a cache.
+        no causal language model or came on the meta device without a cache. With kernel injection `engine.workspace` is
+        the kernels' `Workspace`, else None; `engine.injection_refused` says why `auto` chose AutoTP.
 
     Raises:
         LoadError: settings that cannot work, a rank without attention heads, or logits that changed.
@@ -57,61 +68,103 @@ def get_ds_engine(model: Any, ctx: Context, shards: Shards | None = None, clock:
     if not torch.distributed.is_initialized():
         prepare_environment(device, rank)
         init_process_group(rank)
-    # Imported here: it imports DeepSpeed, which reads the environment prepared above.
-    from dsserve.ds_config import read_deepspeed_settings
-
-    model_dir = Path(ctx.system_properties["model_dir"])
-    settings = read_deepspeed_settings(ctx.model_yaml_config or {}, model_dir, rank.world_size, model_dtype(model))
+    settings = read_settings(ctx, rank.world_size, model_dtype(model))
     if settings.quantization:
         check_device(settings.quantization, settings.dtype, device)
     on_meta = any(parameter.is_meta for parameter in model.parameters())
     clock, check = clock or LoadClock(rank.rank, device), None
+    injection = KernelInjection(settings, rank, device) if settings.kernel_inject else None
+    injects = injection is not None and injection.is_possible(model)
     if settings.self_check:
         with clock.phase("reference"):
-            check = shards.reference if shards else _capture(model, settings.dtype, on_meta, rank)
-    init = dict(settings.init)
-    if settings.checkpoint:
-        init["checkpoint"] = _prepare_checkpoint(model, ctx, settings.checkpoint, rank, model_dir, on_meta)
-    with clock.phase("shard"):
-        engine = _shard(model, init, settings, rank)
-        if shards:
-            shards.fill(engine.module, rank.rank, device)
-    with clock.phase("self-check"):
-        checkpoint.check_nothing_on_meta(engine.module)
-        checkpoint.check_finite(engine.module)
-        engine.self_check = check
-        _report(engine, rank, settings.tp_size, clock.seconds["shard"])
-        if check:
-            _verify(engine, check, rank, device)
+            check = shards.reference if shards else _capture(model, settings, on_meta, rank, injects)
+    engine = None
+    if injection and injects:
+        rows = max_batch or ctx.system_properties["batch_size"] or 1
+        with clock.phase("inject"):
+            engine = injection.inject(model, rows, check, lambda model, init: _init_inference(model, init, settings))
+    if engine is None:
+        load = _Load(ctx, settings, rank, device, clock, shards, on_meta)
+        engine = _autotp(load, model, check)
+    engine.injection_refused = injection.refusal if injection else None
+    if engine.injection_refused and rank.is_leader:
+        logger.warning("[dsserve] AutoTP instead of kernel injection: %s", engine.injection_refused)
+    engine.self_check = check
     if settings.quantization:
         with clock.phase("quantize"):
             engine.self_check = quantize_engine(engine.module, settings.quantization, check, rank, device)
     return engine
 
 
-def _capture(model: Any, dtype: torch.dtype, on_meta: bool, rank: RankInfo) -> SelfCheck | None:
-    """The whole model's logits, computed on rank 0 alone while the others wait: they would only share its cores.
+def read_settings(ctx: Context, world_size: int, dtype: torch.dtype) -> DeepSpeedSettings:
+    """The `deepspeed:` settings of a load, for a model in `dtype`; see `read_deepspeed_settings`."""
+    # Imported here: it imports DeepSpeed, which reads the environment that the base handler prepares.
+    from dsserve.ds_config import read_deepspeed_settings
 
-    Only what maps token ids to logits can be compared; a meta model has no reference.
+    model_dir = Path(ctx.system_properties["model_dir"])
+    return read_deepspeed_settings(ctx.model_yaml_config or {}, model_dir, world_size, dtype)
+
+
+@dataclass(frozen=True)
+class _Load:
+    """What one load goes by, whatever the model."""
+
+    ctx: Context
+    settings: DeepSpeedSettings
+    rank: RankInfo
+    device: torch.device
+    clock: LoadClock
+    shards: Shards | None
+    on_meta: bool
+
+
+def _autotp(load: _Load, model: Any, check: SelfCheck | None) -> Any:
+    """DeepSpeed's engine with the model's own layers, each rank with its part, complete and proven."""
+    settings, rank = load.settings, load.rank
+    init = {**settings.init, "replace_with_kernel_inject": False}
+    if settings.checkpoint:
+        init["checkpoint"] = _prepare_checkpoint(load, model, settings.checkpoint)
+    with load.clock.phase("shard"):
+        engine = _shard(model, init, settings, rank)
+        engine.workspace = None
+        if load.shards:
+            load.shards.fill(engine.module, rank.rank, load.device)
+    with load.clock.phase("self-check"):
+        checkpoint.check_nothing_on_meta(engine.module)
+        checkpoint.check_finite(engine.module)
+        _report(engine, rank, settings.tp_size, load.clock.seconds["shard"])
+        if check:
+            _verify(engine, check, rank)
+    return engine
+
+
+def _capture(model: Any, settings: DeepSpeedSettings, on_meta: bool, rank: RankInfo, injects: bool) -> SelfCheck | None:
+    """The whole model's answers, computed on rank 0 alone while the others wait: they would only share its cores.
+
+    Of AutoTP models only what maps token ids to logits is compared; a meta model has no reference. Kernels are compared
+    with fp32: they round elsewhere than the model's own operations.
     """
-    if on_meta or not hasattr(model, "get_output_embeddings") or model.get_output_embeddings() is None:
+    is_causal = getattr(model, "get_output_embeddings", lambda: None)() is not None
+    if on_meta or not (is_causal or injects):
         return None
+    reference = torch.float32 if injects else settings.dtype
     found: list[SelfCheck | None] = [None]
     if rank.is_leader:
         with all_cores():
-            found = [SelfCheck.capture(model, dtype)]
+            found = [SelfCheck.capture(model, settings.dtype, reference)]
     if rank.world_size > 1:
         torch.distributed.broadcast_object_list(found, src=0, device=torch.device("cpu"))
     return found[0]
 
 
-def _prepare_checkpoint(model: Any, ctx: Context, name: str, rank: RankInfo, model_dir: Path, on_meta: bool) -> str:
+def _prepare_checkpoint(load: _Load, model: Any, name: str) -> str:
     """Writes the list of weight files on rank 0 alone and returns its path on every rank."""
-    model_path = (ctx.model_yaml_config.get("handler") or {}).get("model_path")
+    rank, model_dir = load.rank, Path(load.ctx.system_properties["model_dir"])
+    model_path = (load.ctx.model_yaml_config.get("handler") or {}).get("model_path")
     if not model_path:
         raise LoadError(f"{YAML_FILE}: deepspeed.checkpoint needs handler.model_path, the folder of the weights")
     files = checkpoint.find_bin_files(model_dir / model_path)
-    if on_meta and plan_kv_copies(model, rank.world_size) > 1:
+    if load.on_meta and plan_kv_copies(model, rank.world_size) > 1:
         raise LoadError(
             "deepspeed.checkpoint: the KV heads are too few for the ranks and cannot be repeated in a model made on "
             "the meta device; load it with from_pretrained, or lower torchrun.nproc-per-node"
@@ -121,35 +174,32 @@ def _prepare_checkpoint(model: Any, ctx: Context, name: str, rank: RankInfo, mod
         checkpoint.write_checkpoint_list(files, destination)
     if rank.world_size > 1:
         torch.distributed.barrier()
-    if on_meta:
+    if load.on_meta:
         checkpoint.restore_buffers(model)
     return str(destination)
 
 
 def _shard(model: Any, init: dict[str, Any], settings: DeepSpeedSettings, rank: RankInfo) -> Any:
     """DeepSpeed's engine; around AutoTP's split, what makes it right for every number of ranks (`sharding`)."""
-    if settings.kernel_inject:
-        return _init_inference(model, init, settings.dtype, settings.tp_size)
     copies = repeat_kv_heads(model, settings.tp_size)
     if copies > 1 and rank.is_leader:
         logger.info("[dsserve] every KV head %d times, so that each rank has one", copies)
-    with without_deepspeeds_conversion():
-        engine = _init_inference(model, init, settings.dtype, settings.tp_size)
+    engine = _init_inference(model, init, settings)
     convert_parameters(engine.module, settings.dtype)
     use_rank_alibi(engine.module, rank.rank, settings.tp_size)
     use_rank_query_heads(engine.module)
     return engine
 
 
-def _init_inference(model: Any, init: dict[str, Any], dtype: torch.dtype, tp_size: int) -> Any:
+def _init_inference(model: Any, init: dict[str, Any], settings: DeepSpeedSettings) -> Any:
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    config = {**init, "dtype": dtype}
-    config["tensor_parallel"] = {**init.get("tensor_parallel", {}), "tp_size": tp_size}
+    config = {**init, "dtype": settings.dtype}
+    config["tensor_parallel"] = {**init.get("tensor_parallel", {}), "tp_size": settings.tp_size}
     try:
         # DeepSpeed prints AutoTP's findings to stdout, which TorchServe parses.
-        with contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()), without_deepspeeds_conversion():
             return deepspeed.init_inference(model, config=config)
     except (AssertionError, ValueError, NotImplementedError) as error:
         raise LoadError(f"DeepSpeed refuses {type(model).__name__}: {error}") from error
@@ -172,9 +222,9 @@ def shard_shapes(module: torch.nn.Module) -> dict[str, list[int]]:
 
 
 @torch.inference_mode()
-def _verify(engine: Any, check: SelfCheck, rank: RankInfo, device: torch.device) -> None:
+def _verify(engine: Any, check: SelfCheck, rank: RankInfo) -> None:
     try:
-        logits = engine.module(input_ids=check.token_ids[None].to(device), use_cache=False).logits[0]
+        logits = answers(engine.module, check.token_ids)
     except (RuntimeError, ValueError, IndexError) as error:  # parts that were not sharded alike do not fit together
         raise LoadError(
             f"{type(engine.module).__name__} cannot run after DeepSpeed's sharding over {rank.world_size} ranks "

@@ -13,8 +13,9 @@ from datetime import datetime, timezone
 
 # TorchServe 0.12 writes these for every call, that is for every token: its log would grow by kilobytes a step.
 _PER_CALL_MESSAGES = ("Backend received inference at", "skip sending response at rank", "[METRICS]PredictionTime")
-# A body that is not JSON, which the handler answers with a 400: one line of it is enough, without the call stack.
-_BAD_JSON = "Failed json decoding of input data"
+# A body that is not JSON or not UTF-8, which the handler answers with a 400: one line of it is enough, without the call
+# stack.
+_BAD_BODY = ("Failed json decoding of input data", "Failed utf-8 decoding of input data")
 _METRIC = "[METRICS]"
 _REQUEST = re.compile(r"\[dsserve\] (?P<id>[0-9a-fA-F-]{36})(?: \((?P<client>[A-Za-z0-9._-]{1,64})\))?: ")
 _PACKAGE = "dsserve"
@@ -62,6 +63,6 @@ def set_serving_level(rank: int, level: str) -> None:
 
 
 def _is_worth_keeping(record: logging.LogRecord) -> bool:
-    if str(record.msg).startswith(_BAD_JSON):
+    if str(record.msg).startswith(_BAD_BODY):
         record.exc_info = record.exc_text = None
     return not str(record.msg).startswith(_PER_CALL_MESSAGES)

@@ -180,19 +180,18 @@ class Metrics(Observer):
 
     def stepped(self, step: Step) -> None:
         """See `Observer`."""
-        read = 0
         for sequence in step.admitted:
-            read += self._admitted(sequence)
+            self._admitted(sequence)
         self._generation_tokens.inc(step.generated)
-        self._step_tokens.observe(read + step.decoded)
+        self._step_tokens.observe(step.read + step.decoded)
         self._batch.observe(step.decoded + len(step.admitted))
         self._step.observe(step.ended - step.started)
         if step.decoded:  # a row that is decoded had its last token in the step before, so all share the gap
             self._between.observe(step.ended - self._last_step, step.decoded)
         self._last_step = step.ended
 
-    def _admitted(self, sequence: Sequence) -> int:
-        """A prompt was read, which gave a first token; returns how many of its tokens were computed."""
+    def _admitted(self, sequence: Sequence) -> None:
+        """A prompt was read to its end, which gave a first token."""
         size, timeline = len(sequence.request.prompt_ids), sequence.timeline
         self._prompt_tokens.inc(size)
         self._prefix_queries.inc(size)
@@ -201,7 +200,6 @@ class Metrics(Observer):
             self._queue.observe(timeline.admitted - timeline.arrived)
             self._prefill.observe(timeline.first_token - timeline.admitted)
             self._first_token.observe(timeline.first_token - timeline.arrived)
-        return size - sequence.cached_tokens
 
     def called(self, running: int, waiting: int) -> None:
         """See `Observer`."""

@@ -7,7 +7,7 @@ does not compare with other weights.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -39,16 +39,25 @@ class SelfCheck:
     limit: float
 
     @classmethod
-    def capture(cls, model: Any, dtype: torch.dtype) -> SelfCheck:
-        """Runs `LENGTH` fixed tokens through the whole model, where it lies, in `dtype`; large weights are converted a
-        piece at a time and stay as they are."""
+    def capture(cls, model: Any, dtype: torch.dtype, reference: torch.dtype | None = None) -> SelfCheck:
+        """Runs `LENGTH` fixed tokens through the whole model, where it lies; large weights are converted a piece at a
+        time and stay as they are.
+
+        Args:
+            dtype: what the model is served in.
+            reference: what it computes in here, if not in that.
+        """
         vocabulary = model.get_input_embeddings().weight.shape[0]
         token_ids = torch.randint(vocabulary, (LENGTH,), generator=torch.Generator().manual_seed(0))
         # Parameters converted in inference mode could not be used outside it.
-        with torch.no_grad(), computing_in(model, dtype):
-            logits = model(input_ids=token_ids[None].to(model.device), use_cache=False).logits[0]
+        with torch.no_grad(), computing_in(model, reference or dtype):
+            logits = answers(model, token_ids)
         layers = getattr(model.config.get_text_config(), "num_hidden_layers", _LAYERS)
         return cls(token_ids, logits.float().cpu(), dtype, TOLERANCE[dtype] * max(1.0, (layers / _LAYERS) ** 0.5))
+
+    def until(self, length: int) -> SelfCheck:
+        """The check of the first `length` tokens alone."""
+        return replace(self, token_ids=self.token_ids[:length], logits=self.logits[:length])
 
     def error(self, logits: torch.Tensor) -> float:
         """`||logits - reference|| / ||reference||` for the last positions, logits `[at most T, V]`.
@@ -73,3 +82,12 @@ class SelfCheck:
                 "deepspeed.self_check: false in model-config.yaml switches the check off, not the fault"
             )
         return relative
+
+
+def answers(model: Any, token_ids: torch.Tensor) -> torch.Tensor:
+    """What a model makes of tokens `[T]`: logits `[T, V]`, those of a classifier `[classes]`, or an encoder's last
+    hidden states `[T, H]`."""
+    cached = {"use_cache": False} if hasattr(model.config, "use_cache") else {}
+    output = model(input_ids=token_ids[None].to(model.device), **cached)
+    logits = getattr(output, "logits", None)
+    return (output.last_hidden_state if logits is None else logits)[0]

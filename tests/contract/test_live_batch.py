@@ -3,104 +3,13 @@
 from __future__ import annotations
 
 import json
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
-from ts.context import RequestProcessor
-from ts.protocol.otf_message_handler import create_predict_response
 
 from dsserve.errors import RequestError
-from dsserve.generation.grammar import GrammarCompiler
-from dsserve.generation.request import GenerationRequest, Limits, TokenEvent
-from dsserve.protocol import batch
-from dsserve.protocol.batch import LiveBatch
-from dsserve.protocol.served import ServedModel
-from tests.contexts import make_context
-
-
-class FakeEngine:
-    """Writes down what it is asked, and says what the test tells it to say."""
-
-    def __init__(self) -> None:
-        self.admitted: list[GenerationRequest] = []
-        self.evicted: list[str] = []
-        self.script: list[list[TokenEvent]] = []
-        self.calls = 0
-        self.running = 0
-        self.waiting = 0
-
-    def admit(self, request: GenerationRequest, origin: Any = None) -> None:
-        self.admitted.append(request)
-
-    def evict(self, request_id: str) -> None:
-        self.evicted.append(request_id)
-
-    def run(self, max_steps: int) -> list[TokenEvent]:
-        self.calls += 1
-        return self.script.pop(0) if self.script else []
-
-
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    words = Tokenizer(models.WordLevel({"[UNK]": 0, "hello": 1, "world": 2}, unk_token="[UNK]"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]")
-
-
-def served_model(tokenizer: Any, limits: Limits) -> ServedModel:
-    return ServedModel("test", tokenizer, limits, 100, GrammarCompiler(tokenizer, 100, frozenset({2})))
-
-
-class Worker:
-    """What TorchServe's `Service.predict` does around the handler, for rank 0."""
-
-    def __init__(self) -> None:
-        self.engine = FakeEngine()
-        self.draining = False
-        self.served = served_model(make_tokenizer(), Limits(64, 16, 32, max_running=2, max_waiting=2))
-        self.batch = LiveBatch(
-            self.engine,  # type: ignore[arg-type]
-            self.served,
-            max_steps=4,
-            is_draining=lambda: self.draining,
-        )
-        self.ctx = make_context(".", {})
-
-    def call(self, rows: dict[str, dict[str, Any]], events: list[TokenEvent] | None = None) -> dict[str, Any]:
-        """One call with these rows; returns for each id (bytes, status, content type, ts_stream_next)."""
-        self.engine.script = [events or []]
-        self.ctx.request_ids = dict(enumerate(rows))
-        self.ctx.stopping_criteria = None
-        self.ctx.request_processor = [
-            RequestProcessor({"body": {"content-type": "application/json"}} if row else {}) for row in rows.values()
-        ]
-        items = self.batch.serve(list(rows.values()), self.ctx)
-        assert len(items) == len(rows)
-        create_predict_response(items, self.ctx.request_ids, "Prediction success", 200, self.ctx)
-        return {
-            name: (
-                bytes(items[index]),
-                self.ctx.get_response_status(index)[0],
-                self.ctx.get_response_content_type(index),
-                self.ctx.get_response_headers(index).get("ts_stream_next"),
-            )
-            for index, name in enumerate(rows)
-        }
-
-
-def body(**parameters: Any) -> dict[str, Any]:
-    return {"body": {"prompt": "hello world", **parameters}}
-
-
-def done(name: str, text: str = "", reason: Any = "stop") -> TokenEvent:
-    return TokenEvent(name, text, 0, reason, completion_tokens=3, prompt_tokens=2)
-
-
-@pytest.fixture
-def worker() -> Worker:
-    return Worker()
+from dsserve.generation.request import TokenEvent
+from tests.contract.rank0 import Worker, body, done, served_model
 
 
 def test_a_stream_has_first_middle_and_last_frames(worker: Worker) -> None:
@@ -149,6 +58,24 @@ def test_a_call_of_nothing_but_refused_rows_still_runs_the_engine(worker: Worker
     """The engine's step is the collective without which other ranks lose calls."""
     worker.call({"bad": {}})
     assert worker.engine.calls == 1
+
+
+def test_calls_are_short_while_somebody_streams_and_while_requests_come_often(
+    worker: Worker, clock: list[float]
+) -> None:
+    worker.call({"a": body()})
+    clock[0] += 10
+    worker.call({"a": {}, "b": body(stream=True), "c": body()}, [done("b")])
+    worker.call({"a": {}, "c": {}})
+    assert worker.engine.limits_s == [0.5, 0.15, 0.5]
+    live = {"a": {}, "c": {}}
+    for name in map(str, range(30)):
+        clock[0] += 0.02
+        worker.call({**live, name: body()}, [done(name)])
+    assert 0.01 <= worker.engine.limits_s[-1] < 0.02
+    worker.engine.running, worker.engine.waiting = 1, 1  # two slots: who comes now waits anyway
+    worker.call(live)
+    assert worker.engine.limits_s[-1] == 0.5
 
 
 def test_a_client_that_is_missing_is_evicted_once(worker: Worker) -> None:
@@ -218,14 +145,6 @@ def test_a_server_that_drains_refuses_new_requests_and_finishes_the_old(worker: 
     assert worker.batch.live == 0
 
 
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The batch's clock, in seconds; a test sets it."""
-    now = [100.0]
-    monkeypatch.setattr(batch, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    return now
-
-
 @pytest.mark.parametrize(("parameters", "seconds"), [({"timeout": 5}, 5), ({}, 600)])
 def test_a_request_is_given_up_at_its_deadline_and_not_before(
     worker: Worker, clock: list[float], parameters: dict[str, Any], seconds: float
@@ -247,7 +166,7 @@ def test_a_request_is_given_up_at_its_deadline_and_not_before(
 
 
 def test_a_deadline_that_passes_in_the_first_call_is_a_504(worker: Worker, clock: list[float]) -> None:
-    worker.engine.run = lambda max_steps: clock.__setitem__(0, clock[0] + 2) or []  # type: ignore[method-assign,func-returns-value]
+    worker.engine.run = lambda max_steps, limit_s: clock.__setitem__(0, clock[0] + 2) or []  # type: ignore[method-assign,func-returns-value]
     item, status, _, stream_next = worker.call({"a": body(timeout=1, stream=True), "b": body(timeout=3)})["a"]
     assert (status, stream_next) == (504, None) and json.loads(item)["error"]["param"] == "timeout"
     assert worker.engine.evicted == ["a"] and worker.batch.live == 1

@@ -96,8 +96,11 @@ def serve(folder: Path, name: str, archive: Path, host: str = HOST) -> Served:
     return Served(run, record)
 
 
-def package_with(folder: Path, name: str, model: Path, choice: Choice, **handler: Any) -> Path:
-    """An archive of a configuration of its own: the template with these keys of `handler:` and rows enough for them."""
+def package_with(
+    folder: Path, name: str, model: Path, choice: Choice, deepspeed: dict[str, Any] | None = None, **handler: Any
+) -> Path:
+    """An archive of a configuration of its own: the template with these keys of `handler:`, rows enough for them, and
+    these keys of ds-config.json."""
     own = folder / "configs" / name
     own.mkdir(parents=True)
     template = scripts.package.CONFIGS / "smollm2"
@@ -105,7 +108,8 @@ def package_with(folder: Path, name: str, model: Path, choice: Choice, **handler
     settings["handler"] |= handler
     settings["batchSize"] = handler.get("max_running", 16) + handler.get("max_waiting", 64) + SPARE_ROWS
     (own / "model-config.yaml").write_text(yaml.safe_dump(settings))
-    (own / "ds-config.json").write_text((template / "ds-config.json").read_text())
+    ds_config = json.loads((template / "ds-config.json").read_text()) | (deepspeed or {})
+    (own / "ds-config.json").write_text(json.dumps(ds_config))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scripts.package, "CONFIGS", folder / "configs")
         return package(name, str(model), choice, model_store=folder / "store")

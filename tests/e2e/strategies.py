@@ -14,6 +14,24 @@ JSON = st.recursive(
     max_leaves=6,
 )
 
+SCHEMA = st.recursive(
+    st.sampled_from(
+        [{}, {"type": "integer"}, {"enum": ["a", 1]}, {"const": "\U0001f642"}, {"$ref": "#"}, {"type": "nonsense"},
+         {"type": "string", "pattern": "^(a|b){2,9}$"}, {"type": "string", "format": "date", "maxLength": 3}]
+    )
+    | NUMBER.map(lambda number: {"type": "number", "multipleOf": number})
+    | st.tuples(NUMBER, NUMBER).map(lambda ends: {"type": "integer", "minimum": ends[0], "maximum": ends[1]}),
+    lambda inner: st.one_of(
+        st.lists(inner, min_size=1, max_size=3).flatmap(
+            lambda parts: st.sampled_from(["anyOf", "allOf", "oneOf"]).map(lambda word: {word: parts})
+        ),
+        inner.map(lambda items: {"type": "array", "items": items, "minItems": 1}),
+        st.dictionaries(TEXT, inner, max_size=3).map(lambda of: {"properties": of, "required": list(of)}),
+    ),
+    max_leaves=5,
+)  # fmt: skip
+FORMAT = SCHEMA.map(lambda schema: {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}})
+
 _SAMPLING: dict[str, st.SearchStrategy[Any]] = {
     "temperature": st.floats(0, 2),
     "top_p": st.floats(0.01, 1),
@@ -36,7 +54,7 @@ _V1 = {
     "n": st.integers(1, 3),
     "stream": st.booleans(),
     "stream_options": st.fixed_dictionaries({}, optional={"include_usage": st.booleans()}),
-    "response_format": st.sampled_from([{"type": "text"}, {"type": "json_object"}]),
+    "response_format": st.sampled_from([{"type": "text"}, {"type": "json_object"}]) | FORMAT,
     "user": TEXT,
 }
 _MESSAGE = st.fixed_dictionaries(

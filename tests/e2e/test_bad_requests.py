@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from typing import Any
 
@@ -22,6 +23,7 @@ CASES: list[tuple[str, bytes | dict, dict, int, str | None, list[str]]] = [
     ("not UTF-8 text", b"caf\xe9", TEXT, 400, None, ["utf-8"]),
     ("not UTF-8 JSON", b'{"prompt": "caf\xe9"}', JSON, 400, None, ["utf-8"]),
     ("not UTF-8, no type", b"\xff\xfe\xfd", {}, 400, None, ["utf-8"]),
+    ("JSON without a type", b'{"prompt": "x"}', {}, 400, None, ["content-type: application/json"]),
     ("wrong type", {"prompt": 5}, JSON, 400, "prompt", ["string"]),
     ("bool for a number", {"prompt": "x", "max_new_tokens": True}, JSON, 400, "max_new_tokens", []),
     ("empty prompt", {"prompt": ""}, JSON, 400, "prompt", ["empty"]),
@@ -81,6 +83,18 @@ def test_a_form_with_parameters_is_not_half_read(fp32: Served) -> None:
     response = httpx.post(fp32.url, files={"data": (None, "x"), "temperature": (None, "2")}, timeout=60)
     assert response.status_code == 400
     assert "JSON body" in response.json()["error"]["message"]
+
+
+def test_no_path_or_header_forges_a_line_of_a_log(fp32: Served) -> None:
+    """TorchServe's exception about such a path holds it as it is, line breaks too."""
+    forged = "2026-01-01T00:00:00,000 [INFO ] main forged"
+    httpx.get(f"{fp32.url}/1.0/v1/x%0a{forged}", timeout=60)
+    httpx.get(f"{fp32.url}%0d%0a{forged}/1.0/v1/models", timeout=60)
+    httpx.get(f"{fp32.base_url}/models", headers={"x-odd": "a\tb", "X-Request-Id": f"{forged}"}, timeout=60)
+    for name in ("access_log.log", "ts_log.log", "model_log.log"):
+        lines = (fp32.run.logs / name).read_text(encoding="utf-8").splitlines()
+        assert lines and all(re.match(r"\d{4}-\d\d-\d\dT[\d:,]+ ", line) for line in lines), name
+        assert not any(line.startswith("2026-01-01T00:00:00,000") for line in lines), name
 
 
 def test_no_user_text_in_any_log(fp32: Served) -> None:

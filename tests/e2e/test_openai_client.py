@@ -135,7 +135,9 @@ def test_log_probabilities_are_transformers(client: openai.OpenAI, smollm2: Any)
     for at, token in enumerate(ids[0, 1:].tolist()):
         assert math.isclose(found.logprobs.token_logprobs[at + 1], expected[at, token].item(), abs_tol=2e-3)
         best = expected[at].topk(5).values.tolist()
-        assert sorted(found.logprobs.top_logprobs[at + 1].values(), reverse=True) == pytest.approx(best, abs=2e-3)
+        # The token itself stands there too, where it is none of the likeliest.
+        reported = sorted(found.logprobs.top_logprobs[at + 1].values(), reverse=True)
+        assert reported[:5] == pytest.approx(best, abs=2e-3) and len(reported) <= 6
 
 
 def test_chat_log_probabilities_belong_to_its_tokens(client: openai.OpenAI) -> None:

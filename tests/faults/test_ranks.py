@@ -174,6 +174,19 @@ def test_a_prompt_for_which_a_rank_has_no_memory_fails_alone(victim: Victim, str
     assert neighbour.ended_at is None and "error" not in "".join(neighbour.events)
 
 
+@pytest.mark.long
+def test_memory_that_fails_again_and_again_ends_the_worker(victim: Victim, measured: Callable[..., None]) -> None:
+    """Two short prompts fail alone; at the third something holds memory that should be free: a new worker helps."""
+    victim.wait_until_served(STARTS_WITHIN_S)
+    old = old_worker(victim)
+    prompt = {"prompt": "five six seven eight " * 20, "max_new_tokens": 4}
+    with victim.fault(1, "memory 40"):
+        replies = [victim.ask(prompt) for _ in range(3)]
+    assert [reply.status_code for reply in replies] == [507, 507, 503]
+    assert replies[2].json()["error"]["type"] == "server_error" and replies[2].headers["retry-after"]
+    measured(served_again_after=assert_recovers(victim, old))
+
+
 def test_requests_that_take_too_long_end_with_an_error_and_free_their_slots(victim: Victim) -> None:
     started = time.monotonic()
     stream = victim.stream({**LONG, "timeout": 2}).join(30)

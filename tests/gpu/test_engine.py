@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from dsserve.self_check import TOLERANCE
+from tests.distributed.parts import ARRIVALS, CANCELLED, LONG
 from tests.gpu.steps import NEW_TOKENS, generate, prompts
 from tests.ranks import run_ranks
 
@@ -106,6 +107,19 @@ def test_reuse_sampling_and_neighbours_change_no_token(llama: str, ranks: int) -
     assert found["cached"] >= 2 * (40 + 60 + 60 + 30 + 17)
     for kind in ("greedy", "sampled"):
         assert found[kind]["together"] == found[kind]["alone"]
+
+
+def test_a_long_prompt_in_parts_changes_no_token_and_stops_nobody(llama: str, ranks: int) -> None:
+    """fp32, decode and parts in graphs; rows that end, clients that leave and a beginning that is reused on the way."""
+    arguments = {"env": {"DS_ACCELERATOR": "cuda"}, "path": llama, "device_type": "gpu"}
+    found = run_ranks("tests.distributed.parts:texts", ranks, **arguments)[0]
+    for name, alone in found["alone"].items():
+        together = found["together"][name]
+        assert together == alone[: len(together)]
+        assert name in CANCELLED or len(together) == len(alone)
+    begun = next(at for at, call in enumerate(found["calls"]) if "first" in call)
+    assert all("first" in call for call in found["calls"][begun : begun + ARRIVALS["first"][1]])
+    assert found["cached"]["again"] == LONG
 
 
 def test_a_prompt_that_does_not_fit_into_memory_fails_alone(llama: str, ranks: int) -> None:

@@ -29,7 +29,8 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 from dsserve.config import read_handler_config
 from dsserve.distributed import RankInfo
 from dsserve.ds_config import read_deepspeed_settings
-from dsserve.generation.build import plan_kv_rows, read_limits
+from dsserve.generation.build import plan_kv_rows
+from dsserve.generation.limits import read_limits
 from dsserve.settings import check_server_settings, read_time_limits
 from dsserve.sharding.heads import plan_kv_copies
 from scripts.package import CONFIGS, Choice, PackageError, render

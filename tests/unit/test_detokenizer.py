@@ -143,6 +143,23 @@ def test_the_beginning_of_a_stop_string_is_held_until_it_is_none() -> None:
     assert stream.flush() == "XY"
 
 
+@each_tokenizer
+def test_thousands_of_special_tokens_cost_no_more_than_one(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With ignore_eos and a bias a client gets nothing else, and every stream waits for the text of this one."""
+    word, lengths = tokenizer("ab")["input_ids"], list[int]()
+    ids = [*word, *[tokenizer.eos_token_id] * 3000, *tokenizer(" ab")["input_ids"][-len(word) :]]
+    original = type(tokenizer).decode
+
+    def count(self: Any, tokens: list[int], **options: Any) -> str:
+        lengths.append(len(tokens))
+        return original(self, tokens, **options)
+
+    monkeypatch.setattr(type(tokenizer), "decode", count)
+    pieces, _ = read(tokenizer, ids)
+    assert max(lengths) < 50
+    assert "".join(pieces) == original(tokenizer, ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
 @pytest.mark.parametrize("count", [10, 1000])
 def test_a_token_costs_the_same_early_and_late(count: int) -> None:
     """The window that is decoded stays short: nothing is decoded from the beginning again."""

@@ -46,9 +46,18 @@ def test_the_same_value_twice_is_fine_and_two_values_are_not(tmp_path: Path) -> 
 
 
 def test_auto_is_as_if_left_out_and_our_keys_never_reach_deepspeed(tmp_path: Path) -> None:
-    section = {"dtype": "auto", "replace_with_kernel_inject": "auto", "self_check": False, "tp": {"tp_size": "auto"}}
-    settings = read(section, tmp_path)
+    settings = read({"dtype": "auto", "self_check": False, "tp": {"tp_size": "auto"}}, tmp_path)
     assert settings.init == {} and settings.dtype is torch.float32 and settings.self_check is False
+
+
+def test_auto_injection_tries_the_kernels_and_may_fall_back(tmp_path: Path) -> None:
+    for key in ("replace_with_kernel_inject", "kernel_inject"):
+        settings = read({key: "auto"}, tmp_path)
+        assert settings.kernel_inject and settings.may_fall_back
+        assert settings.init == {"replace_with_kernel_inject": True}
+    assert not read({"kernel_inject": True}, tmp_path).may_fall_back
+    with pytest.raises(LoadError, match="two values"):
+        read({"config": "ds-config.json", "kernel_inject": "auto"}, tmp_path, {"replace_with_kernel_inject": False})
 
 
 def test_the_tp_size_left_out_is_the_world_size(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ class ScriptedEngine:
     def evict(self, request_id: str) -> None:
         self.evicted.append(request_id)
 
-    def run(self, max_steps: int) -> list[TokenEvent]:
+    def run(self, max_steps: int, limit_s: float) -> list[TokenEvent]:
         return self.behave()
 
 

@@ -73,13 +73,15 @@ def test_lines_of_every_call_are_dropped_and_others_kept() -> None:
         ):
             root.warning(message)
         root.warning("[METRICS]Own.Count:1")
-        root.warning("Failed json decoding of input data", exc_info=ValueError("of a client"))
+        for kind in ("json", "utf-8"):
+            root.warning(f"Failed {kind} decoding of input data", exc_info=ValueError("of a client"))
         root.warning("something else")
     finally:
         root.removeHandler(handler)
         for other in root.handlers:
             other.filters.clear()
-    assert kept == ["[METRICS]Own.Count:1", "Failed json decoding of input data", "something else"]
+    bodies = [f"Failed {kind} decoding of input data" for kind in ("json", "utf-8")]
+    assert kept == ["[METRICS]Own.Count:1", *bodies, "something else"]
 
 
 @pytest.mark.parametrize(

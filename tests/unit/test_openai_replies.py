@@ -75,6 +75,13 @@ def test_completions_report_log_probabilities_with_offsets() -> None:
     }
 
 
+def test_a_token_that_is_none_of_the_likeliest_stands_beside_them() -> None:
+    shape = CompletionShape(Words())  # type: ignore[arg-type]
+    shape.add(TokenEvent("r", "a", 0, None, 1, 2, 0, (TokenLogprob(ord("a"), -3.0, ((ord("z"), -0.5),)),)))
+    shape.add(TokenEvent("r", "b", 0, "stop", 2, 2, 0, (TokenLogprob(ord("b"), -4.0),)))  # logprobs: 0
+    assert shape.choice(0)["logprobs"]["top_logprobs"] == [{"z": -0.5, "a": -3.0}, {"b": -4.0}]
+
+
 def chat_stream(shapes: list[ChatShape], script: list[TokenEvent], options: Any = None) -> list[ChatCompletionChunk]:
     reply = StreamReply(ENVELOPE, shapes, len(shapes), options)  # type: ignore[arg-type]
     frames = b"".join(reply.take(event) for event in script)
@@ -139,6 +146,13 @@ def test_what_only_looks_like_a_call_stays_text() -> None:
             pieces += parser.push(letter)
         pieces += parser.flush()
         assert "".join(str(piece) for piece in pieces) == text
+
+
+def test_a_call_that_is_nested_too_deeply_stays_text() -> None:
+    """A model can be made to write it, and Python's parser raises something else than for bad JSON."""
+    text = "<tool_call>" + "[" * 100_000
+    parser = ToolCallText()
+    assert "".join(str(piece) for piece in [*parser.push(text), *parser.flush()]) == text
 
 
 def test_one_call_at_most_where_asked_for() -> None:

@@ -33,7 +33,7 @@ def test_a_prompt_has_four_shapes(prompt: Any) -> None:
         ({"prompt": "a", "max_tokens": 0}, None, "echo"),
         ({"prompt": "a", "echo": True, "stream": True}, None, "echo"),
         ({"prompt": "a", "logprobs": 21}, "logprobs", "20"),
-        ({"prompt": "a", "best_of": 2}, "best_of", "not supported"),
+        ({"prompt": "a", "best_of": 2}, "best_of", "best_of: not supported; ask for n"),
         ({"prompt": "a", "suffix": "b"}, "suffix", "not supported"),
         ({"prompt": "a", "n": 0}, "n", "1"),
         ({"prompt": "a", "n": 129}, "n", "128"),

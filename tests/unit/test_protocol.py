@@ -66,7 +66,9 @@ def refusal(call: Any, *arguments: Any) -> RequestError:
 
 def test_a_text_body_is_the_prompt() -> None:
     assert read_body({"body": b"caf\xc3\xa9"}, "text/plain") == "café"
-    assert read_body({"body": b'{"prompt": "a"}'}, None) == '{"prompt": "a"}'
+    assert read_body({"body": b"a"}, None) == read_body({"body": b"a"}, "application/octet-stream") == "a"
+    assert read_body({"body": b'{"prompt": "a"}'}, "text/plain") == '{"prompt": "a"}'
+    assert read_body({"body": b'{"a" is no JSON'}, None) == '{"a" is no JSON'
     assert read_body({"data": "a form's field"}, None) == "a form's field"
 
 
@@ -85,11 +87,14 @@ def test_a_json_body_is_an_object_parsed_by_torchserve_or_not() -> None:
         ({"body": b""}, JSON, "is empty"),
         ({"body": b"{"}, JSON, "not valid JSON"),
         ({"body": b"[" * 200_000}, JSON, "nested too deeply"),
+        ({"body": b'{"seed": ' + b"1" * 5000 + b"}"}, JSON, "thousands of digits"),
         ({"body": b"\xff\xfe"}, "text/plain", "not UTF-8"),
         ({"body": b'"\xff"'}, JSON, "not UTF-8"),
         ({"body": b"[1]"}, JSON, "found an array"),
         ({"body": b'"a"'}, JSON, "found a string"),
         ({"body": b"null"}, JSON, "found null"),
+        ({"body": b' {"prompt": "a"}'}, None, "without a content type"),
+        ({"body": b'{"prompt": "a"}'}, "application/octet-stream", "-H 'Content-Type: application/json'"),
         ({"body": "a", "other": "b"}, None, "put them into the JSON body"),
     ],
 )
@@ -136,10 +141,12 @@ def test_no_bytes_raise_anything_else(body: bytes, content_type: str | None) -> 
         ({"prompt": "a", "stop": ""}, "stop", "must not be empty"),
         ({"prompt": "a", "stop": ["a", ""]}, "stop", "must not be empty"),
         ({"prompt": "a", "stop": "\ud800"}, "stop", "not valid Unicode"),
-        ({"prompt": "a", "stop": list("abcde")}, "stop", "at most 4"),
+        ({"prompt": "a", "stop": ["a"] * 65}, "stop", "at most 64"),
         ({"prompt": "a", "stream": "yes"}, "stream", "boolean"),
         ({"prompt": "a", "max_tokens": 5}, "max_tokens", "did you mean max_new_tokens?"),
-        ({"prompt": "a", "nonsense": 5}, "nonsense", "Allowed: temperature, top_p"),
+        ({"prompt": "a", "nonsense": 5}, "nonsense", "nonsense: unknown parameter. Allowed: temperature, top_p"),
+        ({"prompt": "a", "logit_bias": {"x": 1}}, "logit_bias", 'keys must be token ids, like "17"'),
+        ({"prompt": "a", "logit_bias": {"5": 101}}, "logit_bias", "less than or equal to 100"),
     ],
 )
 def test_a_wrong_parameter_is_named(body: dict[str, Any], param: str | None, words: str) -> None:
@@ -169,7 +176,7 @@ def test_a_prompt_gets_the_tokenizers_bos_and_the_defaults() -> None:
 
 
 def test_messages_get_the_templates_bos_alone() -> None:
-    assert encode_messages([{"role": "user", "content": "a"}], make_tokenizer()) == [0, 3, 1]
+    assert encode_messages([{"role": "user", "content": "a"}], make_tokenizer(), LIMITS) == [0, 3, 1]
     assert build({"messages": [{"role": "user", "content": "a"}]}).prompt_ids == (0, 3, 1)
 
 
@@ -192,6 +199,7 @@ def test_null_is_left_out() -> None:
 @pytest.mark.parametrize(
     ("body", "param"),
     [({"logit_bias": {"11": 1}}, "logit_bias"), ({"stop_token_ids": [11]}, "stop_token_ids"),
+     ({"stop": list("abcde")}, "stop"),
      ({"min_tokens": 5, "max_new_tokens": 4}, "min_tokens")],
 )  # fmt: skip
 def test_what_the_model_or_the_request_cannot_have_is_refused(body: dict[str, Any], param: str) -> None:
@@ -209,6 +217,28 @@ def test_what_the_model_or_the_request_cannot_have_is_refused(body: dict[str, An
 def test_what_does_not_fit_is_refused_with_the_numbers(body: dict[str, Any], status: int, words: str) -> None:
     error = refusal(build, body)
     assert error.status == status and words in error.message
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_text_far_above_the_context_is_not_tokenized_whole(chat: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A megabyte takes a second, and every stream waits for it."""
+    tokenizer, read = make_tokenizer(), 0
+    original = type(tokenizer).__call__
+
+    def count(self: Any, text: str, **options: Any) -> Any:
+        nonlocal read
+        read += len(text)
+        return original(self, text, **options)
+
+    monkeypatch.setattr(type(tokenizer), "__call__", count)
+    text = "a " * 500_000
+    body = {"messages": [{"role": "user", "content": text}]} if chat else {"prompt": text}
+    error = refusal(generate, "r", body, served(tokenizer))
+    assert error.status == 413 and error.param == "prompt" and "more than 64 tokens" in error.message
+    assert read < 2000
+    spaces = "a" + " " * 5000 + "b"  # many characters, few tokens
+    (request,) = generate("r", spaces, served(tokenizer)).requests
+    assert request.prompt_ids == (0, 3, 4)
 
 
 def test_the_default_is_cut_to_what_fits() -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dsserve.config import PREFILL_TOKENS_A_STEP
+from dsserve.generation.plan import Admission, Plan, moves
 from dsserve.generation.prefix_cache import PrefixCache
 from dsserve.generation.request import GenerationRequest, TokenEvent
 from dsserve.generation.sampler import SamplingState
-from dsserve.generation.scheduler import PREFILL_TOKENS_A_STEP, Scheduler
+from dsserve.generation.scheduler import Scheduler
 from dsserve.generation.sequence import Sequence
 
 EOS = 0
@@ -31,8 +35,8 @@ class Letters:
 class Book(Scheduler):
     """A scheduler that takes requests, and tokens in the engine's place."""
 
-    def put(self, name: str, prompt: int = 3, new: int = 5) -> None:
-        request = GenerationRequest(name, (1,) * prompt, new)
+    def put(self, name: str, prompt: int | tuple[int, ...] = 3, new: int = 5, **more: Any) -> None:
+        request = GenerationRequest(name, (1,) * prompt if isinstance(prompt, int) else prompt, new, **more)
         self.add(Sequence(request, Letters(), SamplingState(request), frozenset({EOS})))  # type: ignore[arg-type]
 
     def enter(self, sequence: Sequence, token: int) -> TokenEvent:
@@ -42,12 +46,13 @@ class Book(Scheduler):
         return event
 
 
-def scheduler(slots: int = 4, kept: int = 0) -> Book:
-    return Book(slots, PrefixCache(slots, kept))
+def scheduler(slots: int = 4, kept: int = 0, prefill_tokens: int = PREFILL_TOKENS_A_STEP) -> Book:
+    return Book(slots, PrefixCache(slots, kept), prefill_tokens)
 
 
 def step(book: Book, token: int = 65) -> list[TokenEvent]:
-    return [book.enter(sequence, token) for sequence in book.rows(book.plan(last=False))]
+    rows = book.rows(book.plan(last=False))
+    return [book.enter(sequence, token) for sequence in rows if sequence.is_prefilled]
 
 
 def test_a_request_ends_by_length_with_its_counts() -> None:
@@ -88,43 +93,149 @@ def test_a_waiting_request_can_be_cancelled_before_it_costs_anything() -> None:
     assert not book.has_work and book.plan(last=True).admit == ()
 
 
-def test_a_burst_of_long_prompts_is_spread_over_steps_and_a_huge_one_still_starts() -> None:
+def test_a_burst_of_long_prompts_is_spread_over_steps() -> None:
     book = scheduler()
     for name in "abc":
         book.put(name, prompt=PREFILL_TOKENS_A_STEP // 2)
     assert len(step(book)) == 2
     plan = book.plan(last=False)
     assert (len(plan.tokens), len(plan.admit)) == (2, 1)
-    book = scheduler()
-    book.put("huge", prompt=PREFILL_TOKENS_A_STEP * 3)
-    assert len(book.plan(last=False).admit) == 1
 
 
-operations = st.lists(st.tuples(st.sampled_from(["add", "cancel", "step"]), st.integers(0, 30)), max_size=80)
+def test_a_long_prompt_is_read_in_parts_while_others_get_a_token_at_each_step() -> None:
+    book = scheduler(prefill_tokens=10)
+    book.put("runs", new=20)
+    step(book)
+    book.put("long", prompt=tuple(range(100, 125)))
+    book.put("next", prompt=4)
+    book.put("last", prompt=6)
+    expected = [
+        [Admission(tuple(range(100, 110)), complete=False)],
+        [Admission(tuple(range(110, 120)), shared=10, continues=True, complete=False)],
+        [Admission(tuple(range(120, 125)), shared=20, continues=True), Admission((1,) * 4)],
+        [Admission((1,) * 6)],
+    ]
+    answered = [["runs"], ["runs"], ["runs", "long", "next"], ["runs", "long", "next", "last"]]
+    for admit, names in zip(expected, answered, strict=True):
+        plan = book.plan(last=False)
+        ready = [sequence for sequence in book.rows(plan) if sequence.is_prefilled]
+        assert plan.admit == tuple(admit)
+        assert len(plan.tokens) == len(ready) - sum(admission.complete for admission in plan.admit)
+        assert [book.enter(sequence, 65).request_id for sequence in ready] == names
+
+
+def test_a_prompt_that_fits_into_one_step_is_not_cut() -> None:
+    book = scheduler(prefill_tokens=10)
+    book.put("a", prompt=7)
+    book.put("b", prompt=10)
+    assert [event.request_id for event in step(book)] == ["a"]
+    assert book.plan(last=False).admit == (Admission((1,) * 10),)
+
+
+def test_a_client_that_leaves_while_its_prompt_is_read_frees_the_row_and_what_was_read_is_kept() -> None:
+    book, prompt = scheduler(kept=1, prefill_tokens=20), tuple(range(100, 150))
+    book.put("gone", prompt=prompt)
+    book.plan(last=False)
+    assert [sequence.request.request_id for sequence in book.cancel("gone")] == ["gone"]
+    book.put("again", prompt=prompt)
+    plan = book.plan(last=False)
+    assert (plan.keep, plan.evict) == (((0, 4),), (0,))
+    assert plan.admit == (Admission(prompt[20:40], source=4, shared=20, complete=False),)
+
+
+def test_a_row_that_ends_while_a_prompt_is_read_leaves_that_one_the_last() -> None:
+    book = scheduler(prefill_tokens=10)
+    for name in "ab":
+        book.put(name)
+    step(book)
+    book.put("long", prompt=30)
+    step(book)
+    book.cancel("a")
+    plan = book.plan(last=False)
+    assert (plan.evict, len(plan.tokens), plan.admit[0].continues) == ((0,), 1, True)
+    assert [s.request.request_id for s in book.rows(plan)] == ["b", "long"]
+    assert moves(0, 3, has_part=True) == [(1, 0), (2, 1)] and moves(2, 3, has_part=True) == []
+    assert moves(1, 3, has_part=True) == [(2, 1)] == moves(1, 3, has_part=False)
+
+
+def test_parts_that_do_not_fit_into_memory_are_taken_back() -> None:
+    book = scheduler(prefill_tokens=10)
+    book.put("runs", new=9)
+    step(book)
+    book.put("long", prompt=14)
+    book.put("short", prompt=3)
+    step(book)
+    plan = book.plan(last=False)
+    assert [len(admission.tokens) for admission in plan.admit] == [4, 3]
+    assert book.take_back(plan) is None and (book.running, book.waiting) == (2, 1)
+    plan = book.plan(last=False)
+    assert plan.admit == (Admission((1,) * 4, shared=10, continues=True),)
+    failed = book.take_back(plan)
+    assert failed is not None and failed.request.request_id == "long" and book.running == 1
+    plan = book.plan(last=False)
+    assert (plan.evict, plan.admit, len(plan.tokens)) == ((1,), (Admission((1,) * 3),), 1)
+
+
+class Cells:
+    """What every rank does with its rows, on tokens in the place of keys and values."""
+
+    def __init__(self) -> None:
+        self.rows: list[list[int]] = []
+        self.kept: dict[int, list[int]] = {}
+        self.has_part = False
+
+    def execute(self, plan: Plan) -> None:
+        for row, copy in plan.keep:
+            self.kept[copy] = list(self.rows[row])
+        for row in plan.evict:
+            part = self.rows.pop() if self.has_part and row < len(self.rows) - 1 else None
+            self.has_part = part is not None or (self.has_part and row < len(self.rows) - 1)
+            self.rows[row] = self.rows[-1]
+            self.rows.pop()
+            self.rows += [] if part is None else [part]
+        for row, token in enumerate(plan.tokens):
+            self.rows[row].append(token)
+        for admission in plan.admit:
+            if admission.continues:
+                before = self.rows.pop()
+                assert len(before) == admission.shared
+            else:
+                before = self.kept.get(admission.source) or [*self.rows, []][min(admission.source, len(self.rows))]
+            self.rows.append([*before[: admission.shared], *admission.tokens])
+        if plan.admit:
+            self.has_part = not plan.admit[-1].complete
+
+
+operations = st.lists(st.tuples(st.sampled_from(["add", "cancel", "step"]), st.integers(0, 90)), max_size=80)
 
 
 @settings(max_examples=200)
-@given(operations)
-def test_rows_stay_dense_and_every_request_ends_once_or_was_cancelled(script: list[tuple[str, int]]) -> None:
-    book, slots, names, cancelled, ended = scheduler(4), [], [], set(), []
-    for action, number in [*script, *[("step", 0)] * 200]:
+@given(operations, st.sampled_from([1, 7, 20, 512]), st.sampled_from([0, 2]))
+def test_rows_hold_their_own_tokens_and_every_request_ends_once_or_was_cancelled(
+    script: list[tuple[str, int]], prefill_tokens: int, kept: int
+) -> None:
+    """Prompts of up to 90 tokens, whose first 40 are the same for two of three."""
+    book, cells, names, cancelled, ended = scheduler(4, kept, prefill_tokens), Cells(), [], set(), []
+    for action, number in [*script, *[("step", 0)] * (80 * 100 if prefill_tokens == 1 else 1600)]:
         if action == "add":
             names.append(f"r{len(names)}")
-            book.put(names[-1], new=1 + number % 7)
+            first = 0 if number % 3 else 1000 * len(names)
+            prompt = tuple(token + (first if token < 40 else 1000 * len(names)) for token in range(100, 101 + number))
+            book.put(names[-1], prompt=prompt, new=1 + number % 7)
         elif action == "cancel" and names:
             cancelled.add(names[number % len(names)])
             book.cancel(names[number % len(names)])
-        else:
+        elif book.has_work:
             plan = book.plan(last=False)
-            for row in plan.evict:  # what every rank does with its rows
-                last = slots.pop()
-                if row < len(slots):
-                    slots[row] = last
+            cells.execute(plan)
             rows = book.rows(plan)
-            assert [s.request.request_id for s in rows[: len(plan.tokens)]] == slots
-            slots = [s.request.request_id for s in rows]
-            assert len(slots) == len(plan.tokens) + len(plan.admit) == book.running <= 4
-            events = [book.enter(s, 65) for s in rows]
+            assert len(rows) == len(cells.rows) == book.running <= 4
+            for sequence, row in zip(rows, cells.rows, strict=True):
+                assert row == [*sequence.request.prompt_ids[: sequence.prefilled], *sequence._generated]
+            assert sum(len(admission.tokens) for admission in plan.admit) <= prefill_tokens
+            ready = [sequence for sequence in rows if sequence.is_prefilled]
+            assert len(ready) == len(plan.tokens) + sum(admission.complete for admission in plan.admit)
+            events = [book.enter(s, 65) for s in ready]
             ended += [event.request_id for event in events if event.finish_reason]
     assert not book.has_work
     assert len(ended) == len(set(ended))

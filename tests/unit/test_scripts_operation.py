@@ -6,6 +6,7 @@ import http.server
 import json
 import os
 import threading
+import time
 import zipfile
 from collections import Counter
 from collections.abc import Iterator
@@ -59,6 +60,16 @@ def test_calm_is_several_zeros_in_a_row(monkeypatch: pytest.MonkeyPatch) -> None
     assert drain.wait_until_calm(lambda: next(counts), 60, calm_polls=3) == 0
     assert list(counts) == []
     assert drain.wait_until_calm(lambda: 5, 0.01) == 5
+
+
+def test_a_second_signal_ends_the_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drain, "POLL_S", 0.01)
+    monkeypatch.setattr(drain.management, "all_versions", lambda ports, token: [Version("m", "1.0", 1, None)])
+    signals = iter([False, False, False, True, True, True])
+    started = time.monotonic()
+    assert drain.drain(RunDir(tmp_path), Ports(8080), 60, lambda: next(signals)) == 0
+    assert time.monotonic() - started < 5 and list(signals) == []
+    assert drain.drain(RunDir(tmp_path), Ports(8080), 0.05) == 1
 
 
 class Answers(http.server.BaseHTTPRequestHandler):
@@ -137,7 +148,7 @@ def test_what_the_probe_says(torchserve: Ports, described: Any, canary: Any, sta
     ("host", "open_to_all"), [("127.0.0.1", True), ("127.0.0.9", True), ("localhost", True), ("0.0.0.0", False)]
 )
 def test_tokens_are_asked_for_beyond_loopback(host: str, open_to_all: bool) -> None:
-    properties = server_properties(Ports(9000), "m", Path("/store/m.mar"), "cpu", host)
+    properties = server_properties(Ports(9000), "m", Path("/store/m.mar"), {}, host)
     assert is_loopback(host) is open_to_all
     assert properties["disable_token_authorization"] == str(open_to_all).lower()
     assert properties["inference_address"] == f"http://{host}:9000"

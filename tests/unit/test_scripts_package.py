@@ -75,14 +75,24 @@ def test_packing_again_replaces_the_archive(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["", "a/b", "../x", "-f", "a b", "a;b", "ü"])
 def test_a_name_unfit_for_urls_is_refused(name: str, tmp_path: Path) -> None:
-    with pytest.raises(PackageError, match="not fit for a URL"):
+    with pytest.raises(PackageError, match=r"NAME=.* is not fit for a URL"):
         package(name, "x", Choice(), model_store=tmp_path)
+    with pytest.raises(PackageError, match=r"VERSION=.* is not fit for a URL"):
+        package("m", "x", Choice(), version=name, model_store=tmp_path)
 
 
 def test_an_impossible_choice_packs_nothing(tmp_path: Path) -> None:
     with pytest.raises(MachineError, match="TP=many"):
         package("m", "x", Choice(tp="many", device="cpu"), model_store=tmp_path / "store")
     assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize("config", [{"num_attention_heads": 9}, {"text_config": {"n_head": 9}}])
+def test_more_ranks_than_heads_are_refused_before_torchrun_starts_them(tmp_path: Path, config: dict) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(PackageError, match="TP=3000: the model has 9 attention heads"):
+        package("m", str(tmp_path), Choice(tp="3000", device="cpu"), model_store=tmp_path / "store")
+    assert package("m", str(tmp_path), Choice(tp="9", device="cpu"), model_store=tmp_path / "store").is_file()
 
 
 def test_the_archivers_own_error_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

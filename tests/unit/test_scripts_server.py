@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -57,13 +58,42 @@ def test_a_taken_port_is_found(listener: int) -> None:
 
 
 def test_the_server_listens_on_loopback_only() -> None:
-    properties = server_properties(Ports(9000), "m", ARCHIVE, "cpu")
+    properties = server_properties(Ports(9000), "m", ARCHIVE, {"deviceType": "cpu"})
     addresses = {key: value for key, value in properties.items() if key.endswith("address")}
     assert len(addresses) == 5
     assert all("127.0.0.1" in value for value in addresses.values())
     assert properties["load_models"] == "m=m.mar"
     assert properties["number_of_gpu"] == "0"
-    assert "number_of_gpu" not in server_properties(Ports(9000), "m", ARCHIVE, "gpu")
+    assert "number_of_gpu" not in server_properties(Ports(9000), "m", ARCHIVE, {"deviceType": "gpu"})
+
+
+@pytest.mark.parametrize(
+    ("model", "handler", "expected"),
+    [
+        ({"max_position_embeddings": 8192}, {}, 2**20),
+        ({"n_positions": 1024}, {}, 2**20),
+        ({"text_config": {"max_position_embeddings": 131_072}}, {}, 131_072 * 128),
+        ({"max_position_embeddings": 131_072}, {"max_model_len": 16_384}, 16_384 * 128),
+        ({}, {}, 6_553_500),
+        (None, {}, 6_553_500),
+    ],
+)
+def test_the_limit_of_a_body_follows_from_the_context(
+    tmp_path: Path, model: dict | None, handler: dict, expected: int
+) -> None:
+    if model is not None:
+        (tmp_path / "config.json").write_text(json.dumps(model))
+    config = {"handler": {"model_path": str(tmp_path), **handler}}
+    assert server_properties(Ports(9000), "m", ARCHIVE, config)["max_request_size"] == str(expected)
+
+
+def test_a_start_removes_what_a_killed_server_left_elsewhere(tmp_path: Path) -> None:
+    run, temp = RunDir(tmp_path / "run"), tmp_path / "elsewhere"
+    run.create({})
+    (temp / "models").mkdir(parents=True)
+    run.write_record(Record(1, "m", 8080, str(temp), 0.0))
+    run.create({})
+    assert not temp.exists() and run.read_record() is None
 
 
 def test_a_run_directory_starts_empty_and_keeps_logs(tmp_path: Path) -> None:

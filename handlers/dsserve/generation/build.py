@@ -1,14 +1,14 @@
-"""Makes the engine of one rank from a sharded module: limits, memory, packed weights, proof, warm-up.
+"""Makes the engine of one rank from DeepSpeed's module: memory, packed weights, proof, warm-up.
 
-Refuses at load, with the reason, what the engine could not do exactly. Does not load or shard the model.
+AutoTP's module gets KV slots and continuous batching, one with injected kernels their batches. Refuses at load, with
+the reason, what the engine could not do exactly. Does not load or shard the model and sets no limits (`limits`).
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psutil
 import torch
@@ -17,77 +17,28 @@ from dsserve.config import YAML_FILE, HandlerConfig
 from dsserve.distributed import RankInfo, agree_on_least
 from dsserve.errors import LoadError
 from dsserve.fused_ops import load_ops, use_fused_ops
+from dsserve.generation.batch_scheduler import BatchScheduler
 from dsserve.generation.decode_attention import use_decode_attention, uses_decode_attention
 from dsserve.generation.detokenizer import TextStream
 from dsserve.generation.engine import Engine
 from dsserve.generation.grammar import GrammarCompiler
+from dsserve.generation.kernel_runner import KernelRunner
+from dsserve.generation.limits import read_limits
 from dsserve.generation.model_runner import ModelRunner
 from dsserve.generation.observer import Observer
+from dsserve.generation.prefix_cache import PrefixCache
 from dsserve.generation.request import Limits
-from dsserve.generation.warmup import verify_runner, warm_up
+from dsserve.generation.runner import Runner
+from dsserve.generation.scheduler import Scheduler
+from dsserve.generation.warmup import verify_runner, warm_up, warm_up_batches
 from dsserve.hf_model import LoadedModel
 from dsserve.load_clock import LoadClock
 from dsserve.packing import can_pack, pack_weights
-
-if TYPE_CHECKING:
-    from dsserve.ds_config import DeepSpeedSettings
 
 logger = logging.getLogger(__name__)
 
 # Kept rows where the settings leave their number open; fewer where memory is short.
 _KEPT_ROWS = 8
-
-
-def check_engine_choice(ctx: Any, world_size: int, model_dtype: torch.dtype) -> DeepSpeedSettings:
-    """The settings of a model in `model_dtype`; kernel injection is refused: this engine drives AutoTP modules only.
-
-    Raises:
-        LoadError: `replace_with_kernel_inject: true`, or settings that `read_deepspeed_settings` refuses.
-    """
-    from dsserve.ds_config import read_deepspeed_settings
-
-    model_dir = Path(ctx.system_properties["model_dir"])
-    settings = read_deepspeed_settings(ctx.model_yaml_config, model_dir, world_size, model_dtype)
-    if settings.kernel_inject:
-        raise LoadError(
-            "replace_with_kernel_inject: true is not served by DeepSpeedHandler yet; set it to false (AutoTP) in "
-            f"ds-config.json or {YAML_FILE}"
-        )
-    return settings
-
-
-def read_limits(config: HandlerConfig, max_position: int | None, model_config: Any) -> Limits:
-    """Context and output limits in tokens, from the settings and the model.
-
-    Raises:
-        LoadError: a context that the model does not have, or one that sliding-window layers would cut.
-    """
-    length = config.max_model_len or max_position
-    if length is None:
-        raise LoadError(f"{YAML_FILE}: the model's config names no context length; set handler.max_model_len")
-    if max_position is not None and length > max_position:
-        raise LoadError(
-            f"{YAML_FILE}: handler.max_model_len {length} is above the model's context of {max_position}; lower it"
-        )
-    window = _sliding_window(model_config)
-    if window is not None and length > window:
-        raise LoadError(
-            f"{YAML_FILE}: the model attends to the last {window} tokens in some layers, which this engine serves only "
-            f"up to that length; set handler.max_model_len: {window}"
-        )
-    limit = min(config.max_new_tokens_limit or length - 1, length - 1)
-    default = min(config.max_new_tokens, limit)
-    return Limits(length, default, limit, config.max_running, config.max_waiting, config.request_timeout)
-
-
-def _sliding_window(model_config: Any) -> int | None:
-    text_config = model_config.get_text_config()
-    layer_types = getattr(text_config, "layer_types", None)
-    if layer_types is not None and not any("sliding" in kind or "chunked" in kind for kind in layer_types):
-        return None
-    if getattr(text_config, "use_sliding_window", True) is False:
-        return None
-    return getattr(text_config, "sliding_window", None)
 
 
 def plan_kv_rows(
@@ -138,8 +89,28 @@ def build_engine(
     Raises:
         LoadError: see `read_limits`, `plan_kv_rows` and `SelfCheck.verify`.
     """
+    if ds_engine.workspace is None:
+        limits = read_limits(config, loaded.max_position, ds_engine.module.config)
+        runner = _autotp_runner(ds_engine, config, limits, rank, device, clock)
+        prefixes = PrefixCache(runner.slots, runner.kept)
+        scheduler = Scheduler(runner.slots, prefixes, config.max_num_batched_tokens)
+    else:
+        size = ds_engine.workspace.size
+        limits = read_limits(config, loaded.max_position, ds_engine.module.config, size.tokens)
+        runner, scheduler = _kernel_runner(ds_engine, config, limits, rank, device, clock)
+
+    def make_text(request: Any) -> TextStream:
+        return TextStream(loaded.tokenizer, request.stop.strings)
+
+    grammars = GrammarCompiler(loaded.tokenizer, runner.vocabulary, loaded.eos_ids)
+    engine = Engine(runner, rank, make_text, loaded.eos_ids, grammars, observer, scheduler)
+    return engine, limits, grammars
+
+
+def _autotp_runner(
+    ds_engine: Any, config: HandlerConfig, limits: Limits, rank: RankInfo, device: torch.device, clock: LoadClock
+) -> Runner:
     module = ds_engine.module
-    limits = read_limits(config, loaded.max_position, module.config)
     dtype = next(module.parameters()).dtype
     kept, needed = plan_kv_rows(module.config, config, limits, dtype, rank, device)
     with clock.phase("pack"):
@@ -156,13 +127,21 @@ def build_engine(
             "[dsserve] %d slots of %d tokens and %d kept rows, KV cache up to %.2f GiB a rank, %s, %d thread(s) a rank",
             runner.slots, limits.max_model_len, kept, needed / 2**30, replaced, torch.get_num_threads(),
         )  # fmt: skip
+    return runner
 
-    def make_text(request: Any) -> TextStream:
-        return TextStream(loaded.tokenizer, request.stop.strings)
 
-    grammars = GrammarCompiler(loaded.tokenizer, runner.vocabulary, loaded.eos_ids)
-    engine = Engine(runner, rank, make_text, loaded.eos_ids, grammars, observer)
-    return engine, limits, grammars
+def _kernel_runner(
+    ds_engine: Any, config: HandlerConfig, limits: Limits, rank: RankInfo, device: torch.device, clock: LoadClock
+) -> tuple[Runner, BatchScheduler]:
+    """The kernels were proven where they were injected."""
+    size = ds_engine.workspace.size
+    runner = KernelRunner(ds_engine.module, size, limits.max_model_len, device)
+    if config.warmup:
+        with clock.phase("warm-up"):
+            warm_up_batches(runner, rank.is_leader)
+    if rank.is_leader:
+        logger.info("[dsserve] kernel injection: batches of %d rows of %d tokens", size.rows, size.tokens)
+    return runner, BatchScheduler(size.rows, size.tokens)
 
 
 def _warm_up(runner: ModelRunner, module: Any, config: HandlerConfig, rank: RankInfo, device: torch.device) -> None:

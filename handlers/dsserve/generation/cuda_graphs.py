@@ -1,8 +1,8 @@
 """Decode steps as CUDA graphs: one launch instead of some hundred, for each number of rows and length of the cache.
 
-A graph is captured for every (rows, cache length) bucket; a step takes the smallest that fits. Rows beyond the live
-ones write into slots that are free, at position 0, which the next prompt there overwrites. Prefill is
-`prefill_graphs`'s. Does not sample.
+A graph is captured for every (rows, cache length) bucket; a step takes the smallest that fits. Rows beyond the decoded
+ones write where the next prompt, or the next part of one, overwrites it. Prefill is `prefill_graphs`'s. Does not
+sample.
 """
 
 from __future__ import annotations
@@ -77,16 +77,26 @@ class DecodeGraphs:
         return _Captured(graph, inputs, logits)
 
     def decode(self, tokens: tuple[int, ...], positions: list[int]) -> torch.Tensor:
-        """Logits `[n, V]` of one step for the rows 0 to n-1."""
-        live = len(tokens)
-        rows = next(bucket for bucket in self._rows if bucket >= live)
-        length = next(bucket for bucket in self._lengths if bucket > max(positions))
+        """Logits `[n, V]` of one step for the rows 0 to n-1.
+
+        Args:
+            positions: where the next token of each live row goes; of more than n rows where prompts are not complete.
+        """
+        decoded = len(tokens)
+        rows = next(bucket for bucket in self._rows if bucket >= decoded)
+        length = next(bucket for bucket in self._lengths if bucket > max(positions[:decoded]))
         captured = self._captured[rows, length]
-        padding = [0] * (rows - live)
-        captured.inputs.copy_(torch.tensor([[*tokens, *padding], [*positions, *padding]]))
+        captured.inputs.copy_(torch.tensor(pad_rows(tokens, positions, rows)))
         captured.graph.replay()
         # The next replay overwrites what the graph wrote.
-        return captured.logits[:live].clone()
+        return captured.logits[:decoded].clone()
+
+
+def pad_rows(tokens: tuple[int, ...], positions: list[int], rows: int) -> list[list[int]]:
+    """Tokens and positions of `rows` rows. Those beyond the tokens are free, and written at position 0, or hold a part
+    of a prompt, and are written where its next part begins."""
+    padded = [*positions, *[0] * rows][:rows]
+    return [[*tokens, *[0] * (rows - len(tokens))], padded]
 
 
 def capture(

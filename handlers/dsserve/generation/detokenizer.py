@@ -13,6 +13,8 @@ from typing import Any
 _REPLACEMENT = "\ufffd"
 # A character of UTF-8 has at most 4 bytes: more tokens that still end in U+FFFD hold broken bytes for good.
 _MAX_PENDING = 8
+# Of more tokens without text (a client can ask for end-of-text tokens for ever) the first and the last ones are kept.
+_MAX_SILENT = 32
 
 
 class TextStream:
@@ -46,6 +48,8 @@ class TextStream:
         text = whole[len(before) :]
         if text:  # tokens without text (special ones) stay in the window: nothing may follow them as a first word
             self._window = self._window[self._read :]
+        elif len(self._window) > _MAX_SILENT:
+            self._window = self._window[:_MAX_PENDING] + self._window[-_MAX_PENDING:]
         self._read = len(self._window)
         return self._release(text, may_stop)
 

@@ -1,30 +1,38 @@
-"""The AutoTP engine: continuous batching over KV slots, led by rank 0.
+"""The engine: sequences in, tokens out, led by rank 0.
 
-Rank 0 admits, evicts and steps; the other ranks follow its plans. Does not parse requests or render replies.
+Rank 0 admits, evicts and steps; the other ranks follow its plans. What joins when is the scheduler's, what a step
+computes the runner's: continuous batching over KV slots (AutoTP), or one batch after the other (kernel injection). Does
+not parse requests or render replies.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 
 from dsserve.distributed import RankInfo
 from dsserve.generation.detokenizer import TextStream
 from dsserve.generation.grammar import GrammarCompiler
-from dsserve.generation.model_runner import ModelRunner, StepLogits
+from dsserve.generation.model_runner import StepLogits
 from dsserve.generation.observer import Observer, Outcome, Step
+from dsserve.generation.packed_prompts import PREFILL_BUCKETS
 from dsserve.generation.plan import Plan, PlanChannel
 from dsserve.generation.prefix_cache import PrefixCache
 from dsserve.generation.request import GenerationRequest, Origin, TokenEvent, TokenLogprob
+from dsserve.generation.runner import Runner
 from dsserve.generation.sampler import SamplingState, choose, report_logprobs
-from dsserve.generation.scheduler import PREFILL_TOKENS_A_STEP, Scheduler
+from dsserve.generation.scheduler import Scheduler
 from dsserve.generation.sequence import Sequence, ending_ids
 
 logger = logging.getLogger(__name__)
+
+Entered = TypeVar("Entered")
 
 # Prefills that a warm engine has the memory for, failing one after the other: something holds memory that should be
 # free, and a new worker helps. A prompt that is simply too long does not count, or one client could end the worker.
@@ -35,31 +43,34 @@ class Engine:
     """One rank's engine. `admit`, `evict` and `run` are rank 0's; all others call `follow` once a handler call.
 
     Args:
-        runner: the sharded model with its KV slots.
+        runner: the sharded model with its rows.
         make_text: a fresh incremental detokenizer for a request.
         eos_ids: the tokens that end a text.
         grammars: for requests with structured output.
         observer: hears of rank 0's steps and sequences.
+        scheduler: default: continuous batching over the runner's slots.
     """
 
     def __init__(
         self,
-        runner: ModelRunner,
+        runner: Runner,
         rank: RankInfo,
         make_text: Callable[[GenerationRequest], TextStream],
         eos_ids: frozenset[int],
         grammars: GrammarCompiler | None = None,
         observer: Observer | None = None,
+        scheduler: Scheduler | None = None,
     ) -> None:
         self._runner = runner
         self._channel = PlanChannel(rank.rank, rank.world_size)
-        self._scheduler = Scheduler(runner.slots, PrefixCache(runner.slots, runner.kept))
+        self._scheduler = scheduler or Scheduler(runner.slots, PrefixCache(runner.slots, runner.kept))
         self._make_text = make_text
         self._eos_ids = eos_ids
         self._grammars = grammars
         self._observer = observer or Observer()
         self._ended: list[tuple[Sequence, TokenEvent]] = []  # in the present step
         self._memory_failures = 0
+        self._step_s = 0.0  # of the last step
 
     @property
     def running(self) -> int:
@@ -84,16 +95,27 @@ class Engine:
         for sequence in self._scheduler.cancel(request_id):
             self._end(sequence, "abort", time.monotonic())
 
-    def run(self, max_steps: int) -> list[TokenEvent]:
-        """Rank 0's part of one handler call: one step at least, `max_steps` while nothing new has to be answered.
+    def run(self, max_steps: int, limit_s: float = math.inf) -> list[TokenEvent]:
+        """Rank 0's part of one handler call: one step at least, then more as long as another one fits into both limits.
 
-        A call ends early when a prompt was admitted (its first token should leave) or nothing is left to do.
+        A call ends early when a prompt was read to its end (its first token should leave), when a text ended (so should
+        its last, and its slot is free), or when nothing is left to do.
         """
         events: list[TokenEvent] = []
-        for step in range(max_steps):
-            last = step == max_steps - 1 or self._scheduler.can_admit or not self._scheduler.has_work
-            events += self._step(self._scheduler.plan(last))
-            if last:
+        begun = started = time.monotonic()
+        for step in range(1, max_steps + 1):
+            is_late = started - begun + 2 * self._step_s > limit_s  # after this step another one would not fit
+            plan = self._scheduler.plan(step == max_steps or is_late or not self._scheduler.has_work)
+            if any(admission.complete for admission in plan.admit):
+                plan = replace(plan, last=True)
+            answered = self._step(plan)
+            events += answered
+            ended = time.monotonic()
+            self._step_s, started = ended - started, ended
+            if plan.last:
+                break
+            if any(event.is_last for event in answered):
+                self._channel.send(Plan(last=True))  # the others know a plan by its beginning only
                 break
         self._observer.called(self.running, self.waiting)
         return events
@@ -125,9 +147,9 @@ class Engine:
         sequence = self._scheduler.take_back(plan)
         if sequence is None:
             return []
-        size = len(plan.admit[0].tokens)
+        size = plan.admit[0].shared + len(plan.admit[0].tokens)
         logger.warning("[dsserve] %s: no memory for %d prompt tokens", sequence.name, size)
-        if size <= PREFILL_TOKENS_A_STEP:
+        if size <= PREFILL_BUCKETS[-1]:
             self._memory_failures += 1
         if self._memory_failures >= MOST_MEMORY_FAILURES:
             raise torch.OutOfMemoryError("passes that fitted at load fail one after the other")
@@ -135,26 +157,34 @@ class Engine:
         return [sequence.out_of_memory()]
 
     def _answer(self, plan: Plan, logits: StepLogits, started: float) -> list[TokenEvent]:
-        sequences = self._scheduler.rows(plan)
-        tokens = choose(logits.next, [sequence.state for sequence in sequences])
+        rows = self._scheduler.rows(plan)
+        read = rows[len(plan.tokens) :]
+        for sequence in read:
+            sequence.timeline.admitted = sequence.timeline.admitted or started
+        asking = [sequence for sequence in read if sequence.request.prompt_logprobs]
+        prompts = dict(zip(asking, logits.prompts, strict=True))
+        sequences = [sequence for sequence in rows if sequence.is_prefilled]  # all, or all but the last
+        tokens = choose(logits.next[: len(sequences)], [sequence.state for sequence in sequences]) if sequences else []
         chosen = time.monotonic()
         logprobs = _logprobs(logits, sequences, tokens)
-        asking = [s for s in sequences[len(plan.tokens) :] if s.request.prompt_logprobs]
-        prompts = dict(zip(asking, logits.prompts, strict=True))
-        rows = zip(sequences, tokens, logprobs, strict=True)
-        events = [self._accept(sequence, token, logprob, prompts.get(sequence)) for sequence, token, logprob in rows]
-        self._tell(sequences, len(plan.tokens), started, chosen)
+        given = zip(sequences, tokens, logprobs, strict=True)
+        events = [self._accept(sequence, token, logprob, prompts.get(sequence)) for sequence, token, logprob in given]
+        if len(rows) > len(sequences) and rows[-1] in prompts:
+            events += self._read_on(rows[-1], prompts[rows[-1]])
+        self._tell(plan, sequences, started, chosen)
         return events
 
-    def _tell(self, sequences: list[Sequence], decoded: int, started: float, chosen: float) -> None:
-        """Tells of the step that gave these sequences a token each, the first `decoded` of them not their first one."""
+    def _tell(self, plan: Plan, sequences: list[Sequence], started: float, chosen: float) -> None:
+        """Tells of the step that gave these sequences a token each, those of `plan.tokens` not their first one."""
         now = time.monotonic()
-        admitted = sequences[decoded:]
+        admitted = sequences[len(plan.tokens) :]
         for sequence in admitted:
-            sequence.timeline.admitted, sequence.timeline.first_token = started, now
+            sequence.timeline.first_token = now
         # One that failed, or wanted no new token, got none.
-        without = sum(1 for _, event in self._ended if event.failed or not event.completion_tokens)
-        self._observer.stepped(Step(started, now, decoded, admitted, len(sequences) - without))
+        without = {sequence for sequence, event in self._ended if event.failed or not event.completion_tokens}
+        read = sum(len(admission.tokens) for admission in plan.admit)
+        generated = len(set(sequences) - without)
+        self._observer.stepped(Step(started, now, len(plan.tokens), admitted, read, generated))
         for sequence, event in self._ended:
             sequence.timeline.last_token = chosen
             self._end(sequence, event.finish_reason or "error", now)
@@ -169,20 +199,36 @@ class Engine:
     ) -> TokenEvent:
         """Enters a sequence's next token, and its prompt's logits where they were wanted; at its end the row is freed
         in the next step."""
-        try:
+
+        def enter() -> TokenEvent:
             if prompt is not None:
                 sequence.report_prompt(prompt)
-            wants_none = sequence.request.max_new_tokens == 0
-            event = sequence.finish_empty() if wants_none else sequence.accept(token, logprob)
-        except torch.OutOfMemoryError:
-            event = sequence.out_of_memory()
-        except Exception as error:  # must not keep rank 0 from sending the plan that the others wait for
-            logger.error("[dsserve] %s: %s while decoding text", sequence.name, type(error).__name__)
-            event = sequence.failure()
+            return sequence.finish_empty() if sequence.request.max_new_tokens == 0 else sequence.accept(token, logprob)
+
+        return self._end_if_last(sequence, _or_failure(sequence, enter))
+
+    def _read_on(self, sequence: Sequence, prompt: torch.Tensor) -> list[TokenEvent]:
+        """Enters the logits of a part of a prompt that goes on; there is an event only if that failed."""
+        event = _or_failure(sequence, lambda: sequence.report_prompt(prompt))
+        return [] if event is None else [self._end_if_last(sequence, event)]
+
+    def _end_if_last(self, sequence: Sequence, event: TokenEvent) -> TokenEvent:
         if event.is_last:
             self._scheduler.end(sequence)
             self._ended.append((sequence, event))
         return event
+
+
+def _or_failure(sequence: Sequence, enter: Callable[[], Entered]) -> Entered | TokenEvent:
+    """What `enter` gives, or the event of a sequence that cannot go on: an exception must not keep rank 0 from sending
+    the plan that the others wait for."""
+    try:
+        return enter()
+    except torch.OutOfMemoryError:
+        return sequence.out_of_memory()
+    except Exception as error:
+        logger.error("[dsserve] %s: %s while decoding text", sequence.name, type(error).__name__)
+        return sequence.failure()
 
 
 def _logprobs(logits: StepLogits, sequences: list[Sequence], tokens: list[int]) -> list[TokenLogprob | None]:

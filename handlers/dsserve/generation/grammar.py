@@ -10,6 +10,9 @@ from typing import Any
 
 import numpy as np
 
+# Grammars that are kept compiled: clients tend to send the same schema again.
+_KEPT = 8
+
 
 class GrammarError(ValueError):
     """A grammar that cannot be used; the message says why."""
@@ -29,20 +32,37 @@ class GrammarCompiler:
         self._vocabulary = vocabulary
         self._eos_ids = eos_ids
         self._known: Any = None
+        self._compiled: dict[str, Any] = {}
 
     def check(self, grammar: str) -> None:
-        """Raises GrammarError for one that llguidance does not take."""
+        """Raises GrammarError for one that llguidance does not take, or that no text can match."""
         from llguidance import LLMatcher
 
+        if grammar in self._compiled:
+            return
         reason = LLMatcher.validate_grammar(grammar, self._tokens())
         if reason:
             raise GrammarError(reason.strip().splitlines()[0])
+        # Only the first mask tells of some faults, of a schema that refers to itself for ever for example.
+        first = self._compile(grammar).deep_copy()
+        first.compute_bitmask()
+        if first.is_error():
+            del self._compiled[grammar]
+            raise GrammarError("no text can match it")
 
     def start(self, grammar: str) -> Grammar:
         """A matcher at the beginning of a text."""
+        return Grammar(self._compile(grammar).deep_copy(), self._eos_ids)
+
+    def _compile(self, grammar: str) -> Any:
+        """The matcher that all texts of a grammar are copies of: compiling takes up to a second, a copy none."""
         from llguidance import LLMatcher
 
-        return Grammar(LLMatcher(self._tokens(), grammar, log_level=0), self._eos_ids)
+        if grammar not in self._compiled:
+            if len(self._compiled) >= _KEPT:
+                del self._compiled[next(iter(self._compiled))]
+            self._compiled[grammar] = LLMatcher(self._tokens(), grammar, log_level=0)
+        return self._compiled[grammar]
 
     def _tokens(self) -> Any:
         if self._known is None:

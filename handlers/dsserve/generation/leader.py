@@ -7,6 +7,7 @@ waits for it so long and no longer. Does not end the process (`watchdog`) and kn
 from __future__ import annotations
 
 import logging
+import math
 import queue
 import threading
 import traceback
@@ -100,10 +101,10 @@ class LeaderEngine:
         del self._live[request_id]
         self._engine.evict(request_id)
 
-    def run(self, max_steps: int) -> list[TokenEvent]:
-        """See `Engine.run`; never raises, and never takes longer than the limit."""
+    def run(self, max_steps: int, limit_s: float = math.inf) -> list[TokenEvent]:
+        """See `Engine.run`; never raises, and never takes longer than `timeout_s`."""
         try:
-            events = self._thread.call(lambda: self._engine.run(max_steps), self._timeout_s)
+            events = self._thread.call(lambda: self._engine.run(max_steps, limit_s), self._timeout_s)
         except TimeoutError:
             return self._fail(f"a rank stalled: no end of a call after {self._timeout_s:.1f} s")
         except Exception as error:

@@ -14,7 +14,7 @@ from dsserve.distributed import RankInfo
 from dsserve.generation.cuda_graphs import DecodeGraphs
 from dsserve.generation.kv_cache import SlotCache
 from dsserve.generation.packed_prompts import PackedPrompts
-from dsserve.generation.plan import Admission, Plan
+from dsserve.generation.plan import Admission, Plan, moves
 from dsserve.generation.prefill_graphs import PrefillGraphs
 from dsserve.generation.prefill_memory import PrefillMemory
 
@@ -27,8 +27,8 @@ class StepLogits:
     """What one step gave, the same on all ranks.
 
     Attributes:
-        next: `[n, V]`, of the decoded rows, then of the last token of each admitted prompt.
-        prompts: `[T, V]` for each prompt whose logits were all wanted, in the order of admission.
+        next: `[n, V]`, of the decoded rows, then of the last token of each admitted prompt, complete or not.
+        prompts: `[T, V]` for each part of a prompt whose logits were all wanted, in the order of admission.
         admitted: False where the admitted prompts did not fit into memory: they hold no rows, `next` is of the decoded
             rows alone.
     """
@@ -72,6 +72,7 @@ class ModelRunner:
         self.cache = SlotCache(num_layers, slots + kept, capacity)
         self._capacity = capacity
         self._lengths: list[int] = []
+        self._has_part = False  # the last row's prompt is not complete
         self._graphs: DecodeGraphs | None = None
         self._prefill_graphs: PrefillGraphs | None = None
         self._first_cells = torch.arange(slots, device=device) * capacity
@@ -103,28 +104,33 @@ class ModelRunner:
         return StepLogits(last if decoded is None else torch.cat([decoded, last]), prompts)
 
     def _evict(self, row: int) -> None:
-        last = self.live - 1
-        if row != last:
-            self.cache.copy(last, row, self._lengths[last])
-            self._lengths[row] = self._lengths[last]
+        for source, target in moves(row, self.live, self._has_part):
+            self.cache.copy(source, target, self._lengths[source])
+            self._lengths[target] = self._lengths[source]
+        if row == self.live - 1:
+            self._has_part = False
         self._lengths.pop()
 
     def _prefill_if_it_fits(self, prompts: tuple[Admission, ...]) -> torch.Tensor | None:
         """What `_prefill` gives, or None on all ranks where one of them has not the memory for it."""
-        tokens = sum(len(prompt.tokens) for prompt in prompts)
+        # Tokens that were computed before are only read, which takes less: where memory is short, long prompts are
+        # refused as if they were read in one pass, and no pass fails on the way.
+        tokens = sum(prompt.shared + len(prompt.tokens) for prompt in prompts)
         logits = sum(len(prompt.tokens) if prompt.all_logits else 1 for prompt in prompts)
         return self._memory.run(lambda: self._prefill(prompts), tokens, logits)
 
     def _prefill(self, prompts: tuple[Admission, ...]) -> torch.Tensor:
         """Logits `[n, V]` of the prompts' last tokens; of all tokens where a prompt wants them."""
-        for row, prompt in enumerate(prompts, start=self.live):
-            if prompt.shared:
+        first = self.live - prompts[0].continues
+        for row, prompt in enumerate(prompts, start=first):
+            if prompt.shared and not prompt.continues:
                 self.cache.copy(prompt.source, row, prompt.shared)
-        packed = PackedPrompts(prompts, self.live, self._capacity)
+        packed = PackedPrompts(prompts, first, self._capacity)
         logits = self._prefill_graphs.run(packed) if self._prefill_graphs is not None else None
         if logits is None:
             logits = self._prefill_eagerly(packed)
-        self._lengths += [prompt.shared + len(prompt.tokens) for prompt in prompts]
+        self._lengths[first:] = [prompt.shared + len(prompt.tokens) for prompt in prompts]
+        self._has_part = not prompts[-1].complete
         return logits
 
     def _prefill_eagerly(self, packed: PackedPrompts) -> torch.Tensor:
@@ -142,17 +148,18 @@ class ModelRunner:
         )
         return output.logits[0]
 
-    def _forward_prefill(self, inputs: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    def _forward_prefill(self, inputs: torch.Tensor, wanted: torch.Tensor, read: torch.Tensor | None) -> torch.Tensor:
         """One pass on device tensors, see `PrefillGraphs`."""
         tokens, positions, cells, prompts = inputs
         window = self.cache.window
-        window.cells, window.kv_len, window.read = cells, None, None
-        hidden = (prompts[:, None] != prompts) | (positions[:, None] < positions)
+        window.cells, window.kv_len = cells, None
+        window.read, seen, whose = (None, positions, prompts) if read is None else read
+        hidden = (prompts[:, None] != whose) | (positions[:, None] < seen)
         mask = torch.zeros(hidden.shape, dtype=self._dtype, device=self._device).masked_fill_(hidden, float("-inf"))
         output = self._module(
             input_ids=tokens[None],  # [1, T]
             position_ids=positions[None],  # [1, T]
-            attention_mask=mask[None, None],  # [1, 1, T, T], additive
+            attention_mask=mask[None, None],  # [1, 1, T, T or S], additive
             past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=wanted,
@@ -183,8 +190,9 @@ class ModelRunner:
         if self._graphs is not None:
             logits = self._graphs.decode(tokens, self._lengths)
         else:
-            kv_len = min(-(-(max(self._lengths) + 1) // KV_STEP) * KV_STEP, self._capacity)
-            inputs = torch.tensor([tokens, self._lengths], device=self._device)
+            lengths = self._lengths[: len(tokens)]
+            kv_len = min(-(-(max(lengths) + 1) // KV_STEP) * KV_STEP, self._capacity)
+            inputs = torch.tensor([tokens, lengths], device=self._device)
             logits = self._forward_decode(inputs[0], inputs[1], kv_len)
         for row in range(len(tokens)):
             self._lengths[row] += 1

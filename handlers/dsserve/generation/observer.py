@@ -23,8 +23,8 @@ class Timeline:
 
     Attributes:
         arrived: its request came to the handler.
-        admitted: the step began that read its prompt.
-        first_token: that step ended.
+        admitted: the step began that read its prompt, or the first part of it.
+        first_token: the step ended that read it to the end.
         last_token: its last token was chosen; what follows is its text.
         ended: its last text was ready, or it was given up.
     """
@@ -43,7 +43,8 @@ class Step:
     Attributes:
         started, ended: from the plan to the text of its tokens.
         decoded: rows that had a token before and got the next one.
-        admitted: the sequences whose prompts were read.
+        admitted: the sequences whose prompts were read to their end, which gave their first token.
+        read: tokens of prompts that were computed, of whole ones and of parts.
         generated: new tokens.
     """
 
@@ -51,6 +52,7 @@ class Step:
     ended: float
     decoded: int
     admitted: Rows[Sequence]
+    read: int
     generated: int
 
 

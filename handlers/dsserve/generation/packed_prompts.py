@@ -14,7 +14,7 @@ from dsserve.generation.plan import Admission
 # 100 ms the first time on a CPU.
 PREFILL_BUCKETS = (16, 32, 64, 96, 128, 192, 256, 384, 512)
 # Padding is one more prompt, number -1, which sees itself: a token that sees nothing would be NaN.
-_PADDING = -1
+PADDING = -1
 
 
 class PackedPrompts:
@@ -28,6 +28,7 @@ class PackedPrompts:
         wanted: the tokens whose logits are computed.
         wants_all: some prompt wants the logits of all its tokens.
         read: `[S]` cells that attention reads, or None where the pass's own tokens are all there is.
+        read_positions, read_prompts: `[S]`, of what is read, which else are the tokens themselves.
     """
 
     def __init__(self, prompts: tuple[Admission, ...], first_row: int, capacity: int) -> None:
@@ -42,9 +43,9 @@ class PackedPrompts:
         self.cells = rows.repeat_interleave(lengths) + positions
         self.wanted = _wanted(prompts)
         self.wants_all = any(prompt.all_logits for prompt in prompts)
-        self.prompts = _pad(torch.arange(len(prompts)).repeat_interleave(lengths), padding, _PADDING)
+        self.prompts = _pad(torch.arange(len(prompts)).repeat_interleave(lengths), padding, PADDING)
         self.read: torch.Tensor | None = None
-        self._read_positions, self._read_prompts = self.positions, self.prompts
+        self.read_positions, self.read_prompts = self.positions, self.prompts
         if bool(shared.any()):
             self._read_whole(rows, lengths + shared)
         self._is_causal = len(prompts) == 1 and self.read is None
@@ -54,14 +55,14 @@ class PackedPrompts:
         padding = prefill_bucket(total + 1) - total
         positions = torch.cat([torch.arange(length) for length in lengths.tolist()])
         self.read = _pad(rows.repeat_interleave(lengths) + positions, padding, 0)
-        self._read_positions = _pad(positions, padding, 0)
-        self._read_prompts = _pad(torch.arange(len(rows)).repeat_interleave(lengths), padding, _PADDING)
+        self.read_positions = _pad(positions, padding, 0)
+        self.read_prompts = _pad(torch.arange(len(rows)).repeat_interleave(lengths), padding, PADDING)
 
     def mask(self, dtype: torch.dtype) -> torch.Tensor | None:
         """`[1, 1, T, S]`, additive. One prompt alone needs none: attention is causal, padding lies behind."""
         if self._is_causal:
             return None
-        visible = (self.prompts[:, None] == self._read_prompts) & (self.positions[:, None] >= self._read_positions)
+        visible = (self.prompts[:, None] == self.read_prompts) & (self.positions[:, None] >= self.read_positions)
         return torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, float("-inf"))[None, None]
 
 

@@ -27,23 +27,29 @@ class Admission:
         source: the row of the cache that holds the part before it.
         shared: the length of that part; 0 = none, and `source` means nothing.
         all_logits: the logits of every token of the prompt are wanted, not only the last one's.
+        continues: the part before lies in the last live row already, where the prompt goes on; only the first
+            admission of a plan may say so, and `source` means nothing.
+        complete: False = the rest of the prompt comes in later steps. Until then its row is not decoded and stays the
+            last one; only the last admission of a plan may say so.
     """
 
     tokens: tuple[int, ...]
     source: int = 0
     shared: int = 0
     all_logits: bool = False
+    continues: bool = False
+    complete: bool = True
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One step: keep, evict, then decode the live rows, then prefill the admitted prompts.
+    """One step: keep, evict, then decode the live rows whose prompts are complete, then prefill the admitted prompts.
 
     Attributes:
         keep: live rows whose keys and values are copied to a row of the prefix cache, (row, copy), before evictions.
-        evict: rows to free, in this order; the last live row moves into each hole.
-        tokens: the input token of each live row after the evictions; empty = no decode in this step.
-        admit: the prompts to prefill; each takes the next free row.
+        evict: rows to free, in this order; other rows move as `moves` says.
+        tokens: the input token of each row to decode after the evictions; empty = no decode in this step.
+        admit: the prompts to prefill; each takes the next free row, or goes on in the last one.
         last: the handler's call ends after this step.
     """
 
@@ -60,7 +66,8 @@ class Plan:
             numbers += pair
         numbers += [len(self.evict), *self.evict, len(self.tokens), *self.tokens, len(self.admit)]
         for admission in self.admit:
-            numbers += [admission.source, admission.shared, int(admission.all_logits)]
+            flags = admission.all_logits + 2 * admission.continues + 4 * admission.complete
+            numbers += [admission.source, admission.shared, flags]
             numbers += [len(admission.tokens), *admission.tokens]
         return numbers
 
@@ -74,9 +81,20 @@ class Plan:
         last, keep, evict, tokens = bool(next(values)), take(), take(), take()
         admit = []
         for _ in range(next(values)):
-            source, shared, all_logits = next(values), next(values), bool(next(values))
-            admit.append(Admission(take(), source, shared, all_logits))
+            source, shared, flags = next(values), next(values), next(values)
+            admit.append(Admission(take(), source, shared, bool(flags & 1), bool(flags & 2), bool(flags & 4)))
         return cls(tuple(zip(keep[::2], keep[1::2], strict=True)), evict, tokens, tuple(admit), last)
+
+
+def moves(row: int, live: int, has_part: bool) -> list[tuple[int, int]]:
+    """Which rows move where, (from, to), when `row` of `live` is freed: the last one into the hole.
+
+    Args:
+        has_part: the last row's prompt is not complete: it stays behind all others, and the one before it moves.
+    """
+    last = live - 1
+    pairs = [(last - 1, row), (last, last - 1)] if has_part and row < last else [(last, row)]
+    return [(source, target) for source, target in pairs if source != target]
 
 
 class PlanChannel:

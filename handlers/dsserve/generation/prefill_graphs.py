@@ -1,7 +1,9 @@
-"""Prefill of short prompts as CUDA graphs: a pass of up to 256 tokens is bound by launches, not by arithmetic.
+"""Prefill of short prompts, and of parts of long ones, as CUDA graphs: a pass of up to 256 tokens is bound by launches,
+not by arithmetic.
 
-A graph is captured for every padded length; its mask is made within it from positions and prompt numbers. Covers passes
-that read no cells of the cache and want the logits of each prompt's last token; `model_runner` runs all others.
+A graph is captured for every padded length, and for some lengths of what a pass reads of the cache; its mask is made
+within it from positions and prompt numbers. Covers passes that want the logits of each prompt's last token;
+`model_runner` runs all others.
 """
 
 from __future__ import annotations
@@ -11,15 +13,21 @@ from dataclasses import dataclass
 
 import torch
 
-from dsserve.generation.cuda_graphs import capture
-from dsserve.generation.packed_prompts import PREFILL_BUCKETS, PackedPrompts
+from dsserve.generation.cuda_graphs import buckets, capture
+from dsserve.generation.packed_prompts import PADDING, PREFILL_BUCKETS, PackedPrompts, prefill_bucket
 
 # Measured on an H200, 6.7 billion parameters: 128 tokens take 5.4 ms in a graph and 18 without, 500 take 25 and 19,
 # since attention under a mask does not run in torch's flash kernel.
 _LONGEST = 256
+# Passes that read the cache are padded to one of these: each is captured for all lengths of what they read.
+_PARTS = (64, 128, 256)
+# Those lengths double from the first to the last; passes that read more run eagerly: a graph holds its mask and a copy
+# of a layer's keys and values, which would be gigabytes for the longest contexts.
+_SHORTEST_READ, _LONGEST_READ = 512, 4096
 
-# (tokens, positions, cells and prompt numbers [4, T]; wanted [W]) -> logits [W, V], all on the device
-Forward = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+# (tokens, positions, cells and prompt numbers [4, T]; wanted [W]; cells, positions and prompt numbers [3, S] of what is
+# read of the cache, or None) -> logits [W, V], all on the device
+Forward = Callable[[torch.Tensor, torch.Tensor, "torch.Tensor | None"], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -29,6 +37,7 @@ class _Captured:
     graph: torch.cuda.CUDAGraph
     inputs: torch.Tensor  # [4, T], int64
     wanted: torch.Tensor  # [W], int64
+    read: torch.Tensor | None  # [3, S], int64
     logits: torch.Tensor  # [W, V]
 
 
@@ -46,7 +55,10 @@ class PrefillGraphs:
         self._most = most
         self._device = device
         self._lengths = [bucket for bucket in PREFILL_BUCKETS if bucket <= min(longest, _LONGEST)]
-        self._captured: dict[int, _Captured] = {}
+        self._parts = [length for length in _PARTS if length in self._lengths]
+        most_read = min(prefill_bucket(longest + 1), _LONGEST_READ)
+        self._reads = buckets(_SHORTEST_READ, max(_SHORTEST_READ, most_read))
+        self._captured: dict[tuple[int, int], _Captured] = {}  # (T, S); S is 0 where nothing is read
 
     @torch.inference_mode()
     def capture(self, pool: object) -> None:
@@ -55,21 +67,42 @@ class PrefillGraphs:
         Raises:
             LoadError: see `cuda_graphs.capture`.
         """
-        for length in reversed(self._lengths):
-            inputs = torch.zeros(4, length, dtype=torch.int64, device=self._device)
-            inputs[2] = -1
-            wanted = torch.zeros(min(self._most, length), dtype=torch.int64, device=self._device)
-            graph, logits = capture(lambda: self._forward(inputs, wanted), pool, self._device)  # noqa: B023, called at once
-            self._captured[length] = _Captured(graph, inputs, wanted, logits)
+        for read in reversed([0, *self._reads]):
+            for length in reversed(self._parts if read else self._lengths):
+                self._captured[length, read] = self._capture_one(length, read, pool)
+
+    def _capture_one(self, length: int, read_length: int, pool: object) -> _Captured:
+        inputs = torch.zeros(4, length, dtype=torch.int64, device=self._device)
+        inputs[2] = -1
+        wanted = torch.zeros(min(self._most, length), dtype=torch.int64, device=self._device)
+        read = torch.zeros(3, read_length, dtype=torch.int64, device=self._device) if read_length else None
+        graph, logits = capture(lambda: self._forward(inputs, wanted, read), pool, self._device)
+        return _Captured(graph, inputs, wanted, read, logits)
 
     def run(self, packed: PackedPrompts) -> torch.Tensor | None:
         """Logits `[n, V]` of the last tokens of n prompts, or None for a pass that was not captured."""
-        captured = self._captured.get(len(packed.tokens))
+        captured = self._find(packed)
         count = len(packed.wanted)
-        if captured is None or packed.read is not None or packed.wants_all or count > len(captured.wanted):
+        if captured is None or packed.wants_all or count > len(captured.wanted):
             return None
-        cells = torch.nn.functional.pad(packed.cells, (0, len(packed.tokens) - len(packed.cells)), value=-1)
-        captured.inputs.copy_(torch.stack([packed.tokens, packed.positions, cells, packed.prompts]))
+        rows = [(packed.tokens, 0), (packed.positions, 0), (packed.cells, -1), (packed.prompts, PADDING)]
+        captured.inputs.copy_(_stack(rows, captured.inputs.shape[1]))
         captured.wanted[:count].copy_(packed.wanted)
+        if captured.read is not None and packed.read is not None:
+            rows = [(packed.read, 0), (packed.read_positions, 0), (packed.read_prompts, PADDING)]
+            captured.read.copy_(_stack(rows, captured.read.shape[1]))
         captured.graph.replay()
         return captured.logits[:count].clone()  # the next replay overwrites what the graph wrote
+
+    def _find(self, packed: PackedPrompts) -> _Captured | None:
+        if packed.read is None:
+            return self._captured.get((len(packed.tokens), 0))
+        length = next((length for length in self._parts if length >= len(packed.tokens)), -1)
+        read = next((read for read in self._reads if read >= len(packed.read)), -1)
+        return self._captured.get((length, read))
+
+
+def _stack(rows: list[tuple[torch.Tensor, int]], length: int) -> torch.Tensor:
+    """Rows of unequal length, each padded on the right with its value."""
+    padded = [torch.nn.functional.pad(row, (0, length - len(row)), value=value) for row, value in rows]
+    return torch.stack(padded)

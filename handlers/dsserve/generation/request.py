@@ -21,7 +21,8 @@ class Limits:
 
     `max_model_len` bounds prompt + output; the two after it are the default and the ceiling of `max_new_tokens`, all in
     tokens. `max_running` and `max_waiting` count sequences: those that generate, and those that wait for a row.
-    `timeout_s` bounds the seconds from a request's arrival at the handler to its end, and is their default.
+    `timeout_s` bounds the seconds from a request's arrival at the handler to its end, and is their default. `max_n`
+    bounds the texts for one prompt, `max_stops` the stop strings.
     """
 
     max_model_len: int
@@ -30,6 +31,8 @@ class Limits:
     max_running: int = 16
     max_waiting: int = 64
     timeout_s: float = 600.0
+    max_n: int = 128
+    max_stops: int = 4
 
 
 @dataclass(frozen=True)

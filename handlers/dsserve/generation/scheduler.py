@@ -1,5 +1,7 @@
 """Rank 0's book of sequences: who waits, who runs in which row, what the next step does.
 
+A step prefills so many tokens at most: longer prompts are read in parts, one a step, while all rows that run get their
+tokens in between. At most one prompt is read in part at a time; it has the last row, which is not decoded.
 Pure bookkeeping on token ids: no model, no collective, no HTTP, so it is tested in milliseconds.
 """
 
@@ -9,13 +11,11 @@ from collections import deque
 
 import numpy as np
 
-from dsserve.generation.plan import Admission, Plan
+from dsserve.config import PREFILL_TOKENS_A_STEP
+from dsserve.generation.plan import Admission, Plan, moves
 from dsserve.generation.prefix_cache import PrefixCache, common_length
 from dsserve.generation.sequence import Sequence
 
-# New prompts enter a step up to this many tokens (at least one prompt), so that a burst of arrivals does not hold
-# the first token of the first one, and the rows that run, until the last one is read.
-PREFILL_TOKENS_A_STEP = 512
 # A prompt that shares so many tokens with one of the same step waits for the next one and takes them over from it.
 WORTH_A_STEP = 128
 
@@ -26,11 +26,13 @@ class Scheduler:
     Args:
         slots: most running sequences.
         prefixes: the rows that a prompt may take its beginning from.
+        prefill_tokens: most tokens of prompts in one step.
     """
 
-    def __init__(self, slots: int, prefixes: PrefixCache) -> None:
+    def __init__(self, slots: int, prefixes: PrefixCache, prefill_tokens: int = PREFILL_TOKENS_A_STEP) -> None:
         self._slots = slots
         self._prefixes = prefixes
+        self._prefill_tokens = prefill_tokens
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
         self._leaving: set[Sequence] = set()
@@ -45,11 +47,6 @@ class Scheduler:
     def waiting(self) -> int:
         """Sequences without a row."""
         return len(self._waiting)
-
-    @property
-    def can_admit(self) -> bool:
-        """Whether the next step can take in a sequence that waits."""
-        return bool(self._waiting) and self.running < self._slots
 
     @property
     def has_work(self) -> bool:
@@ -77,9 +74,15 @@ class Scheduler:
         """The next step, already entered in the book; `last` ends the handler's call."""
         keep = self._keep_prefixes()
         evict = self._evict()
-        tokens = tuple(sequence.last_token for sequence in self._running)
+        decoded = self._running[:-1] if self._part is not None else self._running
+        tokens = tuple(sequence.last_token for sequence in decoded)
         admit = self._admit()
         return Plan(keep, evict, tokens, admit, last)
+
+    @property
+    def _part(self) -> Sequence | None:
+        """The sequence whose prompt has been read in part."""
+        return self._running[-1] if self._running and not self._running[-1].is_prefilled else None
 
     def _keep_prefixes(self) -> tuple[tuple[int, int], ...]:
         pairs = []
@@ -93,17 +96,20 @@ class Scheduler:
         for row in reversed(range(len(self._running))):
             if self._running[row] in self._leaving:
                 evict.append(row)
-                final = self._running.pop()
-                if row < len(self._running):
-                    self._running[row] = final
+                for source, target in moves(row, len(self._running), self._part is not None):
+                    self._running[target] = self._running[source]
+                self._running.pop()
         self._leaving.clear()
         return tuple(evict)
 
     def _admit(self) -> tuple[Admission, ...]:
         live = [(row, sequence.computed) for row, sequence in enumerate(self._running)] if self._waiting else []
         admitted: list[Admission] = []
-        budget = PREFILL_TOKENS_A_STEP
-        while self._waiting and len(self._running) < self._slots:
+        budget = self._prefill_tokens
+        if (part := self._part) is not None:
+            admitted.append(self._next_part(part, continues=True))
+            budget -= len(admitted[0].tokens)
+        while self._waiting and len(self._running) < self._slots and self._part is None:
             sequence = self._waiting[0]
             prompt = sequence.request.prompt_ids
             # The logits of a prompt that is taken over would be missing.
@@ -117,20 +123,33 @@ class Scheduler:
             budget -= size
             self._waiting.popleft()
             self._running.append(sequence)
-            sequence.cached_tokens = shared
-            row = 0 if hit is None else hit.row
-            admitted.append(Admission(prompt[shared:], row, shared, sequence.request.prompt_logprobs))
+            sequence.cached_tokens = sequence.prefilled = shared
+            admitted.append(self._next_part(sequence, source=0 if hit is None else hit.row))
         self._one_by_one = max(0, self._one_by_one - len(admitted))
         return tuple(admitted)
+
+    def _next_part(self, sequence: Sequence, source: int = 0, continues: bool = False) -> Admission:
+        prompt, start = sequence.request.prompt_ids, sequence.prefilled
+        sequence.prefilled = min(start + self._prefill_tokens, len(prompt))
+        wants_all = sequence.request.prompt_logprobs
+        tokens = prompt[start : sequence.prefilled]
+        return Admission(tokens, source, start, wants_all, continues, sequence.is_prefilled)
 
     def take_back(self, plan: Plan) -> Sequence | None:
         """Undoes the admissions of the last plan, which did not fit into memory. Several prompts are tried again one by
         one, before all others; a single one is given up and returned."""
         count = len(plan.admit)
-        sequences, self._running = self._running[-count:], self._running[:-count]
+        sequences = self._running[-count:]
+        for sequence, admission in zip(sequences, plan.admit, strict=True):
+            sequence.prefilled = admission.shared
+        new = sequences[1:] if plan.admit[0].continues else sequences
+        self._running = self._running[: len(self._running) - len(new)]
         if count == 1:
+            self._leaving |= set(sequences) - set(new)  # one that goes on has a row, whose part is evicted
             return sequences[0]
-        self._waiting.extendleft(reversed(sequences))
+        for sequence in new:
+            sequence.prefilled = 0
+        self._waiting.extendleft(reversed(new))
         self._one_by_one = count
         return None
 
@@ -143,5 +162,6 @@ class Scheduler:
         return any(common_length(prompt, other) >= shared + WORTH_A_STEP for other in others)
 
     def rows(self, plan: Plan) -> list[Sequence]:
-        """The sequences whose logits the step gives: those it decodes, then those it admits."""
+        """The sequences whose logits the step gives: those it decodes, then those it admits; the last one's prompt may
+        not be complete."""
         return self._running[: len(plan.tokens) + len(plan.admit)]

@@ -38,6 +38,7 @@ class Sequence:
         self.origin = origin or Origin()
         self.timeline = Timeline(self.origin.arrived)
         self.cached_tokens = 0
+        self.prefilled = 0  # tokens of the prompt whose keys and values are in the cache after the step
         self._text = text
         self._generated: list[int] = []
         self._ending = ending_ids(request, eos_ids)
@@ -60,7 +61,12 @@ class Sequence:
     @property
     def computed(self) -> list[int]:
         """The tokens whose keys and values are in the cache: all but the newest."""
-        return [*self.request.prompt_ids, *self._generated[:-1]]
+        return [*self.request.prompt_ids[: self.prefilled], *self._generated[:-1]]
+
+    @property
+    def is_prefilled(self) -> bool:
+        """Whether its whole prompt has been read, so that it can be decoded."""
+        return self.prefilled == len(self.request.prompt_ids)
 
     def accept(self, token: int, logprob: TokenLogprob | None) -> TokenEvent:
         """Takes the next token and says what it means to the client."""
@@ -83,12 +89,14 @@ class Sequence:
         return self._event(text, None, logprobs)
 
     def report_prompt(self, logits: torch.Tensor) -> None:
-        """Takes the logits of the whole prompt, `[T, V]`; the next event holds the prompt's log probabilities."""
-        prompt, count = list(self.request.prompt_ids), self.request.sampling.logprobs or 0
-        reported = [TokenLogprob(prompt[0], None)]
-        for at in range(0, len(prompt) - 1, _REPORTED_AT_ONCE):
-            rows = logits[:-1][at : at + _REPORTED_AT_ONCE]
-            reported += report_logprobs(rows, prompt[at + 1 : at + 1 + len(rows)], [count] * len(rows))
+        """Takes the logits of the next part of the prompt, `[T, V]`; the next event holds the log probabilities of all
+        parts."""
+        prompt, count = self.request.prompt_ids, self.request.sampling.logprobs or 0
+        reported = list(self._prompt_logprobs or (TokenLogprob(prompt[0], None),))
+        wanted = prompt[len(reported) : len(reported) + len(logits)]  # each token's logits are those of the next one
+        for at in range(0, len(wanted), _REPORTED_AT_ONCE):
+            tokens = list(wanted[at : at + _REPORTED_AT_ONCE])
+            reported += report_logprobs(logits[at : at + len(tokens)], tokens, [count] * len(tokens))
         self._prompt_logprobs = tuple(reported)
 
     def finish_empty(self) -> TokenEvent:

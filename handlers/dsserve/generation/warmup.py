@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import replace
 
 import torch
 
@@ -15,6 +14,7 @@ from dsserve.distributed import count_all_reduces
 from dsserve.generation.model_runner import ModelRunner
 from dsserve.generation.packed_prompts import PREFILL_BUCKETS
 from dsserve.generation.plan import Admission, Plan
+from dsserve.generation.runner import Runner
 from dsserve.self_check import SelfCheck
 
 logger = logging.getLogger(__name__)
@@ -56,8 +56,7 @@ def _teacher_force(runner: ModelRunner, check: SelfCheck, admit: list[Plan], len
     worst = 0.0
     for length, row in zip(lengths, rows, strict=True):
         last = length + row.shape[0] - 1
-        part = replace(check, token_ids=check.token_ids[:last], logits=check.logits[:last])
-        worst = max(worst, part.verify(row, "the engine (KV slots, packed weights)"))
+        worst = max(worst, check.until(last).verify(row, "the engine (KV slots, packed weights)"))
     return worst
 
 
@@ -82,5 +81,19 @@ def warm_up(runner: ModelRunner, is_leader: bool) -> int:
     return all_reduces
 
 
-def _clear(runner: ModelRunner) -> None:
+def warm_up_batches(runner: Runner, is_leader: bool) -> None:
+    """One prompt, then the largest batch of the longest prompts, and a step of each: what follows takes no more.
+
+    For runners whose rows begin together (`KernelRunner`).
+    """
+    started = time.perf_counter()
+    for rows, length in ((1, 1), (runner.slots, runner.max_model_len - 1)):
+        runner.execute(Plan(admit=(Admission((0,) * length),) * rows))
+        runner.execute(Plan(tokens=(0,) * rows))
+        _clear(runner)
+        if is_leader:
+            logger.info("[dsserve] warm-up: %d x %d tokens, %.1f s", rows, length, time.perf_counter() - started)
+
+
+def _clear(runner: Runner) -> None:
     runner.execute(Plan(evict=tuple(reversed(range(runner.live)))))

@@ -15,8 +15,10 @@ from http import HTTPStatus
 from typing import Any
 
 from dsserve.errors import RequestError
-from dsserve.generation.leader import RETRY_AFTER_S, LeaderEngine
+from dsserve.generation.call_length import CallLength
+from dsserve.generation.leader import LeaderEngine
 from dsserve.generation.request import Origin, TokenEvent
+from dsserve.protocol import refusals
 from dsserve.protocol.job import Job
 from dsserve.protocol.reply import JSON_TYPE, Reply, error_body
 from dsserve.protocol.routes import answer
@@ -25,8 +27,8 @@ from dsserve.protocol.served import ServedModel
 
 logger = logging.getLogger(__name__)
 
-_INTERNAL = "internal_error"
-_RETRY_WHEN_FULL_S = 1
+# New requests of one call are read for so long; those behind them are sent away, so that streams go on.
+READING_S = 5.0
 CLIENT_ID_HEADER = "x-client-request-id"  # the client's own id goes back under this name
 
 
@@ -49,7 +51,8 @@ class LiveBatch:
     Args:
         engine: rank 0's engine.
         served: the model and its limits.
-        max_steps: most decode steps in one call.
+        max_steps: most steps of one call.
+        call_length: how long a call may take.
         is_draining: whether new requests are to be refused; asked once a call.
         count_error: hears of each request that is answered with an error, once.
     """
@@ -59,12 +62,14 @@ class LiveBatch:
         engine: LeaderEngine,
         served: ServedModel,
         max_steps: int,
+        call_length: CallLength,
         is_draining: Callable[[], bool] = lambda: False,
         count_error: Callable[[RequestError], None] = lambda _: None,
     ) -> None:
         self._engine = engine
         self._served = served
         self._max_steps = max_steps
+        self._call_length = call_length
         self._is_draining = is_draining
         self._count_error = count_error
         self._rows: dict[str, _Row] = {}
@@ -80,23 +85,34 @@ class LiveBatch:
         self._drop_gone(set(ids))
         answered: dict[str, bytes | RequestError] = {}
         draining = self._is_draining()
+        reading_until = time.monotonic() + READING_S
         for index, request_id in enumerate(ids):
             if request_id not in self._rows:
                 origin = row_origin(ctx, index, request_id, time.monotonic())
                 if origin.client_id is not None:
                     ctx.set_response_header(index, CLIENT_ID_HEADER, origin.client_id)
                 if draining:
-                    found: bytes | RequestError | None = drain_error(origin.name(request_id))
+                    found: bytes | RequestError | None = refusals.draining()
+                elif origin.arrived > reading_until:
+                    found = refusals.busy(READING_S)
                 else:
                     found = self._start(index, request_id, data[index], origin, ctx)
                 if isinstance(found, RequestError):
-                    self._count_error(found)
+                    self._refuse(origin.name(request_id), found)
                 if found is not None:
                     answered[request_id] = found
-        for event in self._engine.run(self._max_steps):
+        for event in self._engine.run(self._max_steps, self._limit_s()):
             self._take(event, answered)
         self._end_overdue(answered)
         return self._collect(ids, answered, ctx)
+
+    def _limit_s(self) -> float:
+        now = time.monotonic()
+        if any(row.is_new for row in self._rows.values()):
+            self._call_length.arrived(now)
+        streaming = any(row.reply.is_stream and not row.done for row in self._rows.values())
+        has_room = self._engine.running + self._engine.waiting < self._served.limits.max_running
+        return self._call_length.limit_s(now, streaming, has_room)
 
     def _drop_gone(self, ids: set[str]) -> None:
         for request_id in [known for known in self._rows if known not in ids]:
@@ -116,31 +132,22 @@ class LiveBatch:
             self._check_room(len(found.requests))
             self._admit(request_id, found, origin)
         except RequestError as error:
-            logger.info("[dsserve] %s: refused with %d (%s)", name, error.status, error.code or error.kind)
             return error
         except Exception as error:  # an exception that left `handle` would cut every stream of the worker
             # Its message may hold the user's text, so only its type is logged.
             logger.error("[dsserve] %s: %s while reading the request", name, type(error).__name__)
             self._engine.evict(request_id)
-            return RequestError("the request could not be read", status=500, kind=_INTERNAL)
+            return refusals.unreadable()
         return None
+
+    def _refuse(self, name: str, error: RequestError) -> None:
+        logger.info("[dsserve] %s: refused with %d (%s)", name, error.status, error.code or error.kind)
+        self._count_error(error)
 
     def _check_room(self, sequences: int) -> None:
         limits = self._served.limits
-        most = limits.max_running + limits.max_waiting
-        if sequences > most:
-            raise RequestError(
-                f"the request asks for {sequences} texts (prompts x n); this server takes at most {most} at a time",
-                param="n",
-            )
-        if self._engine.running + self._engine.waiting + sequences > most:
-            raise RequestError(
-                f"{self._engine.waiting} texts wait already and at most {limits.max_waiting} may: try again later",
-                status=429,
-                kind="rate_limit_error",
-                code="rate_limit_exceeded",
-                retry_after_s=_RETRY_WHEN_FULL_S,
-            )
+        if self._engine.running + self._engine.waiting + sequences > limits.max_running + limits.max_waiting:
+            raise refusals.full(self._engine.waiting, limits.max_waiting)
 
     def _admit(self, request_id: str, job: Job, origin: Origin) -> None:
         for request in job.requests:
@@ -158,10 +165,14 @@ class LiveBatch:
         if row is None or row.done:
             return
         if event.failed:
-            error = event.error or RequestError("the server failed on this request", status=500, kind=_INTERNAL)
-            self._give_up(event.request_id, error, answered)
+            self._give_up(event.request_id, event.error or refusals.failed(), answered)
             return
-        row.frame += row.reply.take(event)
+        try:
+            row.frame += row.reply.take(event)
+        except Exception as error:  # of a text that nobody foresaw: its neighbours are not concerned
+            logger.error("[dsserve] %s: %s while rendering the reply", row.name, type(error).__name__)
+            self._give_up(event.request_id, refusals.failed(), answered)
+            return
         if row.reply.is_done:
             row.done = True
             logger.info(
@@ -175,7 +186,7 @@ class LiveBatch:
         for request_id in overdue:
             row = self._rows[request_id]
             logger.info("[dsserve] %s: given up after its timeout of %g s", row.name, row.timeout_s)
-            self._give_up(request_id, timeout_error(row.timeout_s), answered)
+            self._give_up(request_id, refusals.overdue(row.timeout_s), answered)
 
     def _give_up(self, request_id: str, error: RequestError, answered: dict[str, bytes | RequestError]) -> None:
         """Ends a request with an error: as its status, or as its last event where the status has gone out."""
@@ -209,23 +220,6 @@ class LiveBatch:
                 del self._rows[request_id]
         ctx.stopping_criteria = criteria
         return items
-
-
-def drain_error(name: str) -> RequestError:
-    """What a request gets that arrives while the server ends."""
-    logger.info("[dsserve] %s: refused with 503 (draining)", name)
-    return RequestError(
-        "the server is shutting down: send the request again, to another server or later",
-        status=503, kind="server_error", retry_after_s=RETRY_AFTER_S,
-    )  # fmt: skip
-
-
-def timeout_error(seconds: float) -> RequestError:
-    """What a request gets that did not end in its time."""
-    return RequestError(
-        f"the request did not end within {seconds:g} s: raise `timeout`, ask for fewer tokens, or try again later",
-        status=504, param="timeout", kind="timeout_error", code="timeout",
-    )  # fmt: skip
 
 
 def _answer_at_once(index: int, found: bytes | RequestError, ctx: Any) -> bytes:

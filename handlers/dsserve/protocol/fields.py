@@ -14,7 +14,7 @@ from pydantic_core import PydanticCustomError
 from dsserve.errors import RequestError
 from dsserve.generation.request import Limits, SamplingParams, StopConditions
 
-MAX_STOPS = 4
+MAX_STOPS = 64  # whatever `handler.max_stops` says
 MAX_STOP_TOKENS = 64
 MAX_BIASED_TOKENS = 1024
 _MAX_ECHO = 64
@@ -40,7 +40,7 @@ def _int_keys(value: Any) -> Any:
     try:
         return {int(key): number for key, number in value.items()}
     except ValueError:
-        raise PydanticCustomError("bias_keys", 'keys must be token ids, like {{"17": -100}}') from None
+        raise PydanticCustomError("bias_keys", 'keys must be token ids, like "17"') from None
 
 
 Text = Annotated[str, AfterValidator(_check_unicode)]
@@ -88,7 +88,9 @@ class SamplingBody(Body):
     )
     seed: StrictInt | None = Field(None, ge=-(2**63), le=2**63 - 1, description="same request, same seed, same text")
     stop: Annotated[list[StopString], BeforeValidator(_one_is_a_list)] = Field(
-        default=[], max_length=MAX_STOPS, description="up to 4 strings; the text ends before the first"
+        default=[],
+        max_length=MAX_STOPS,
+        description="up to handler.max_stops (4) strings; the text ends before the one that is complete first",
     )
     stop_token_ids: list[TokenId] = Field(
         default=[], max_length=MAX_STOP_TOKENS, description="tokens that end the text"
@@ -134,8 +136,14 @@ class SamplingBody(Body):
             raise RequestError(f"timeout: this server allows at most {limits.timeout_s:g} s", param="timeout")
         return self.timeout or limits.timeout_s
 
-    def stops(self) -> StopConditions:
-        """What ends the text beside its length."""
+    def stops(self, limits: Limits) -> StopConditions:
+        """What ends the text beside its length.
+
+        Raises:
+            RequestError: 400 for more strings than the server allows.
+        """
+        if len(self.stop) > limits.max_stops:
+            raise RequestError(f"stop: this server takes at most {limits.max_stops} strings", param="stop")
         return StopConditions(tuple(self.stop), frozenset(self.stop_token_ids), self.ignore_eos)
 
 
@@ -169,4 +177,4 @@ def explain(error: ValidationError, allowed: list[str], other_names: dict[str, s
 
 def _unknown(name: str, allowed: list[str], other_names: dict[str, str]) -> str:
     hint = other_names.get(name)
-    return f"unknown parameter{f': {hint}' if hint else ''}. Allowed: {', '.join(allowed)}"
+    return f"{name}: {hint}" if hint else f"{name}: unknown parameter. Allowed: {', '.join(allowed)}"

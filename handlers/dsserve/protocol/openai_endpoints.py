@@ -24,7 +24,7 @@ from dsserve.protocol.openai_schema import (
     parse,
 )
 from dsserve.protocol.openai_shapes import ChatShape, CompletionShape, Shape
-from dsserve.protocol.prompt import check_ids, check_least, encode_messages, encode_text, fit_output
+from dsserve.protocol.prompt import check_ids, check_least, check_texts, encode_messages, encode_text, fit_output
 from dsserve.protocol.reply import Reply, to_json
 from dsserve.protocol.served import ServedModel
 from dsserve.protocol.structured import call_grammar, response_grammar
@@ -43,7 +43,7 @@ def list_models(served: ServedModel) -> bytes:
         "owned_by": "dsserve",
         "root": served.name,
         "max_model_len": served.limits.max_model_len,
-        "engine": served.engine,
+        "engine": {**served.engine, **({"fallback": served.fallback} if served.fallback else {})},
     }
     return to_json({"object": "list", "data": [model]})
 
@@ -52,7 +52,7 @@ def complete(request_id: str, body: Any, served: ServedModel) -> Job:
     """`POST v1/completions`."""
     parsed = parse(CompletionBody, body)
     check_model(parsed.model, served)
-    prompts = _prompts(parsed, served)
+    prompts = _prompts(parsed, served)  # checks how many
     wants_prompt_logprobs = parsed.echo and parsed.logprobs is not None
     longest = max(map(len, prompts))
     if wants_prompt_logprobs and longest > MAX_ECHOED_LOGPROBS:
@@ -66,7 +66,7 @@ def complete(request_id: str, body: Any, served: ServedModel) -> Job:
     token_text = None if parsed.logprobs is None else served.token_text
     for ids in prompts:
         limit = fit_output(parsed.max_tokens, len(ids), served.limits, "max_tokens")
-        requests += _sequences(request_id, ids, limit, parsed, sampling, len(requests), wants_prompt_logprobs)
+        requests += _sequences(request_id, ids, limit, parsed, sampling, len(requests), served, wants_prompt_logprobs)
         echoed = _decode(ids, served) if parsed.echo else ""
         shapes += [CompletionShape(token_text, echoed) for _ in range(parsed.n)]
     return Job(_reply(parsed, Envelope.of(served, "cmpl"), shapes), tuple(requests), parsed.timeout_s(served.limits))
@@ -75,8 +75,9 @@ def complete(request_id: str, body: Any, served: ServedModel) -> Job:
 def _prompts(body: CompletionBody, served: ServedModel) -> list[list[int]]:
     prompt: Any = body.prompt
     several = prompt if isinstance(prompt, list) and not isinstance(prompt[0], int) else [prompt]
+    check_texts(len(several) * body.n, served.limits, body.n)
     return [
-        encode_text(one, served.tokenizer) if isinstance(one, str) else check_ids(one, served.vocabulary)
+        encode_text(one, served.tokenizer, served.limits) if isinstance(one, str) else check_ids(one, served.vocabulary)
         for one in several
     ]
 
@@ -85,6 +86,7 @@ def chat(request_id: str, body: Any, served: ServedModel) -> Job:
     """`POST v1/chat/completions`."""
     parsed = parse(ChatBody, body)
     check_model(parsed.model, served)
+    check_texts(parsed.n, served.limits, parsed.n)
     grammar = response_grammar(parsed.response_format, served.grammars)
     uses_tools = bool(parsed.tools) and parsed.tool_choice != "none"
     options: dict[str, Any] = {}
@@ -92,7 +94,8 @@ def chat(request_id: str, body: Any, served: ServedModel) -> Job:
         check_tool_format(_template(served))
         options["tools"] = [tool.model_dump(exclude_none=True) for tool in parsed.tools]
         grammar = _demanded_call(parsed, served, grammar)
-    ids = encode_messages([render_message(message) for message in parsed.messages], served.tokenizer, **options)
+    messages = [render_message(message) for message in parsed.messages]
+    ids = encode_messages(messages, served.tokenizer, served.limits, **options)
     name = "max_tokens" if parsed.max_completion_tokens is None else "max_completion_tokens"
     limit = fit_output(parsed.output_limit, len(ids), served.limits, name)
     sampling = parsed.sampling(served.vocabulary, (parsed.top_logprobs or 0) if parsed.logprobs else None, grammar)
@@ -101,7 +104,7 @@ def chat(request_id: str, body: Any, served: ServedModel) -> Job:
         ChatShape(served.token_text if parsed.logprobs else None, ToolCallText() if uses_tools else None, most_calls)
         for _ in range(parsed.n)
     ]
-    requests = _sequences(request_id, ids, limit, parsed, sampling, 0)
+    requests = _sequences(request_id, ids, limit, parsed, sampling, 0, served)
     return Job(
         _reply(parsed, Envelope.of(served, "chatcmpl"), shapes), tuple(requests), parsed.timeout_s(served.limits)
     )
@@ -134,7 +137,8 @@ def tokenize(request_id: str, body: Any, served: ServedModel) -> bytes:
     check_model(parsed.model, served)
     if parsed.messages is not None:
         messages = [render_message(message) for message in parsed.messages]
-        ids = encode_messages(messages, served.tokenizer, add_generation_prompt=parsed.add_generation_prompt)
+        options = {"add_generation_prompt": parsed.add_generation_prompt}
+        ids = encode_messages(messages, served.tokenizer, served.limits, **options)
     else:
         ids = list(served.tokenizer(parsed.prompt, add_special_tokens=parsed.add_special_tokens)["input_ids"])
     return to_json({"count": len(ids), "max_model_len": served.limits.max_model_len, "tokens": ids})
@@ -184,7 +188,7 @@ def render_message(message: ChatMessage) -> dict[str, Any]:
 def _function(name: str, arguments: str) -> dict[str, Any]:
     try:
         return {"name": name, "arguments": json.loads(arguments)}
-    except ValueError:
+    except (ValueError, RecursionError):
         raise RequestError("messages: arguments of a tool call must be JSON text", param="messages") from None
 
 
@@ -199,10 +203,11 @@ def _sequences(
     body: V1Body,
     sampling: SamplingParams,
     first: int,
+    served: ServedModel,
     prompt_logprobs: bool = False,
 ) -> list[GenerationRequest]:
     """`body.n` sequences of one prompt, numbered from `first`."""
-    stops: StopConditions = body.stops()
+    stops: StopConditions = body.stops(served.limits)
     check_least(body.min_tokens, limit)
     return [
         GenerationRequest(request_id, tuple(ids), limit, sampling, stops, first + index, prompt_logprobs)

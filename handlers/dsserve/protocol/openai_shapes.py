@@ -74,13 +74,20 @@ class CompletionShape(Shape):
         for text in texts:
             offsets.append(self._offset)
             self._offset += len(text)
-        tops = [{self._token_text.text_of(token): value for token, value in entry.top} for entry in logprobs]
         return {
             "tokens": texts,
             "token_logprobs": [entry.logprob for entry in logprobs],
-            "top_logprobs": [top or None for top in tops],
+            "top_logprobs": [self._top(entry) for entry in logprobs],
             "text_offset": offsets,
         }
+
+    def _top(self, entry: TokenLogprob) -> dict[str, float] | None:
+        """The likeliest tokens, and the token itself where it is none of them, as OpenAI has it."""
+        assert self._token_text is not None
+        if entry.logprob is None:
+            return None
+        top = {self._token_text.text_of(token): value for token, value in entry.top}
+        return top | {self._token_text.text_of(entry.token): entry.logprob}
 
 
 class ChatShape(Shape):

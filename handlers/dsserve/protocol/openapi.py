@@ -21,9 +21,11 @@ _STATUSES = {
     "400": "the request cannot be understood or does not fit",
     "404": "no such model or path",
     "413": "plain endpoint: the prompt does not fit the context",
-    "429": "max_waiting sequences wait already",
+    "429": "max_waiting sequences wait already, or reading requests takes too long",
     "500": "this request failed",
-    "503": "the server's queue is full, or the worker is being restarted",
+    "503": "the server drains, its queue is full, or the worker is being restarted",
+    "504": "the request did not end in its time",
+    "507": "the device has no memory for this prompt",
 }
 
 

@@ -25,10 +25,12 @@ def generate(request_id: str, body: str | dict[str, Any], served: ServedModel) -
     else:
         parsed = GenerateBody(prompt=parsed)
     if parsed.messages is None:
-        ids = encode_text(parsed.prompt or "", served.tokenizer)
+        ids = encode_text(parsed.prompt or "", served.tokenizer, served.limits)
     else:
-        ids = encode_messages([message.model_dump() for message in parsed.messages], served.tokenizer)
+        messages = [message.model_dump() for message in parsed.messages]
+        ids = encode_messages(messages, served.tokenizer, served.limits)
     limit = fit_output(parsed.max_new_tokens, len(ids), served.limits)
     check_least(parsed.min_tokens, limit)
-    request = GenerationRequest(request_id, tuple(ids), limit, parsed.sampling(served.vocabulary), parsed.stops())
+    stops = parsed.stops(served.limits)
+    request = GenerationRequest(request_id, tuple(ids), limit, parsed.sampling(served.vocabulary), stops)
     return Job(reply, (request,), parsed.timeout_s(served.limits))

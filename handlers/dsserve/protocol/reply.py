@@ -35,6 +35,11 @@ class Reply(ABC):
         self._texts_a_prompt = texts_a_prompt
 
     @property
+    def is_stream(self) -> bool:
+        """Whether the client reads its text as it grows."""
+        return self.content_type == SSE_TYPE
+
+    @property
     def is_done(self) -> bool:
         """Whether every text has ended."""
         return self._open == 0

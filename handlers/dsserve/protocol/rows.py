@@ -10,6 +10,7 @@ from dsserve.errors import RequestError
 from dsserve.generation.request import Origin
 
 _BODY_KEYS = ("body", "data")
+_NO_TYPE = (None, "application/octet-stream")  # the second is what TorchServe writes for the first
 _HINT = "send it with -H 'Content-Type: application/json' and a JSON object, or with text/plain and the prompt"
 
 # A client's header reaches the handler in whatever case it was sent; TorchServe's own id may stand beside it.
@@ -62,6 +63,8 @@ def read_body(row: dict[str, Any], content_type: str | None) -> str | dict[str, 
     is_json = content_type is not None and (content_type == "application/json" or content_type.endswith("+json"))
     if isinstance(value, (bytes, bytearray)):
         text = _decode(bytes(value))
+        if content_type in _NO_TYPE and _is_json_object(text):
+            raise RequestError(f"the body is a JSON object without a content type: {_HINT}")
         value = _parse(text) if is_json else text
     if isinstance(value, dict):
         return value
@@ -88,8 +91,20 @@ def _parse(text: str) -> Any:
         raise RequestError(
             f"the request body is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}"
         ) from None
+    except ValueError:  # Python's limit of digits
+        raise RequestError("the request body holds a number of thousands of digits") from None
     except RecursionError:
         raise RequestError("the request body is nested too deeply") from None
+
+
+def _is_json_object(text: str) -> bool:
+    """Whether somebody who meant JSON would be answered as if it were a prompt."""
+    if not text.lstrip().startswith("{"):
+        return False
+    try:
+        return isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _json_name(value: Any) -> str:

@@ -24,6 +24,7 @@ class ServedModel:
         name: TorchServe's name of it, what clients call `model`.
         vocabulary: width of the model's logits.
         engine: how it is served, for `v1/models`: engine, dtype, TP size.
+        fallback: why `replace_with_kernel_inject: auto` chose AutoTP, None where it did not.
         fingerprint: OpenAI's `system_fingerprint`; changes with versions, dtype and TP size.
         created: when it was loaded, in seconds of Unix time.
     """
@@ -35,6 +36,7 @@ class ServedModel:
     grammars: GrammarCompiler
     engine: dict[str, Any] = field(default_factory=dict)
     fingerprint: str = ""
+    fallback: str | None = None
     created: int = field(default_factory=lambda: int(time.time()))
 
     @cached_property
@@ -44,15 +46,16 @@ class ServedModel:
 
 
 def describe_model(
-    name: str, module: Any, loaded: LoadedModel, limits: Limits, grammars: GrammarCompiler, world_size: int
+    name: str, ds_engine: Any, loaded: LoadedModel, limits: Limits, grammars: GrammarCompiler, world_size: int
 ) -> ServedModel:
     """What is served, as clients see it.
 
     Args:
-        module: the sharded model.
+        ds_engine: what `get_ds_engine` returned.
     """
+    module = ds_engine.module
     engine = {
-        "name": "autotp",
+        "name": "autotp" if ds_engine.workspace is None else "kernel_injection",
         "architecture": type(module).__name__,
         "dtype": str(model_dtype(module)).removeprefix("torch."),
         "tensor_parallel_size": world_size,
@@ -60,4 +63,6 @@ def describe_model(
     }
     digest = hashlib.sha256(json.dumps(engine, sort_keys=True).encode()).hexdigest()
     vocabulary = module.config.get_text_config().vocab_size
-    return ServedModel(name, loaded.tokenizer, limits, vocabulary, grammars, engine, f"fp_{digest[:10]}")
+    return ServedModel(
+        name, loaded.tokenizer, limits, vocabulary, grammars, engine, f"fp_{digest[:10]}", ds_engine.injection_refused
+    )

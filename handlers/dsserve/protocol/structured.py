@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from decimal import Decimal
 from typing import Any
 
 from dsserve.errors import RequestError
@@ -10,6 +12,9 @@ from dsserve.generation.grammar import GrammarCompiler, GrammarError
 from dsserve.protocol.openai_schema import ResponseFormat, Tool
 
 MAX_SCHEMA_CHARACTERS = 65_536
+# An automaton that divides has as many states as the product of what it divides by. With 10,000 llguidance makes it in
+# 0.1 s; it has limits for everything else, and none for this: 123456789 took minutes, which would end the worker.
+MAX_DIVISORS = 10_000
 # Between JSON's tokens; without a limit small models write blank lines for ever.
 _OPTIONS = {"x-guidance": {"whitespace_pattern": r"[ \n\t]{0,8}"}}
 
@@ -60,12 +65,42 @@ def lark_grammar(text: str) -> str:
 def _compile(schema: dict[str, Any], param: str, compiler: GrammarCompiler) -> str:
     from llguidance import LLMatcher
 
-    text = json.dumps(schema | _OPTIONS)
+    try:
+        text = json.dumps(schema | _OPTIONS)
+    except RecursionError:
+        raise RequestError(f"{param}: the schema is nested too deeply", param=param) from None
     if len(text) > MAX_SCHEMA_CHARACTERS:
         raise RequestError(
             f"{param}: the schema has {len(text)} characters, at most {MAX_SCHEMA_CHARACTERS} are taken", param=param
         )
+    _check_divisors(schema, param)
     return _checked(str(LLMatcher.grammar_from_json_schema(text)), param, compiler)
+
+
+def _check_divisors(schema: dict[str, Any], param: str) -> None:
+    """Raises RequestError (400) where the `multipleOf`s of a schema are too large together."""
+    found: set[int] = set()
+    parts: list[Any] = [schema]
+    while parts:
+        part = parts.pop()
+        if isinstance(part, dict):
+            divisor = part.get("multipleOf")
+            if type(divisor) is int or (isinstance(divisor, float) and math.isfinite(divisor)):
+                found.add(_states(divisor))
+        parts += part.values() if isinstance(part, dict) else part if isinstance(part, list) else []
+    if math.prod(found) > MAX_DIVISORS:
+        raise RequestError(
+            f"{param}: the numbers of multipleOf are too large, their product may be {MAX_DIVISORS} (without decimal "
+            "point: 0.25 counts as 25): use smaller ones, or leave them out",
+            param=param,
+        )
+
+
+def _states(divisor: float) -> int:
+    """States of an automaton that divides by a decimal number: 12 for 12 and 0.12, 1000 for 1000, 1 for 0.001."""
+    _, digits, exponent = Decimal(repr(divisor)).normalize().as_tuple()
+    zeros = max(0, exponent) if isinstance(exponent, int) else 0
+    return int("".join(map(str, digits))) * 10**zeros or 1
 
 
 def _checked(grammar: str, param: str, compiler: GrammarCompiler) -> str:

@@ -76,7 +76,7 @@ def _read(block: str) -> str | Call:
     inside = block.removeprefix(OPENING).removesuffix(CLOSING)
     try:
         call = json.loads(inside)
-    except ValueError:
+    except (ValueError, RecursionError):
         return block
     if not block.startswith(OPENING) or not isinstance(call, dict) or not isinstance(call.get("name"), str):
         return block

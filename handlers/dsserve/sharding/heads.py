@@ -54,14 +54,20 @@ def _no_head(model: Any, num_ranks: int, has: str, most: int) -> LoadError:
 def repeat_kv_heads(model: Any, num_ranks: int) -> int:
     """Repeats KV heads, in place, until every rank gets one, and returns the copies of each; the logits stay.
 
-    Query head i reads KV head i // (heads / KV heads), so copies lie side by side.
-
     Raises:
         LoadError: see `plan_kv_copies`.
     """
     copies = plan_kv_copies(model, num_ranks)
-    if copies == 1:
-        return 1
+    if copies > 1:
+        copy_kv_heads(model, copies)
+    return copies
+
+
+def copy_kv_heads(model: Any, copies: int) -> None:
+    """Puts `copies` of each KV head in its place, in the weights and in the config.
+
+    Query head i reads KV head i // (heads / KV heads), so copies lie side by side.
+    """
     config = model.config.get_text_config()
     kv_heads = config.num_key_value_heads
     for attention in _kv_attentions(model):
@@ -74,7 +80,6 @@ def repeat_kv_heads(model: Any, num_ranks: int) -> int:
         if hasattr(attention, "num_key_value_heads"):
             attention.num_key_value_heads = kv_heads * copies
     config.num_key_value_heads = kv_heads * copies
-    return copies
 
 
 def _repeat(tensor: torch.Tensor, kv_heads: int, copies: int) -> nn.Parameter:

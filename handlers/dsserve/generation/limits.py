@@ -1,0 +1,62 @@
+"""What requests may ask of the served model: context and output limits, from the settings, the model and the engine.
+
+Does not plan memory (`build`) and does not look at requests (`protocol`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dsserve.config import YAML_FILE, HandlerConfig
+from dsserve.errors import LoadError
+from dsserve.generation.request import Limits
+
+
+def read_limits(
+    config: HandlerConfig, max_position: int | None, model_config: Any, max_out_tokens: int | None = None
+) -> Limits:
+    """Context and output limits in tokens, from the settings and the model.
+
+    Args:
+        max_position: the model's context, if its config names one.
+        max_out_tokens: what the kernels' workspace was taken for; None without kernel injection.
+
+    Raises:
+        LoadError: a context that the model or the kernels' workspace does not have, or one that sliding-window layers
+            would cut.
+    """
+    most = [length for length in (max_position, max_out_tokens) if length is not None]
+    length = config.max_model_len or min(most, default=None)
+    if length is None:
+        raise LoadError(f"{YAML_FILE}: the model's config names no context length; set handler.max_model_len")
+    if max_position is not None and length > max_position:
+        raise LoadError(
+            f"{YAML_FILE}: handler.max_model_len {length} is above the model's context of {max_position}; lower it"
+        )
+    if max_out_tokens is not None and length > max_out_tokens:
+        raise LoadError(
+            f"{YAML_FILE}: handler.max_model_len {length} is above deepspeed.max_out_tokens {max_out_tokens}, for "
+            "which the kernels' workspace is taken; raise the one, or lower the other"
+        )
+    window = _sliding_window(model_config)
+    if window is not None and length > window:
+        raise LoadError(
+            f"{YAML_FILE}: the model attends to the last {window} tokens in some layers, which this engine serves only "
+            f"up to that length; set handler.max_model_len: {window}"
+        )
+    limit = min(config.max_new_tokens_limit or length - 1, length - 1)
+    default = min(config.max_new_tokens, limit)
+    return Limits(
+        length, default, limit, config.max_running, config.max_waiting, config.request_timeout,
+        config.max_n, config.max_stops,
+    )  # fmt: skip
+
+
+def _sliding_window(model_config: Any) -> int | None:
+    text_config = model_config.get_text_config()
+    layer_types = getattr(text_config, "layer_types", None)
+    if layer_types is not None and not any("sliding" in kind or "chunked" in kind for kind in layer_types):
+        return None
+    if getattr(text_config, "use_sliding_window", True) is False:
+        return None
+    return getattr(text_config, "sliding_window", None)

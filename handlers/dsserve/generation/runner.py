@@ -1,0 +1,31 @@
+"""What the engine, the warm-up and the self-check ask of a rank's model: `ModelRunner` (AutoTP), `KernelRunner`."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from dsserve.generation.model_runner import StepLogits
+from dsserve.generation.plan import Plan
+
+
+class Runner(Protocol):
+    """One rank's model and its rows; all ranks execute the same plans in the same order.
+
+    Attributes:
+        slots: most live rows.
+        kept: rows behind them for prompts that may come again.
+        max_model_len: prompt + output of one row, in tokens.
+        vocabulary: width of the logits.
+    """
+
+    slots: int
+    kept: int
+    max_model_len: int
+    vocabulary: int
+
+    @property
+    def live(self) -> int:
+        """Number of live rows."""
+
+    def execute(self, plan: Plan) -> StepLogits | None:
+        """Keep, evict, decode, prefill, in this order. None where the plan computes nothing."""

@@ -1,0 +1,1 @@
+"""What makes DeepSpeed's injected layers right on today's transformers: refusals, repairs, adapters, KV workspace."""

@@ -1,0 +1,31 @@
+"""Attention masks as transformers makes them -> as the kernels read them.
+
+The kernels add `[B, 1, S or 1, L]`, in the layer's dtype and without gaps, to the scores; L must be the number of
+tokens they hold. BLOOM's layer wants 1 where nothing may be seen instead. Causal order is the kernels' own affair.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def additive(mask: torch.Tensor, batch: int, tokens: int, dtype: torch.dtype) -> torch.Tensor:
+    """`mask` as summands, `[B, 1, S or 1, tokens]`.
+
+    Args:
+        mask: `[B or 1, 1, S, L]` with L >= tokens: bool (True = visible) or summands.
+
+    Raises:
+        ValueError: a mask of another shape.
+    """
+    if mask.dim() != 4 or mask.shape[1] != 1 or mask.shape[0] not in (1, batch) or mask.shape[-1] < tokens:
+        raise ValueError(f"attention mask {list(mask.shape)}: the kernels need [{batch}, 1, S, {tokens}]")
+    mask = mask[..., :tokens]
+    if mask.dtype is torch.bool:
+        mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
+    return mask.to(dtype).expand(batch, -1, -1, -1).contiguous()
+
+
+def as_ones(mask: torch.Tensor) -> torch.Tensor:
+    """1 where summands hide a token, else 0, in the same dtype."""
+    return (mask < 0).to(mask.dtype)

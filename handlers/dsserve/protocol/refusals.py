@@ -1,0 +1,54 @@
+"""Errors that are no fault of the request: the server ends, is full or busy, was too slow, or failed.
+
+Only what they say; when they are given is `batch`'s affair.
+"""
+
+from __future__ import annotations
+
+from dsserve.errors import RequestError
+from dsserve.generation.leader import RETRY_AFTER_S
+
+INTERNAL = "internal_error"
+_RETRY_WHEN_FULL_S = 1
+
+
+def draining() -> RequestError:
+    """For a request that arrives while the server ends."""
+    return RequestError(
+        "the server is shutting down: send the request again, to another server or later",
+        status=503, kind="server_error", retry_after_s=RETRY_AFTER_S,
+    )  # fmt: skip
+
+
+def full(waiting: int, most_waiting: int) -> RequestError:
+    """For a request whose texts find no place among those that wait."""
+    return _later(f"{waiting} texts wait already and at most {most_waiting} may: try again later")
+
+
+def busy(seconds: float) -> RequestError:
+    """For a request behind others whose reading took too long."""
+    return _later(f"the server has been reading requests for {seconds:g} s, and streams wait: try again later")
+
+
+def _later(message: str) -> RequestError:
+    return RequestError(
+        message, status=429, kind="rate_limit_error", code="rate_limit_exceeded", retry_after_s=_RETRY_WHEN_FULL_S
+    )
+
+
+def overdue(seconds: float) -> RequestError:
+    """For a request that did not end in its time."""
+    return RequestError(
+        f"the request did not end within {seconds:g} s: raise `timeout`, ask for fewer tokens, or try again later",
+        status=504, param="timeout", kind="timeout_error", code="timeout",
+    )  # fmt: skip
+
+
+def unreadable() -> RequestError:
+    """For a request whose reading raised something that was not foreseen."""
+    return RequestError("the request could not be read", status=500, kind=INTERNAL)
+
+
+def failed() -> RequestError:
+    """For a request that broke while its text was made."""
+    return RequestError("the server failed on this request", status=500, kind=INTERNAL)

@@ -1,0 +1,98 @@
+"""One cell of the parity matrix, a process (or one of its ranks) of its own: every case of one architecture and dtype.
+
+On a GPU with the real kernels and models of real shape, on a CPU with `kernels` and tiny ones.
+"""
+
+from __future__ import annotations
+
+import json
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dsserve.distributed import RankInfo, select_device
+from dsserve.ds_engine import get_ds_engine
+from dsserve.errors import LoadError
+from tests.contexts import make_context
+from tests.injection.cases import DECODER_CASES, ENCODER_CASES, Pair, Result
+from tests.injection.models import ENCODERS, SIZES, make_model
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# The largest ||out - ref|| / ||ref|| of logits that rounding explains.
+LIMITS = {"fp32": 1e-4, "fp16": 3e-3, "bf16": 2e-2}
+
+
+def run_cell(
+    name: str, dtype: str, device_type: str, only: str = "", allow_fp32: bool = False, journal: str = ""
+) -> dict[str, Any]:  # fmt: skip
+    """All cases of architecture `name`: case -> result, or the error that ended it.
+
+    Args:
+        only: names of cases, with commas; all where empty.
+        allow_fp32: do not refuse fp32, to see what the kernels make of it.
+        journal: a file that rank 0 appends each result to, so that a crash leaves those before it.
+    """
+    rank = RankInfo.from_env()
+    size = "real" if device_type == "gpu" else "tiny"
+    if device_type == "cpu":
+        from tests.injection.kernels import install
+
+        install()
+    elif allow_fp32:
+        import dsserve.injection.inject as inject
+
+        inject.check_device = lambda device, dtype: None  # type: ignore[assignment]
+    device = select_device(device_type, rank)
+    reference = make_model(name, size, DTYPES[dtype], str(device))
+    model = make_model(name, size, DTYPES[dtype], str(device)).to("cpu", DTYPES[dtype])
+    settings = {
+        "dtype": dtype, "replace_with_kernel_inject": True, "max_out_tokens": SIZES[size].tokens,
+        "self_check": device_type == "cpu",  # a GPU's figures are to be seen, not refused
+    }  # fmt: skip
+    context = make_context(".", {"deviceType": device_type, "deepspeed": settings})
+    module = get_ds_engine(model, context, max_batch=SIZES[size].rows).module
+    if device_type == "cpu":  # tiny matrices: a second thread only waits
+        torch.set_num_threads(1)
+    pair = Pair(reference, module, SIZES[size], LIMITS[dtype])
+    cases = ENCODER_CASES if name in ENCODERS else DECODER_CASES
+    wanted = only.split(",") if only else list(cases)
+    results: dict[str, Any] = {}
+    for case in wanted:
+        try:
+            result = cases[case](pair)
+        except Exception as fault:  # a row of the table, not the end of it
+            where = traceback.extract_tb(fault.__traceback__)[-1]
+            result = Result(note=f"{type(fault).__name__}: {fault} ({where.filename}:{where.lineno})"[:500])
+        results[case] = {**result.row(), "passes": result.passes(LIMITS[dtype])}
+        if journal and rank.is_leader:
+            with Path(journal).open("a") as file:
+                file.write(json.dumps([case, results[case]]) + "\n")
+        if "CUDA" in result.note:  # nothing works after an illegal access
+            break
+    return results
+
+
+def run_cells(names: list[str], dtype: str) -> dict[str, dict[str, Any]]:
+    """Several architectures one after the other on CPUs; the kernels' state is forgotten between them."""
+    from deepspeed.model_implementations.transformers.ds_transformer import DeepSpeedTransformerInference
+    from deepspeed.ops.transformer.inference.ds_attention import DeepSpeedSelfAttention
+
+    found = {}
+    for name in names:
+        DeepSpeedTransformerInference.layer_id, DeepSpeedTransformerInference.workspace = 0, None
+        DeepSpeedSelfAttention.num_layers = 0
+        try:
+            found[name] = run_cell(name, dtype, "cpu")
+        except LoadError as error:
+            found[name] = {"refused": str(error)}
+    return found
+
+
+def run_without(repair: str, name: str, case: str) -> dict[str, Any]:
+    """One case on a CPU where one of the repairs after injection is left out."""
+    import dsserve.injection.inject as inject
+
+    setattr(inject, repair, lambda *_: [])
+    return run_cell(name, "fp32", "cpu", only=case)[case]

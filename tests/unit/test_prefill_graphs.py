@@ -1,0 +1,108 @@
+"""What a prefill graph computes, with capture replaced by running again: a CPU shows the padding, a GPU the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from dsserve.generation import prefill_graphs
+from dsserve.generation.kv_cache import SlotLayer
+from dsserve.generation.model_runner import ModelRunner
+from dsserve.generation.plan import Admission, Plan
+from dsserve.generation.prefill_graphs import PrefillGraphs
+from scripts.random_model import draw_prompts, make_config
+
+CPU, SLOTS, CONTEXT = torch.device("cpu"), 4, 600
+
+
+class Again:
+    """In a CUDA graph's place: runs the same function on the same tensors."""
+
+    replays = 0
+
+    def __init__(self, run: Callable[[], torch.Tensor]) -> None:
+        self._run = run
+        self.out = run()
+
+    def replay(self) -> None:
+        Again.replays += 1
+        self.out.copy_(self._run())
+
+
+def write(layer: SlotLayer, stored: torch.Tensor, new: torch.Tensor) -> None:
+    """As the GPU's store: nothing is written to negative cells."""
+    cells, tokens = layer._window.cells, new.transpose(1, 2).flatten(0, 1)
+    real = cells >= 0
+    stored.flatten(0, 1)[cells[real]] = tokens[: len(cells)][real]
+
+
+@pytest.fixture
+def runners(monkeypatch: pytest.MonkeyPatch) -> tuple[ModelRunner, ModelRunner]:
+    """One that prefills eagerly, one in graphs, with the same weights."""
+
+    def capture(run: Callable[[], torch.Tensor], pool: object, device: torch.device) -> Any:
+        graph = Again(run)
+        return graph, graph.out
+
+    monkeypatch.setattr(prefill_graphs, "capture", capture)
+    monkeypatch.setattr(SlotLayer, "_write", write)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(make_config("llama-tiny", torch.float32)).eval()
+    for weight in (weight for weight in model.parameters() if weight.dim() > 1):
+        torch.nn.init.normal_(weight, std=0.2)
+    eager, captured = (ModelRunner(model, SLOTS, CONTEXT, CPU) for _ in range(2))
+    for runner in (eager, captured):  # makes the cache's tensors
+        runner.execute(Plan(admit=(Admission((0,)),)))
+        runner.execute(Plan(evict=(0,)))
+    graphs = PrefillGraphs(captured._forward_prefill, SLOTS, CONTEXT - 1, CPU)
+    graphs.capture(None)
+    captured._prefill_graphs = graphs
+    Again.replays = 0
+    return eager, captured
+
+
+def test_prompts_parts_and_taken_over_beginnings_have_the_logits_of_an_eager_pass(
+    runners: tuple[ModelRunner, ModelRunner],
+) -> None:
+    first, long, other = (draw_prompts(512, length, 1)[0] for length in (37, 590, 90))
+    plans = [
+        Plan(admit=(Admission(first), Admission(other[:20]))),
+        Plan(admit=(Admission(first[:30] + other[:9]),)),
+        Plan(tokens=(1, 2, 3), admit=(Admission((*other[20:], 7), source=1, shared=20),)),
+        Plan(evict=(3, 1), tokens=(4, 5), admit=(Admission(long[:256], complete=False),)),
+        Plan(tokens=(6, 7), admit=(Admission(long[256:500], shared=256, continues=True, complete=False),)),
+        Plan(evict=(0,), tokens=(8,), admit=(Admission(long[500:], shared=500, continues=True), Admission(first))),
+        Plan(tokens=(9, 10, 11)),
+    ]  # fmt: skip
+    for number, plan in enumerate(plans):
+        expected, found = (runner.execute(plan) for runner in runners)
+        assert expected is not None and found is not None
+        assert expected.next.abs().max() > 1
+        assert (expected.next - found.next).abs().max() < 1e-4, number
+    assert Again.replays == 6
+    eager, captured = runners
+    assert eager._lengths == captured._lengths == [44, 591, 38]
+
+
+def test_what_graphs_read_is_bounded() -> None:
+    lengths = {longest: PrefillGraphs(None, 4, longest, CPU)._reads for longest in (40, 599, 4000, 131071)}  # type: ignore[arg-type]
+    assert lengths[40] == [512] and lengths[599] == [512, 768]
+    assert lengths[4000] == lengths[131071] == [512, 1024, 2048, 4096]
+
+
+def test_passes_that_were_not_captured_run_eagerly(runners: tuple[ModelRunner, ModelRunner]) -> None:
+    prompt = draw_prompts(512, 400, 1)[0]
+    plans = [
+        Plan(admit=(Admission(prompt),)),
+        Plan(admit=(Admission(prompt[:30], all_logits=True),)),
+        Plan(admit=(Admission(prompt[300:] * 3, source=0, shared=300),)),
+    ]
+    for plan in plans:
+        expected, found = (runner.execute(plan) for runner in runners)
+        assert expected is not None and found is not None
+        assert (expected.next - found.next).abs().max() < 1e-4
+    assert Again.replays == 0
