@@ -125,7 +125,7 @@ def plot(
     most = 100 if "max" in defaults else max([0.0, *(v for _, _, values in lines for v in values if v == v)]) * 1.1
     axes.set_ylim(0, axes.get_ylim()[1] if is_stacked else most or 1)
     axes.grid(alpha=0.3, linewidth=0.5)
-    if lines:
+    if axes.get_legend_handles_labels()[1]:
         axes.legend(
             loc="upper center", bbox_to_anchor=(0.5, -0.09), ncols=min(len(lines), 5), frameon=False, fontsize=8
         )
