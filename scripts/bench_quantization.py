@@ -19,6 +19,7 @@ import typer
 from scripts import deepspeed_weights
 
 SHAPES = {
+    "tiny": {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "heads": 4, "kv_heads": 2},
     "135m": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "heads": 9, "kv_heads": 3},
     "1b": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 16, "heads": 32, "kv_heads": 8},
     "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "heads": 32, "kv_heads": 32},

@@ -7,6 +7,17 @@ from dataclasses import dataclass
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
+# What Prometheus asks for, as it sends it.
+PROMETHEUS_2 = (
+    "application/openmetrics-text;version=1.0.0,application/openmetrics-text;version=0.0.1;q=0.75,"
+    "text/plain;version=0.0.4;q=0.5,*/*;q=0.1"
+)
+PROMETHEUS_3 = (
+    "application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.6,"
+    "application/openmetrics-text;version=0.0.1;q=0.5,text/plain;version=1.0.0;escaping=allow-utf-8;q=0.4,"
+    "text/plain;version=0.0.4;q=0.3,*/*;q=0.2"
+)
+
 
 @dataclass(frozen=True)
 class Scrape:
@@ -23,8 +34,8 @@ class Scrape:
         return cls(text, values)
 
     @classmethod
-    def at(cls, port: int, host: str = "127.0.0.1") -> Scrape:
-        response = httpx.get(f"http://{host}:{port}/metrics", timeout=30)
+    def at(cls, port: int, host: str = "127.0.0.1", accept: str = PROMETHEUS_2) -> Scrape:
+        response = httpx.get(f"http://{host}:{port}/metrics", headers={"Accept": accept}, timeout=30)
         assert response.status_code == 200 and response.headers["content-type"].startswith("text/plain")
         return cls.of(response.text)
 

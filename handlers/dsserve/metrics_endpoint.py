@@ -3,6 +3,9 @@
 During a rolling restart two workers live, and a server may serve several models: the first one has the address. A later
 one listens on a free port of loopback, which it writes down in the server's run directory, and its numbers are shown
 with the first one's. It takes the address over as soon as that is free. Counts nothing (`metrics`).
+
+The format is always Prometheus's plain text: asked for OpenMetrics, as each Prometheus does first, prometheus_client
+(0.26) writes `vllm_...` for `vllm:...`, and neither dashboards nor autoscalers would find a thing.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 from wsgiref.simple_server import WSGIServer
 
 from prometheus_client import CollectorRegistry, start_http_server
@@ -30,6 +34,7 @@ logger = logging.getLogger(__name__)
 ADDRESS_VARIABLE = "DSSERVE_METRICS"
 FOLDER = "metrics"
 LOOPBACK = "127.0.0.1"
+PLAIN = "text/plain;version=0.0.4"
 RETRY_S = 1.0
 _SCRAPE_S = 1.0
 
@@ -59,6 +64,18 @@ class Workers(Collector):
                 continue
             with contextlib.suppress(OSError, ValueError, http.client.HTTPException):  # it starts, or ends, just now
                 yield _scrape(int(path.read_text()))
+
+
+def _serve(host: str, port: int, registry: CollectorRegistry) -> WSGIServer:
+    """Serves in threads of its own from now on. Raises OSError."""
+    server, _ = start_http_server(port, host, registry)
+    app: Any = server.get_app()
+
+    def plain(environ: dict[str, Any], start_response: Any) -> Any:
+        return app(environ | {"HTTP_ACCEPT": PLAIN}, start_response)
+
+    server.set_app(plain)
+    return server
 
 
 def _scrape(port: int) -> str:
@@ -109,7 +126,7 @@ class MetricsEndpoint:
         shown = CollectorRegistry()
         shown.register(Workers(self._registry, self._folder))
         try:
-            start_http_server(self._address[1], self._address[0], shown)
+            _serve(*self._address, shown)
         except OSError as error:
             return error
         self._end_private()
@@ -119,7 +136,7 @@ class MetricsEndpoint:
     def _listen_privately(self) -> None:
         if self._folder is None:
             return
-        self._private, _ = start_http_server(0, LOOPBACK, self._registry)
+        self._private = _serve(LOOPBACK, 0, self._registry)
         self._folder.mkdir(exist_ok=True)
         self._note.write_text(str(self._private.server_port))
 

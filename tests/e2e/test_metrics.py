@@ -5,14 +5,17 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
 
+from scripts import balancer
+from scripts.balancer import BalancerError
 from scripts.run_dir import Ports
-from tests.e2e.conftest import Served
+from tests.e2e.conftest import Served, free_ports
 from tests.scrape import Scrape
 from tests.unit.test_metrics import VLLM_STYLE
 
@@ -90,3 +93,23 @@ def test_a_clients_request_id_comes_back_and_is_in_the_log(small: Served) -> Non
     reply = httpx.post(small.url, json=body, headers={"X-Request-Id": "no plain word"}, timeout=120)
     assert reply.status_code == 200 and "x-client-request-id" not in reply.headers
     assert "no plain word" not in small.worker_log()
+
+
+def test_an_id_reaches_the_log_through_haproxy(small: Served, tmp_path: Path) -> None:
+    """Which sends all names of headers in lower case, and an id of its own where a client has none."""
+    try:
+        balancer.find_haproxy()
+    except BalancerError as error:
+        pytest.skip(str(error))
+    server = f"127.0.0.1:{small.record.port}"
+    with balancer.running(tmp_path, free_ports().inference, small.record.name, [server]) as front:
+        front.wait_until("s1", True, 30)
+        body, headers = (
+            {"prompt": PROMPT, "max_tokens": 2},
+            {"X-Request-Id": "order-67", "X-Client-Request-Id": "false"},
+        )
+        reply = httpx.post(f"{front.url}/v1/completions", json=body, headers=headers, timeout=120)
+        made = httpx.post(f"{front.url}/v1/completions", json=body, timeout=120).headers["x-client-request-id"]
+    assert reply.headers["x-client-request-id"] == "order-67"
+    assert f"{reply.headers['x-request-id']} (order-67): " in small.worker_log()
+    assert f"({made}): " in small.worker_log() and made in (tmp_path / "haproxy.log").read_text()

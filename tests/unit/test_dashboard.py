@@ -17,12 +17,16 @@ import promql_parser
 import pytest
 import torch
 import yaml
+from PIL import Image
 from promql_parser import AggModifierType, AggregateExpr, VectorSelector
 
 from dsserve.errors import RequestError
 from dsserve.metrics import Metrics
 from scripts import dashboard
+from scripts.dashboard_run import PICTURE
 from tests.conftest import ROOT
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 PROMETHEUS = ROOT / "configs" / "prometheus"
 RULES, HOSTS, PODS = (PROMETHEUS / f"{name}.yml" for name in ("alerts", "prometheus", "kubernetes"))
@@ -112,6 +116,15 @@ def test_the_file_is_what_the_script_writes() -> None:
     assert dashboard.FILE.read_text(encoding="utf-8") == dashboard.text(), "run python -m scripts.dashboard"
 
 
+def test_the_picture_of_a_run_shows_todays_panels() -> None:
+    titles = "; ".join(panel["title"] for panel in dashboard.dashboard()["panels"])
+    with Image.open(PICTURE) as image:
+        assert image.text["Description"] == titles, "run python -m scripts.dashboard_run"
+    assert PICTURE.stat().st_size < 200_000
+    panels = sum(panel["type"] == "timeseries" for panel in dashboard.dashboard()["panels"])
+    assert f"![the dashboard's {panels} panels over a load run]({PICTURE.relative_to(ROOT)})" in README
+
+
 def test_panels_have_ids_and_places_of_their_own_and_variables_that_exist() -> None:
     document = dashboard.dashboard()
     panels = document["panels"]
@@ -129,20 +142,30 @@ def test_every_alert_says_what_to_do_and_how_bad_it_is() -> None:
     for alert in alerts():
         assert alert["labels"]["severity"] in ("warning", "critical")
         assert set(alert["annotations"]) == {"summary", "description"}
+    rows = re.findall(r"^\| (`Dsserve.*?) \|", README, flags=re.MULTILINE)
+    assert re.findall(r"`(\w+)`", " ".join(rows)) == [alert["alert"] for alert in alerts()]
     tested = yaml.safe_load(RULE_TESTS.read_text())["tests"][0]["promql_expr_test"][-1]["exp_samples"]
     assert {alert["alert"] for alert in alerts()} == {re.findall('alertname="(.+?)"', s["labels"])[0] for s in tested}
 
 
 def test_the_autoscaler_reads_gauges_that_are_served(emitted: dict[str, set[str]]) -> None:
+    """From the autoscaler's names through the adapter's one rule to what rank 0 serves, with nothing left over."""
     (rule,) = yaml.safe_load((AUTOSCALING / "adapter-values.yaml").read_text())["rules"]["custom"]
     found = re.search(r'__name__=~"([^"]+)"', rule["seriesQuery"])
     assert found
-    matches = {name for name in emitted if re.fullmatch(found[1], name)}
-    assert matches == {"vllm:num_requests_running", "vllm:num_requests_waiting"}
-    relabeled = {
-        rule.get("target_label") for rule in yaml.safe_load(PODS.read_text())["scrape_configs"][0]["relabel_configs"]
-    }
-    assert set(rule["resources"]["overrides"]) <= relabeled, "the adapter finds a pod's series by these labels"
+    renamed = rule["name"]["as"].replace("$1", r"\1")
+    offered = {re.sub(rule["name"]["matches"], renamed, name) for name in emitted if re.fullmatch(found[1], name)}
+    scaler = yaml.safe_load((AUTOSCALING / "autoscaler.yaml").read_text())["spec"]
+    assert {metric["pods"]["metric"]["name"] for metric in scaler["metrics"]} == offered
+    assert offered == {"vllm_num_requests_running", "vllm_num_requests_waiting"}
+    pods = yaml.safe_load(PODS.read_text())["scrape_configs"][0]["relabel_configs"]
+    of_pods = set(rule["resources"]["overrides"])
+    assert of_pods <= {item.get("target_label") for item in pods}, "the adapter finds a pod's series by these labels"
+    # As the adapter fills its query.
+    query = rule["metricsQuery"].replace("<<.Series>>", "vllm:num_requests_waiting").replace("<<.GroupBy>>", "pod")
+    query = query.replace("<<.LabelMatchers>>", ",".join(f'{label}=~"x"' for label in of_pods))
+    assert unknown(query, {name: labels | of_pods for name, labels in emitted.items()}) == set()
+    assert unknown(query.replace("waiting", "queued"), emitted)
 
 
 def test_pods_are_scraped_where_their_annotations_say() -> None:

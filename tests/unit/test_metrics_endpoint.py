@@ -18,7 +18,7 @@ from dsserve.control import RUN_DIR_VARIABLE
 from dsserve.metrics_endpoint import ADDRESS_VARIABLE, FOLDER, MetricsEndpoint
 from scripts import server
 from scripts.run_dir import RunDir
-from tests.scrape import Scrape
+from tests.scrape import PROMETHEUS_2, PROMETHEUS_3, Scrape
 
 HOST = "127.0.0.1"
 # Another worker: its own version of the same metric.
@@ -99,6 +99,12 @@ def test_notes_of_dead_and_starting_workers_do_no_harm(port: int, tmp_path: Path
     MetricsEndpoint(make_registry("1.0", 2), HOST, port, folder).start()
     assert Scrape.at(port).sum("vllm:prompt_tokens_total") == 2
     assert not dead.exists() and half_written.exists()
+
+
+@pytest.mark.parametrize("accept", [PROMETHEUS_2, PROMETHEUS_3, "text/plain;version=1.0.0", "*/*"])
+def test_names_keep_their_colon_whatever_format_is_asked_for(port: int, tmp_path: Path, accept: str) -> None:
+    MetricsEndpoint(make_registry("1.0", 2), HOST, port, tmp_path / FOLDER).start()
+    assert Scrape.at(port, accept=accept).names() == {"vllm:prompt_tokens_total"}
 
 
 def test_without_the_scripts_nothing_is_served(monkeypatch: pytest.MonkeyPatch) -> None:

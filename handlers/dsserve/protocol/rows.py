@@ -13,7 +13,7 @@ _BODY_KEYS = ("body", "data")
 _NO_TYPE = (None, "application/octet-stream")  # the second is what TorchServe writes for the first
 _HINT = "send it with -H 'Content-Type: application/json' and a JSON object, or with text/plain and the prompt"
 
-# TorchServe overwrites the header of this name in lower case; one with a capital letter reaches the handler beside it.
+# A client's header reaches the handler in whatever case it was sent; TorchServe's own id may stand beside it.
 _CLIENT_ID_HEADER = "x-request-id"
 _CLIENT_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _TRACE_HEADER = "traceparent"
