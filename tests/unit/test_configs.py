@@ -136,9 +136,7 @@ def test_its_heads_divide_and_it_fits(outline: tuple[str, Any], tp: int, monkeyp
 
 
 @pytest.mark.parametrize("tp", TP)
-def test_the_kernels_serve_it(
-    outline: tuple[str, Any], tp: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_kernels_serve_it(outline: tuple[str, Any], tp: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a load by kernel injection refuses, and the workspace for all rows beside the weights on GPUs of 80 GB."""
     name, model = outline
     if name not in KERNEL_INJECTION:
@@ -147,9 +145,9 @@ def test_the_kernels_serve_it(
     rows, tokens = read_handler_config(yaml_config).max_running, ds_config["max_out_tokens"]
     check_model(model.config, tp, torch.float16, tokens)
     heads, hidden = model.config.num_attention_heads, model.config.hidden_size
+    wide = getattr(model.config, "intermediate_size", 4 * hidden)
     layer = SimpleNamespace(
-        hidden_size=hidden, mp_size=tp, heads=heads, intermediate_size=getattr(model.config, "intermediate_size", 4 * hidden),
-        mlp_act_func_type=None,
+        hidden_size=hidden, mp_size=tp, heads=heads, intermediate_size=wide, mlp_act_func_type=None
     )  # fmt: skip
     taken = WorkspaceSize.plan(rows, tokens, layer).taken_rows
     weights = sum(parameter.numel() for parameter in model.parameters()) * 2 // tp
