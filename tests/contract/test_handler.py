@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -35,16 +36,23 @@ def test_torchserve_finds_exactly_one_class() -> None:
     assert list_classes_from_module(deepspeed_handler) == [deepspeed_handler.DeepSpeedHandler]
 
 
-def test_one_rank_alone_generates(smollm2: Path) -> None:
-    handler = deepspeed_handler.DeepSpeedHandler()
-    handler.initialize(make_context(smollm2, config(".")))
-    ctx = make_context(smollm2, {})
-    row: dict[str, Any] = {"body": {"prompt": "The capital of France is", "max_new_tokens": 4}}
+def call(handler: deepspeed_handler.DeepSpeedHandler, row: dict[str, Any], **headers: str) -> bytes:
+    """Calls of the handler until the row is answered."""
+    ctx = make_context(".", {})
     ctx.request_ids, text = {0: "a"}, b""
     while not text:
-        ctx.request_processor = [RequestProcessor({"body": {"content-type": "application/json"}})]
+        ctx.request_processor = [RequestProcessor({"body": {"content-type": "application/json"}, **headers})]
         text, row = handler.handle([row], ctx)[0], {}
-    assert b"Paris" in text
+    return text
+
+
+def test_one_rank_alone_generates_and_says_why_autotp_serves(smollm2: Path) -> None:
+    handler = deepspeed_handler.DeepSpeedHandler()
+    auto = {"dtype": "fp32", "replace_with_kernel_inject": "auto"}
+    handler.initialize(make_context(smollm2, config(".", deepspeed=auto)))
+    assert b"Paris" in call(handler, {"body": {"prompt": "The capital of France is", "max_new_tokens": 4}})
+    engine = json.loads(call(handler, {}, url_path="v1/models"))["data"][0]["engine"]
+    assert engine["name"] == "autotp" and "the kernels need a GPU" in engine["fallback"]
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -31,6 +32,8 @@ from dsserve.distributed import RankInfo
 from dsserve.ds_config import read_deepspeed_settings
 from dsserve.generation.build import plan_kv_rows
 from dsserve.generation.limits import read_limits
+from dsserve.injection.families import check_model
+from dsserve.injection.workspace import WorkspaceSize
 from dsserve.settings import check_server_settings, read_time_limits
 from dsserve.sharding.heads import plan_kv_copies
 from scripts.package import CONFIGS, Choice, PackageError, render
@@ -130,6 +133,26 @@ def test_its_heads_divide_and_it_fits(outline: tuple[str, Any], tp: int, monkeyp
     monkeypatch.setattr("dsserve.generation.build.agree_on_least", lambda value, rank: value)
     rank = RankInfo(0, 0, tp, tp)
     plan_kv_rows(model.config, handler, limits, torch.bfloat16, rank, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("tp", TP)
+def test_the_kernels_serve_it(outline: tuple[str, Any], tp: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a load by kernel injection refuses, and the workspace for all rows beside the weights on GPUs of 80 GB."""
+    name, model = outline
+    if name not in KERNEL_INJECTION:
+        return
+    yaml_config, ds_config = rendered(name, tp, monkeypatch)
+    rows, tokens = read_handler_config(yaml_config).max_running, ds_config["max_out_tokens"]
+    check_model(model.config, tp, torch.float16, tokens)
+    heads, hidden = model.config.num_attention_heads, model.config.hidden_size
+    wide = getattr(model.config, "intermediate_size", 4 * hidden)
+    layer = SimpleNamespace(
+        hidden_size=hidden, mp_size=tp, heads=heads, intermediate_size=wide, mlp_act_func_type=None
+    )  # fmt: skip
+    taken = WorkspaceSize.plan(rows, tokens, layer).taken_rows
+    weights = sum(parameter.numel() for parameter in model.parameters()) * 2 // tp
+    values = 10 * hidden + heads // tp * tokens + 2 * model.config.num_hidden_layers * hidden // tp  # a token's
+    assert weights + 2 * taken * tokens * values < GPU_BYTES
 
 
 def test_a_template_that_does_not_exist_is_named(tmp_path: Path) -> None:

@@ -9,7 +9,9 @@ import pytest
 import torch
 from transformers import AutoConfig
 
+from dsserve.distributed import RankInfo
 from dsserve.errors import LoadError
+from dsserve.injection.attempt import KernelInjection
 from dsserve.injection.cache import KernelCache
 from dsserve.injection.families import FAMILIES, check_device, check_model
 from dsserve.injection.inject import _refuse_beams, check_injection
@@ -211,3 +213,22 @@ def test_beams_are_refused_by_generate() -> None:
     module.generation_config.num_beams = 2
     with pytest.raises(ValueError, match="num_beams"):
         module.generate()
+
+
+class Attempt(KernelInjection):
+    """With settings that allow AutoTP, or not."""
+
+    def __init__(self, may_fall_back: bool) -> None:
+        made = SimpleNamespace(may_fall_back=may_fall_back)
+        super().__init__(made, RankInfo(0, 0, 1, 1), torch.device("cpu"))  # type: ignore[arg-type]
+
+
+def test_whatever_deepspeed_raises_is_a_refusal_of_one_line() -> None:
+    attempt = Attempt(may_fall_back=True)
+    with attempt._deciding():
+        raise AttributeError("'LlamaAttention' object has no attribute 'x'\nmore")
+    assert attempt.refusal is not None and "AttributeError" in attempt.refusal and "\n" not in attempt.refusal
+    with pytest.raises(LoadError, match="no attribute 'x'"), Attempt(may_fall_back=False)._deciding():
+        raise AttributeError("no attribute 'x'")
+    with pytest.raises(KeyboardInterrupt), Attempt(may_fall_back=True)._deciding():
+        raise KeyboardInterrupt

@@ -29,6 +29,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# What DeepSpeed's injection raises on a version of transformers that it does not know, and its kernels on a GPU that
+# they were not compiled for.
+_FAULTS = (AttributeError, TypeError, LookupError, ValueError, RuntimeError)
+
 
 class KernelInjection:
     """One attempt. `is_possible` first, then `inject`.
@@ -79,15 +83,17 @@ class KernelInjection:
                     logger.info("[dsserve] self-check: logits of the kernels differ by %.1e at most", error)
         if self.refusal is None:
             return engine
+        engine = None  # its memory is free before AutoTP takes some
         originals.put_back(model)
-        return None
+        return engine
 
     @contextmanager
     def _deciding(self) -> Iterator[None]:
         """With `auto` a rank's LoadError is every rank's refusal."""
         reason = None
         try:
-            yield
+            with _naming_faults():
+                yield
         except LoadError as error:
             if not self._settings.may_fall_back:
                 raise
@@ -98,6 +104,20 @@ class KernelInjection:
             self.refusal = reason or "another rank refused, see its log"
             if not self._rank.is_leader and reason:
                 logger.warning("[dsserve] rank %d: %s", self._rank.rank, reason)
+
+
+@contextmanager
+def _naming_faults() -> Iterator[None]:
+    try:
+        yield
+    except LoadError:
+        raise
+    except _FAULTS as error:
+        first = next(iter(str(error).strip().splitlines()), "")[:300]
+        raise LoadError(
+            f"replace_with_kernel_inject: {type(error).__name__} in DeepSpeed's injection or kernels ({first}); set it "
+            "to false (AutoTP)"
+        ) from error
 
 
 class Originals:
