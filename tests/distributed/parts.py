@@ -53,8 +53,9 @@ def texts(path: str, device_type: str = "cpu") -> dict[str, Any]:
     rank = RankInfo.from_env()
     device = select_device(device_type, rank)
     module = make_engine(path, "fp32", device_type).module
+    pack_weights(module)
     if device.type == "cuda":  # prefill graphs need the fused writes to the cache
-        assert pack_weights(module) and use_decode_attention(module) and use_fused_ops(module, load_ops(device))
+        assert use_decode_attention(module) and use_fused_ops(module, load_ops(device))
     wanted = requests(module.config.vocab_size)
     whole = make(module, rank, device, kept=0, prefill_tokens=CONTEXT)
     alone = {name: run(whole, rank, {name: request}, {}) for name, request in wanted.items()}

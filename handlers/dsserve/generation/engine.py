@@ -35,7 +35,8 @@ logger = logging.getLogger(__name__)
 Entered = TypeVar("Entered")
 
 # Prefills that a warm engine has the memory for, failing one after the other: something holds memory that should be
-# free, and a new worker helps. A prompt that is simply too long does not count, or one client could end the worker.
+# free, and a new worker helps. A prompt that is simply too long, or wants all its logits, does not count, or one client
+# could end the worker.
 MOST_MEMORY_FAILURES = 3
 
 
@@ -149,7 +150,7 @@ class Engine:
             return []
         size = plan.admit[0].shared + len(plan.admit[0].tokens)
         logger.warning("[dsserve] %s: no memory for %d prompt tokens", sequence.name, size)
-        if size <= PREFILL_BUCKETS[-1]:
+        if size <= PREFILL_BUCKETS[-1] and not plan.admit[0].all_logits:
             self._memory_failures += 1
         if self._memory_failures >= MOST_MEMORY_FAILURES:
             raise torch.OutOfMemoryError("passes that fitted at load fail one after the other")
