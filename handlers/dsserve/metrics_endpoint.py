@@ -36,6 +36,9 @@ FOLDER = "metrics"
 LOOPBACK = "127.0.0.1"
 PLAIN = "text/plain;version=0.0.4"
 RETRY_S = 1.0
+# A client that sends no request so long is gone; more at once than any Prometheus opens are closed.
+IDLE_S = 5.0
+MOST_CONNECTIONS = 32
 _SCRAPE_S = 1.0
 
 
@@ -75,7 +78,38 @@ def _serve(host: str, port: int, registry: CollectorRegistry) -> WSGIServer:
         return app(environ | {"HTTP_ACCEPT": PLAIN}, start_response)
 
     server.set_app(plain)
+    _bound(server)
     return server
+
+
+def _bound(server: Any) -> None:
+    """Connections that say nothing are ended, and more than a few at once are closed: each costs rank 0 a thread, and
+    the port may be open to others."""
+
+    class Handler(server.RequestHandlerClass):
+        timeout = IDLE_S
+
+        def handle(self) -> None:
+            with contextlib.suppress(TimeoutError):
+                super().handle()
+
+    room = threading.BoundedSemaphore(MOST_CONNECTIONS)
+    begin, work = server.process_request, server.process_request_thread
+
+    def process_request(request: Any, client_address: Any) -> None:
+        if room.acquire(blocking=False):
+            begin(request, client_address)
+        else:
+            server.shutdown_request(request)
+
+    def process_request_thread(request: Any, client_address: Any) -> None:
+        try:
+            work(request, client_address)
+        finally:
+            room.release()
+
+    server.RequestHandlerClass = Handler
+    server.process_request, server.process_request_thread = process_request, process_request_thread
 
 
 def _scrape(port: int) -> str:

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 from prometheus_client import CollectorRegistry, Counter, disable_created_metrics
 
 from dsserve.control import RUN_DIR_VARIABLE
-from dsserve.metrics_endpoint import ADDRESS_VARIABLE, FOLDER, MetricsEndpoint
+from dsserve.metrics_endpoint import ADDRESS_VARIABLE, FOLDER, MOST_CONNECTIONS, MetricsEndpoint
 from scripts import server
 from scripts.run_dir import RunDir
 from tests.scrape import PROMETHEUS_2, PROMETHEUS_3, Scrape
@@ -115,3 +116,19 @@ def test_without_the_scripts_nothing_is_served(monkeypatch: pytest.MonkeyPatch) 
 def test_the_scripts_and_the_handler_mean_the_same(tmp_path: Path) -> None:
     assert server.METRICS_VARIABLE == ADDRESS_VARIABLE
     assert RunDir(tmp_path).metrics_notes == tmp_path / FOLDER
+
+
+def test_idle_connections_neither_pile_up_nor_stay(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dsserve.metrics_endpoint.IDLE_S", 0.5)
+    MetricsEndpoint(make_registry("1.0", 4), HOST, port, None).start()
+    before = threading.active_count()
+    idle = [socket.create_connection((HOST, port), timeout=5) for _ in range(3 * MOST_CONNECTIONS)]
+    try:
+        wait_for(lambda: threading.active_count() > before)
+        assert threading.active_count() <= before + MOST_CONNECTIONS
+        wait_for(lambda: threading.active_count() == before)  # all of them were ended
+        assert all(connection.recv(1) == b"" for connection in idle)
+        assert Scrape.at(port).sum("vllm:prompt_tokens_total") == 4
+    finally:
+        for connection in idle:
+            connection.close()
