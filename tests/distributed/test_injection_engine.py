@@ -12,7 +12,11 @@ from tests.ranks import run_ranks
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
 
-@pytest.fixture(scope="module", params=[("gpt2", 1), ("llama-gqa", 2), ("bloom", 2)], ids=lambda p: f"{p[0]}-TP={p[1]}")
+@pytest.fixture(
+    scope="module",
+    params=[("gpt2", 1), ("llama-gqa", 2), pytest.param(("bloom", 2), marks=pytest.mark.long)],
+    ids=["gpt2-TP=1", "llama-gqa-TP=2", "bloom-TP=2"],
+)
 def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict:
     name, ranks = request.param
     # Without g++ on PATH the ranks use gloo: shared memory spins, several times longer beside other programs.
@@ -40,24 +44,27 @@ def test_log_probabilities_of_a_padded_prompt_are_transformers(found: dict) -> N
     assert found["logprobs"] == pytest.approx(found["expected_logprobs"], abs=1e-4)
 
 
-def test_auto_serves_by_kernels_that_are_right() -> None:
-    found = run_ranks("tests.injection.serve:fall_back", 1, env=ONE_THREAD, name="opt", fault="none")[0]
-    assert found["engine"] == "kernels" and found["error"] < 1e-5
+@pytest.fixture(scope="module")
+def loads() -> dict:
+    return run_ranks("tests.injection.serve:loads", 1, env=ONE_THREAD)[0]
+
+
+def test_auto_serves_by_kernels_that_are_right(loads: dict) -> None:
+    assert loads["auto"]["engine"] == "kernels" and loads["auto"]["why"] is None and loads["auto"]["error"] < 1e-5
 
 
 def test_auto_serves_by_autotp_where_kernels_are_wrong(tmp_path_factory: pytest.TempPathFactory) -> None:
     env = {**ONE_THREAD, "PATH": str(tmp_path_factory.mktemp("path"))}
-    for found in run_ranks("tests.injection.serve:fall_back", 2, env=env, name="llama-gqa", fault="wrong"):
+    for found in run_ranks("tests.injection.serve:fall_back", 2, env=env, name="llama-gqa", wrong=True):
         assert found["engine"] == "autotp" and found["error"] < 1e-5
         assert "self-check failed: kernel injection" in found["why"]
 
 
-def test_true_refuses_wrong_kernels_with_the_figures() -> None:
-    text = run_ranks("tests.injection.serve:refuse", 1, env=ONE_THREAD, name="llama")[0]
+def test_true_refuses_wrong_kernels_with_the_figures(loads: dict) -> None:
+    text = loads["true"]
     assert "self-check failed: kernel injection, prefill, changed the logits by" in text and "limit 1e-04" in text
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama-gqa"])
-def test_weights_of_another_dtype_are_converted_on_their_way(name: str) -> None:
-    found = run_ranks("tests.injection.serve:converted", 1, env=ONE_THREAD, name=name)[0]
-    assert found == {"dtypes": ["torch.bfloat16"], "equal": True}
+def test_weights_of_another_dtype_are_converted_on_their_way(loads: dict, name: str) -> None:
+    assert loads[name] == {"dtypes": ["torch.bfloat16"], "equal": True}

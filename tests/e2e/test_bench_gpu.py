@@ -39,7 +39,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.timeout(900)  # a minute on a machine that does nothing else
 @pytest.mark.parametrize(
-    ("tp", "runs"), [(1, ["engine,http,generate,batching"]), (2, ["engine", "autotp"])], ids=["TP=1", "TP=2"]
+    ("tp", "runs"),
+    [(1, ["engine,http,generate,batching"]), pytest.param(2, ["engine", "autotp"], marks=pytest.mark.long)],
+    ids=["TP=1", "TP=2"],
 )
 def test_all_parts_on_a_cpu(folder: Path, tp: int, runs: list[str]) -> None:
     for parts in runs:

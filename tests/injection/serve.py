@@ -5,6 +5,8 @@ Runs under torchrun, by `tests.ranks.run_ranks`.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from dsserve.generation.request import GenerationRequest, SamplingParams
 from dsserve.generation.warmup import warm_up_batches
 from dsserve.self_check import answers
 from tests.contexts import make_context
+from tests.injection.cell import forget_kernels
 from tests.injection.models import SIZES, make_model
 from tests.streams import Numbers, more, run
 
@@ -136,15 +139,10 @@ def _expected_logprobs(reference: Any, request: GenerationRequest) -> list[float
     return logprobs[:-1].gather(1, ids[1:, None])[:, 0].tolist()
 
 
-def fall_back(name: str, fault: str) -> dict[str, Any]:
-    """`auto` with kernels that have a fault: the engine that serves, why, and its error; and what `true` says."""
-    import dsserve.injection.inject as inject
-
-    if fault == "wrong":
-        inject.replace_operations = lambda *_: []  # type: ignore[assignment]
-    reference, engine = load(name, "auto")
-    if fault == "none":
-        assert engine.workspace is not None and engine.injection_refused is None
+def fall_back(name: str, wrong: bool) -> dict[str, Any]:
+    """`auto` with the kernels, or with wrong ones: the engine that serves, why, and its error."""
+    with _repairs_missing() if wrong else contextlib.nullcontext():
+        reference, engine = load(name, "auto")
     tokens = torch.arange(20)
     with torch.inference_mode():
         found, wanted = answers(engine.module, tokens), answers(reference, tokens)
@@ -152,16 +150,30 @@ def fall_back(name: str, fault: str) -> dict[str, Any]:
     return {"engine": "kernels" if engine.workspace else "autotp", "why": engine.injection_refused, "error": error}
 
 
-def refuse(name: str) -> str:
-    """What `true` says of kernels whose repairs are missing."""
+@contextlib.contextmanager
+def _repairs_missing() -> Iterator[None]:
     import dsserve.injection.inject as inject
 
-    inject.replace_operations = lambda *_: []  # type: ignore[assignment]
+    original, inject.replace_operations = inject.replace_operations, lambda *_: []  # type: ignore[assignment]
     try:
-        load(name, True)
+        yield
+    finally:
+        inject.replace_operations = original
+
+
+def loads() -> dict[str, Any]:
+    """What one rank's loads come to: kernels that are right, wrong ones under `true`, weights of another dtype."""
+    found: dict[str, Any] = {"auto": fall_back("opt", wrong=False)}
+    forget_kernels()
+    try:
+        with _repairs_missing():
+            load("llama", True)
     except LoadError as error:
-        return str(error)
-    return ""
+        found["true"] = str(error)
+    for name in ("gpt2", "llama-gqa"):
+        forget_kernels()
+        found[name] = converted(name)
+    return found
 
 
 def converted(name: str) -> dict[str, Any]:
