@@ -14,8 +14,8 @@ from tests.ranks import run_ranks
 
 # Ranks -> architectures; `python -m tests.injection.table` runs all of them on any number of ranks.
 ON_RANKS = {
-    1: ("gpt2", "opt", "opt-post", "gptj", "gpt_neo", "llama", "llama-80", "bloom", "gpt_neox", *ENCODERS),
-    2: ("gpt2", "opt-post", "gptj", "gpt_neo", "llama-gqa", "bloom", "gpt_neox-80", "bert"),
+    1: ("gpt2", "opt-post", "llama-80", "distilbert"),
+    2: ("opt", "gptj", "gpt_neo", "llama-gqa", "bloom", "gpt_neox-80", "bert"),
     3: ("opt-9", "gpt2"),
 }
 HEADS = {"opt-9": 9}

@@ -13,7 +13,7 @@ from tests.conftest import ROOT
 ARGS = "--prompts 40 --batches 1,2 --new-tokens 30 --repeats 1 --prefill-tokens 16"
 
 
-def bench_gpu(tp: int, parts: str, folder: Path) -> tuple[str, dict]:
+def bench_gpu(tp: int, parts: str, folder: Path, out: str) -> tuple[str, dict]:
     """The table, and the JSON document of the last line."""
     command = [
         "make",
@@ -25,7 +25,7 @@ def bench_gpu(tp: int, parts: str, folder: Path) -> tuple[str, dict]:
         "DTYPE=fp32",
         f"PARTS={parts}",
     ]
-    command += [f"ARGS={ARGS} --models {folder} --out {folder}/tp{tp}.json"]
+    command += [f"ARGS={ARGS} --models {folder} --out {folder}/{out}.json"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=800, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     text, _, last = done.stdout.rstrip().rpartition("\n")
@@ -40,13 +40,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.timeout(900)  # a minute on a machine that does nothing else
 @pytest.mark.parametrize(
     ("tp", "runs"),
-    [(1, ["engine,http,generate,batching"]), pytest.param(2, ["engine", "autotp"], marks=pytest.mark.long)],
-    ids=["TP=1", "TP=2"],
+    [
+        (1, ["engine,generate"]),
+        pytest.param(1, ["engine,http,batching"], marks=pytest.mark.long),
+        pytest.param(2, ["engine", "autotp"], marks=pytest.mark.long),
+    ],
 )
 def test_all_parts_on_a_cpu(folder: Path, tp: int, runs: list[str]) -> None:
+    out = f"tp{tp}-{'-'.join(runs).replace(',', '-')}"
     for parts in runs:
-        text, report = bench_gpu(tp, parts, folder)
-    assert report == json.loads((folder / f"tp{tp}.json").read_text())
+        text, report = bench_gpu(tp, parts, folder, out)
+    assert report == json.loads((folder / f"{out}.json").read_text())
     assert list(report["parts"]) == ",".join(runs).split(",")
     for way, prompts in report["parts"].items():
         part = prompts["40"]
@@ -61,6 +65,6 @@ def test_all_parts_on_a_cpu(folder: Path, tp: int, runs: list[str]) -> None:
 
 
 def test_kernel_injection_is_left_out_with_its_reason_where_there_is_no_gpu(folder: Path) -> None:
-    text, report = bench_gpu(1, "kernels", folder / "kernels")
+    text, report = bench_gpu(1, "kernels", folder, "kernels")
     assert report["parts"]["kernels"]["40"]["cases"] == {}
     assert "left out: kernel injection, this engine's batches, prompt 40, all:" in text and "need a GPU" in text

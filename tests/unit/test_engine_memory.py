@@ -9,7 +9,9 @@ from dsserve.distributed import RankInfo
 from dsserve.generation.engine import MOST_MEMORY_FAILURES, Engine
 from dsserve.generation.model_runner import StepLogits
 from dsserve.generation.plan import Plan
+from dsserve.generation.prefix_cache import PrefixCache
 from dsserve.generation.request import GenerationRequest, TokenEvent
+from dsserve.generation.scheduler import Scheduler
 from tests.unit.test_metrics import FakeRunner, Letters
 
 PART = 20
@@ -32,7 +34,8 @@ def runner() -> Scarce:
 
 @pytest.fixture
 def engine(runner: Scarce) -> Engine:
-    return Engine(runner, RankInfo(0, 0, 1, 1), lambda _: Letters(), frozenset({7}), prefill_tokens=PART)  # type: ignore[arg-type, return-value]
+    scheduler = Scheduler(runner.slots, PrefixCache(runner.slots, runner.kept), PART)
+    return Engine(runner, RankInfo(0, 0, 1, 1), lambda _: Letters(), frozenset({7}), scheduler=scheduler)  # type: ignore[arg-type, return-value]
 
 
 def finish(engine: Engine) -> list[TokenEvent]:

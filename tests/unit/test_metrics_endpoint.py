@@ -122,7 +122,7 @@ def test_idle_connections_neither_pile_up_nor_stay(port: int, monkeypatch: pytes
     monkeypatch.setattr("dsserve.metrics_endpoint.IDLE_S", 0.5)
     MetricsEndpoint(make_registry("1.0", 4), HOST, port, None).start()
     before = threading.active_count()
-    idle = [socket.create_connection((HOST, port), timeout=5) for _ in range(3 * MOST_CONNECTIONS)]
+    idle = [socket.create_connection((HOST, port), timeout=5) for _ in range(MOST_CONNECTIONS + 8)]
     try:
         wait_for(lambda: threading.active_count() > before)
         assert threading.active_count() <= before + MOST_CONNECTIONS
