@@ -10,7 +10,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,9 +82,14 @@ def browser(folder: Path) -> Iterator[Browser]:
         port = probe.getsockname()[1]
     log = (folder / "chromedriver.log").open("w")
     process = subprocess.Popen([driver, f"--port={port}"], stdout=log, stderr=subprocess.STDOUT)
+    opened: Browser | None = None
     try:
-        yield start(f"http://{HOST}:{port}", program, folder / "profile")
+        opened = start(f"http://{HOST}:{port}", program, folder / "profile")
+        yield opened
     finally:
+        if opened is not None:  # a driver that is ended before its session leaves Chromium behind
+            with suppress(httpx.HTTPError):
+                httpx.delete(opened.url, timeout=30)
         process.terminate()
         process.wait(30)
         log.close()
