@@ -8,6 +8,7 @@ peers' watchdogs end them, and their torchrun then kills it.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
 import os
@@ -24,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 POLL_S = 0.1
 PARENTS_POLL_S = 1.0
+# A server that is killed closes its sockets a moment before its children get another parent.
+LAST_LOOK_S = 0.5
 _FRAMES = 6
 
 
@@ -39,6 +42,8 @@ class Watchdog:
     def start(self) -> Watchdog:
         """Starts the thread; returns itself."""
         threading.Thread(target=self._watch, name="dsserve-watchdog", daemon=True).start()
+        if self._parents is not None and self._parents.server is not None:
+            atexit.register(self._look_once_more, self._parents)
         return self
 
     @contextlib.contextmanager
@@ -70,6 +75,14 @@ class Watchdog:
             if self._parents is not None and now >= next_look:
                 next_look = now + PARENTS_POLL_S
                 self._look_at(self._parents)
+
+    def _look_once_more(self, parents: Parents) -> None:
+        """TorchServe's worker leaves by itself when its socket closes; the interpreter's end stops this thread, and may
+        then wait for ever for what other ranks or libraries hold."""
+        until = time.monotonic() + LAST_LOOK_S
+        while time.monotonic() < until:
+            self._look_at(parents)
+            time.sleep(POLL_S / 10)
 
     def _look_at(self, parents: Parents) -> None:
         lost = parents.lost()
