@@ -18,6 +18,7 @@ from ts.context import Context
 
 from dsserve.base_handler import BaseDeepSpeedHandler
 from dsserve.config import PREFILL_TOKENS_A_STEP, HandlerConfig
+from dsserve.distributed import finish_rank
 from dsserve.ds_engine import get_ds_engine
 from dsserve.errors import LoadError
 from dsserve.generation.build import build_engine
@@ -172,7 +173,7 @@ def main() -> None:
     BenchRank(Spec(**json.loads(Path(spec).read_text())), results).run()
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+    finish_rank()
 
 
 if __name__ == "__main__":

@@ -38,8 +38,7 @@ def run_ranks(
 
 
 def main() -> None:
-    import torch
-
+    from dsserve.distributed import finish_rank
     from dsserve.parents import die_with_parent
 
     die_with_parent()  # ranks that spin would outlive a torchrun that is killed at its time limit
@@ -47,8 +46,7 @@ def main() -> None:
     module, name = function.split(":")
     result = getattr(import_module(module), name)(**json.loads(kwargs))
     Path(folder, f"{os.environ['RANK']}.json").write_text(json.dumps(result))
-    if torch.distributed.is_initialized():  # its threads may abort a process that simply ends
-        torch.distributed.destroy_process_group()
+    finish_rank()
 
 
 if __name__ == "__main__":

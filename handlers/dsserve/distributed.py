@@ -13,6 +13,7 @@ import io
 import logging
 import os
 import shutil
+import sys
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -109,6 +110,18 @@ def end_rank(error: Exception) -> None:
     logger.critical("[dsserve] %s at %s:%d; ending the rank", type(error).__name__, where.filename, where.lineno or 0)
     logging.shutdown()
     os._exit(1)
+
+
+def finish_rank() -> None:
+    """Ends this process after its work, with exit code 0, and never comes back.
+
+    Destroying a process group whose collectives a living CUDA graph holds never returns (NCCL 2.28), and an interpreter
+    that simply ends may be aborted by the group's threads.
+    """
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def init_process_group(rank: RankInfo) -> None:

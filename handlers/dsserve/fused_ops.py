@@ -21,7 +21,7 @@ _ROTARY = "apply_rotary_pos_emb"  # transformers' modelling files call it by thi
 _PLACES = 4
 
 
-_GATED = ("gate_proj", "up_proj", "down_proj", "act_fn", "hidden_size")
+_GATED = ("gate_proj", "up_proj", "down_proj", "act_fn")
 
 
 class FusedRMSNorm(nn.Module):
@@ -96,7 +96,7 @@ def _fuse(child: Any, ops: Any, like: torch.Tensor) -> nn.Module | None:
         if weight is not None and eps is not None and weight.dim() == 1:
             fused, width = FusedRMSNorm(ops, weight, eps), weight.shape[0]
     elif kind.endswith("MLP") and hasattr(ops, "gated_silu") and all(hasattr(child, name) for name in _GATED):
-        fused, width = FusedMLP(ops, child), child.hidden_size
+        fused, width = FusedMLP(ops, child), _inputs(child.gate_proj)
     if fused is None:
         return None
     x = torch.randn(4, width, generator=torch.Generator().manual_seed(0)).to(like)
@@ -104,6 +104,11 @@ def _fuse(child: Any, ops: Any, like: torch.Tensor) -> nn.Module | None:
         found, expected = fused(x).float(), child(x).float()
     is_same = (found - expected).norm() <= _PLACES * torch.finfo(like.dtype).eps * expected.norm()
     return fused if is_same else None
+
+
+def _inputs(linear: Any) -> int:
+    """How many values a linear layer reads. An MLP's own `hidden_size` does not say so: AutoTP divides it by the ranks."""
+    return linear.in_features if hasattr(linear, "in_features") else linear.weight.shape[-1]
 
 
 def _is_same_rotary(function: Callable[..., Any], like: torch.Tensor, ops: Any) -> bool:

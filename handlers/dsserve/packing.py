@@ -45,6 +45,7 @@ class ShardedLinear(nn.Module):
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, row_parallel: bool) -> None:
         super().__init__()
+        self.in_features = weight.shape[-1]
         self._weight = self._lay_out(weight.detach())
         self._bias = None if bias is None else bias.detach()
         self._row_parallel = row_parallel
@@ -95,6 +96,7 @@ class _FusedColumns:
         biases = [layer.bias for layer in layers]
         bias = None if biases[0] is None else torch.cat([b.detach() for b in biases])
         self._sizes = [layer.weight.shape[0] for layer in layers]
+        self.in_features = layers[0].weight.shape[-1]
         self._linear = make(torch.cat([layer.weight.detach() for layer in layers]), bias, False)
         self._input: torch.Tensor | None = None
         self._outputs: tuple[torch.Tensor, ...] = ()
@@ -113,6 +115,7 @@ class _FusedPart(nn.Module):
 
     def __init__(self, columns: _FusedColumns, index: int) -> None:
         super().__init__()
+        self.in_features = columns.in_features
         self._columns = columns
         self._index = index
 

@@ -1,6 +1,6 @@
 """The parity matrix of kernel injection: every architecture and dtype, each in processes of its own, several at once.
 
-    python -m tests.gpu.parity --tp 1
+    PYTHONPATH=handlers python -m tests.gpu.parity --tp 1
 
 Compiles DeepSpeed's op first, so that the cells need not. Prints the op's times, a table, and one JSON line; a cell
 that crashes is a row with its error. Needs as many GPUs as `--tp`; cells share them.
@@ -21,7 +21,7 @@ from typing import Any
 import typer
 
 from tests.injection.cases import DECODER_CASES
-from tests.injection.cell import LIMITS
+from tests.injection.cell import ITSELF, LIMITS
 from tests.ranks import ROOT, run_ranks
 
 ARCHITECTURES = (
@@ -77,7 +77,7 @@ def _last_words(text: str) -> str:
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
-    names = list(DECODER_CASES)
+    names = [*DECODER_CASES, ITSELF]
     print("\n" + " ".join([f"{'largest error':24}", *(f"{name[:10]:>10}" for name in names), "   s"]))
     for row in rows:
         cells = [_cell(row["cases"].get(name)) for name in names]

@@ -127,6 +127,15 @@ class Pair:
                 self._token(result, found, wanted)
         return result
 
+    @torch.inference_mode()
+    def itself(self, is_encoder: bool) -> Result:
+        """What the dtype alone does: transformers' own model in the place of the injected one, one long text."""
+        ids = torch.tensor(self.prompts(self.size.tokens - 1), device=self.device)
+        found, wanted = (model(input_ids=ids)[0][0].float() for model in (self.injected, self.reference))
+        if is_encoder:
+            return Result(prefill=error(found, wanted))
+        return Result(prefill=max(map(error, found, wanted)))
+
     def _forward(self, ids: torch.Tensor, mask: torch.Tensor, padded: bool, cache: KernelCache) -> torch.Tensor:
         positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         extra = {} if self.injected.config.model_type == "bloom" else {"position_ids": positions}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from dsserve.injection.alibi import AlibiSoftmax
 from dsserve.injection.residual import SummedResidual
 from dsserve.injection.rotary import RotatedAttention, kernel_rotates
 from dsserve.injection.workspace import Workspace
@@ -47,4 +48,7 @@ def replace_operations(layer: Any, workspace: Workspace) -> list[str]:
     if config.rotary_dim > 0 and not kernel_rotates(config):
         layer.attention.score_context_func = RotatedAttention(layer.attention.score_context_func, workspace)
         replaced.append("rotary")
+    if hasattr(layer.attention, "softmax_func"):  # BLOOM's
+        layer.attention.softmax_func = AlibiSoftmax(config.heads, layer.attention.attn_qkvw.device)
+        replaced.append("alibi")
     return replaced
