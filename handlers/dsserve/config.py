@@ -61,6 +61,11 @@ class HandlerConfig(BaseModel):
         ge=16,
         description="tokens of prompts that a step reads at most; longer prompts are read in parts",
     )
+    max_batch_prefill_tokens: Literal["auto"] | int = Field(
+        "auto",
+        ge=16,
+        description="the same while no stream runs; auto: 4096 on a GPU, max_num_batched_tokens on a CPU",
+    )
     num_scheduler_steps: int = Field(32, ge=1, le=1024, description="most steps in one call of the handler")
     max_stream_delay_ms: float = Field(
         150.0, ge=0, description="longest call while a client streams: its tokens leave at the end of a call"

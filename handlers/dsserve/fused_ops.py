@@ -107,7 +107,7 @@ def _fuse(child: Any, ops: Any, like: torch.Tensor) -> nn.Module | None:
 
 
 def _inputs(linear: Any) -> int:
-    """How many values a linear layer reads. An MLP's own `hidden_size` does not say so: AutoTP divides it by the ranks."""
+    """How many values a linear layer reads. An MLP's `hidden_size` does not say so: AutoTP divides it by the ranks."""
     return linear.in_features if hasattr(linear, "in_features") else linear.weight.shape[-1]
 
 

@@ -24,9 +24,9 @@ class Size:
 
 
 # Deviation of a real shape's weights, times the root of what each reads: 0.018 at 2048, near what transformers starts
-# from. With embeddings of deviation 1 a layer changes the residual stream instead of replacing it. Without both, as with
-# 0.05 everywhere, attention is nearly one-hot at wide models and each layer doubles an error: transformers' own logits
-# of such a Llama are off by 5e-2 in fp16 (1e-3 with these), and say nothing about the kernels.
+# from. With embeddings of deviation 1 a layer changes the residual stream instead of replacing it. Without both, as
+# with 0.05 everywhere, attention is nearly one-hot at wide models and each layer doubles an error: transformers' own
+# logits of such a Llama are off by 5e-2 in fp16 (1e-3 with these), and say nothing about the kernels.
 _REAL_SPREAD = 0.8
 
 SIZES = {"tiny": Size(4, 48, 8), "real": Size(8, 512, 256)}

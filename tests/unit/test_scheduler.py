@@ -46,8 +46,10 @@ class Book(Scheduler):
         return event
 
 
-def scheduler(slots: int = 4, kept: int = 0, prefill_tokens: int = PREFILL_TOKENS_A_STEP) -> Book:
-    return Book(slots, PrefixCache(slots, kept), prefill_tokens)
+def scheduler(
+    slots: int = 4, kept: int = 0, prefill_tokens: int = PREFILL_TOKENS_A_STEP, idle_tokens: int | None = None
+) -> Book:
+    return Book(slots, PrefixCache(slots, kept), prefill_tokens, idle_tokens)
 
 
 def step(book: Book, token: int = 65) -> list[TokenEvent]:
@@ -240,3 +242,22 @@ def test_rows_hold_their_own_tokens_and_every_request_ends_once_or_was_cancelled
     assert not book.has_work
     assert len(ended) == len(set(ended))
     assert set(names) == set(ended) | cancelled
+
+
+def test_a_step_that_nobody_waits_for_reads_more() -> None:
+    book = scheduler(prefill_tokens=32, idle_tokens=100)
+    for name in ("a", "b", "c"):
+        book.put(name, prompt=40, new=9)
+    first = book.plan(last=False)
+    assert [len(admission.tokens) for admission in first.admit] == [40, 40]
+    for sequence in book.rows(first):
+        book.enter(sequence, 65)
+    beside = book.plan(last=False)  # two streams run now
+    assert len(beside.tokens) == 2 and [len(admission.tokens) for admission in beside.admit] == [32]
+
+
+def test_a_prompt_that_goes_on_while_nobody_waits_is_read_in_larger_parts() -> None:
+    book = scheduler(prefill_tokens=32, idle_tokens=100)
+    book.put("long", prompt=250)
+    sizes = [[len(admission.tokens) for admission in book.plan(last=False).admit] for _ in range(3)]
+    assert sizes == [[100], [100], [50]]

@@ -24,7 +24,7 @@ class BatchScheduler(Scheduler):
         super().__init__(slots, PrefixCache(slots, 0))
         self._max_tokens = max_tokens
 
-    def _admit(self) -> tuple[Admission, ...]:
+    def _admit(self, most: int) -> tuple[Admission, ...]:
         """The next batch: the first sequence that waits, and those behind it that fit beside it.
 
         One that does not fit keeps its place, and is the first of a batch when its turn comes.

@@ -4,7 +4,7 @@ torch's attention with a mask reads every row up to the length of the longest on
 and gives each head to one block, which leaves most of a GPU idle at few rows. Here a row's heads share what they read,
 tiles that the mask hides are skipped, and a row is split over blocks whose parts are put together afterwards
 (flash-decoding, Dao et al. 2023). Covers decode steps of models that use transformers' attention interface; prefill
-goes to torch.
+goes to torch, several prompts one by one (`prompt_attention`).
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from dsserve.generation.prompt_attention import PROMPT_LENGTHS, attend_by_prompt
 
 NAME = "dsserve_decode"
 TILE = 64  # tokens that a block reads at a time
@@ -48,6 +50,8 @@ def attend(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface: `[n, H, T, D]` and keys `[n, KV, S, D]` -> `[n, T, H, D]`."""
+    if PROMPT_LENGTHS in kwargs:
+        return attend_by_prompt(module, query, key, value, scaling, **kwargs)
     plain = attention_mask is not None and attention_mask.is_floating_point() and attention_mask.shape[1] == 1
     if query.shape[2] != 1 or not plain or kwargs.get("position_bias") is not None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)

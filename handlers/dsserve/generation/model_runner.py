@@ -5,6 +5,7 @@ Every rank holds one and executes the same plans in the same order. Does not cho
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +13,13 @@ import torch
 
 from dsserve.distributed import RankInfo
 from dsserve.generation.cuda_graphs import DecodeGraphs
+from dsserve.generation.decode_attention import uses_decode_attention
 from dsserve.generation.kv_cache import SlotCache
 from dsserve.generation.packed_prompts import PackedPrompts
 from dsserve.generation.plan import Admission, Plan, moves
 from dsserve.generation.prefill_graphs import PrefillGraphs
 from dsserve.generation.prefill_memory import PrefillMemory
+from dsserve.generation.prompt_attention import PROMPT_LENGTHS
 
 # Attention reads up to the longest live row, rounded up to this.
 KV_STEP = 16
@@ -77,6 +80,8 @@ class ModelRunner:
         self._prefill_graphs: PrefillGraphs | None = None
         self._first_cells = torch.arange(slots, device=device) * capacity
         self._columns = torch.arange(capacity, device=device)
+        parameters = inspect.signature(module.forward).parameters.values()
+        self._hands_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
         self._no_logits = torch.empty(0, self.vocabulary, device=device)
 
     @property
@@ -137,16 +142,24 @@ class ModelRunner:
         window = self.cache.window
         window.cells, window.kv_len = packed.cells.to(self._device), None
         window.read = None if packed.read is None else packed.read.to(self._device)
-        mask = packed.mask(self._dtype)
+        mask = packed.mask(self._dtype, self._device)
         output = self._module(
             input_ids=packed.tokens[None].to(self._device),  # [1, T]
             position_ids=packed.positions[None].to(self._device),  # [1, T]
-            attention_mask=None if mask is None else mask.to(self._device),
+            attention_mask=mask,
             past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=packed.wanted.to(self._device),
+            **self._attention_by_prompt(packed),
         )
         return output.logits[0]
+
+    def _attention_by_prompt(self, packed: PackedPrompts) -> dict[str, Any]:
+        """What lets attention look at each prompt alone instead of all tokens under a mask (`prompt_attention`). A
+        model that does not hand it on attends under the mask."""
+        if packed.read is not None or not self._hands_on or not uses_decode_attention(self._module):
+            return {}
+        return {PROMPT_LENGTHS: packed.lengths}
 
     def _forward_prefill(self, inputs: torch.Tensor, wanted: torch.Tensor, read: torch.Tensor | None) -> torch.Tensor:
         """One pass on device tensors, see `PrefillGraphs`."""

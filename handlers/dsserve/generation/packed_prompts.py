@@ -24,6 +24,7 @@ class PackedPrompts:
         tokens: `[T]`, int64, zeros behind the last prompt.
         positions: `[T]`, of each token in its own prompt.
         cells: `[n]` where the n real tokens' keys and values go.
+        lengths: of the prompts, and of the padding; where nothing is read of the cache, each sees itself alone.
         prompts: `[T]`, the number of each token's prompt, -1 for padding.
         wanted: the tokens whose logits are computed.
         wants_all: some prompt wants the logits of all its tokens.
@@ -42,6 +43,7 @@ class PackedPrompts:
         self.positions = _pad(positions, padding, 0)
         self.cells = rows.repeat_interleave(lengths) + positions
         self.wanted = _wanted(prompts)
+        self.lengths = [*lengths.tolist(), *([padding] if padding else [])]
         self.wants_all = any(prompt.all_logits for prompt in prompts)
         self.prompts = _pad(torch.arange(len(prompts)).repeat_interleave(lengths), padding, PADDING)
         self.read: torch.Tensor | None = None
@@ -58,12 +60,15 @@ class PackedPrompts:
         self.read_positions = _pad(positions, padding, 0)
         self.read_prompts = _pad(torch.arange(len(rows)).repeat_interleave(lengths), padding, PADDING)
 
-    def mask(self, dtype: torch.dtype) -> torch.Tensor | None:
+    def mask(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor | None:
         """`[1, 1, T, S]`, additive. One prompt alone needs none: attention is causal, padding lies behind."""
         if self._is_causal:
             return None
-        visible = (self.prompts[:, None] == self.read_prompts) & (self.positions[:, None] >= self.read_positions)
-        return torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, float("-inf"))[None, None]
+        prompts, positions = self.prompts.to(device), self.positions.to(device)
+        read_prompts, read_positions = self.read_prompts.to(device), self.read_positions.to(device)
+        visible = (prompts[:, None] == read_prompts) & (positions[:, None] >= read_positions)
+        mask = torch.zeros(visible.shape, dtype=dtype, device=device)
+        return mask.masked_fill_(~visible, float("-inf"))[None, None]
 
 
 def prefill_bucket(length: int) -> int:

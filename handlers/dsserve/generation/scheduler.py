@@ -1,7 +1,8 @@
 """Rank 0's book of sequences: who waits, who runs in which row, what the next step does.
 
 A step prefills so many tokens at most: longer prompts are read in parts, one a step, while all rows that run get their
-tokens in between. At most one prompt is read in part at a time; it has the last row, which is not decoded.
+tokens in between. While none runs nobody waits for a step, and it may be larger. At most one prompt is read in part at
+a time; it has the last row, which is not decoded.
 Pure bookkeeping on token ids: no model, no collective, no HTTP, so it is tested in milliseconds.
 """
 
@@ -27,12 +28,20 @@ class Scheduler:
         slots: most running sequences.
         prefixes: the rows that a prompt may take its beginning from.
         prefill_tokens: most tokens of prompts in one step.
+        idle_tokens: the same in a step that decodes no row; default: `prefill_tokens`.
     """
 
-    def __init__(self, slots: int, prefixes: PrefixCache, prefill_tokens: int = PREFILL_TOKENS_A_STEP) -> None:
+    def __init__(
+        self,
+        slots: int,
+        prefixes: PrefixCache,
+        prefill_tokens: int = PREFILL_TOKENS_A_STEP,
+        idle_tokens: int | None = None,
+    ) -> None:
         self._slots = slots
         self._prefixes = prefixes
         self._prefill_tokens = prefill_tokens
+        self._idle_tokens = max(prefill_tokens, idle_tokens or 0)
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
         self._leaving: set[Sequence] = set()
@@ -76,7 +85,7 @@ class Scheduler:
         evict = self._evict()
         decoded = self._running[:-1] if self._part is not None else self._running
         tokens = tuple(sequence.last_token for sequence in decoded)
-        admit = self._admit()
+        admit = self._admit(self._prefill_tokens if decoded else self._idle_tokens)
         return Plan(keep, evict, tokens, admit, last)
 
     @property
@@ -102,12 +111,13 @@ class Scheduler:
         self._leaving.clear()
         return tuple(evict)
 
-    def _admit(self) -> tuple[Admission, ...]:
+    def _admit(self, most: int) -> tuple[Admission, ...]:
+        """The prompts, or parts of them, that the next step reads: `most` tokens, if there are several."""
         live = [(row, sequence.computed) for row, sequence in enumerate(self._running)] if self._waiting else []
         admitted: list[Admission] = []
-        budget = self._prefill_tokens
+        budget = most
         if (part := self._part) is not None:
-            admitted.append(self._next_part(part, continues=True))
+            admitted.append(self._next_part(part, most, continues=True))
             budget -= len(admitted[0].tokens)
         while self._waiting and len(self._running) < self._slots and self._part is None:
             sequence = self._waiting[0]
@@ -124,13 +134,13 @@ class Scheduler:
             self._waiting.popleft()
             self._running.append(sequence)
             sequence.cached_tokens = sequence.prefilled = shared
-            admitted.append(self._next_part(sequence, source=0 if hit is None else hit.row))
+            admitted.append(self._next_part(sequence, most, source=0 if hit is None else hit.row))
         self._one_by_one = max(0, self._one_by_one - len(admitted))
         return tuple(admitted)
 
-    def _next_part(self, sequence: Sequence, source: int = 0, continues: bool = False) -> Admission:
+    def _next_part(self, sequence: Sequence, most: int, source: int = 0, continues: bool = False) -> Admission:
         prompt, start = sequence.request.prompt_ids, sequence.prefilled
-        sequence.prefilled = min(start + self._prefill_tokens, len(prompt))
+        sequence.prefilled = min(start + most, len(prompt))
         wants_all = sequence.request.prompt_logprobs
         tokens = prompt[start : sequence.prefilled]
         return Admission(tokens, source, start, wants_all, continues, sequence.is_prefilled)

@@ -1,8 +1,9 @@
 """BLOOM's softmax in torch, since DeepSpeed 0.19.8's reads position biases in half precision.
 
-A bias is slope x position, up to some hundred, where fp16 counts in quarters and bf16 in twos: neighbouring tokens share
-a bias, and logits are off by 2e-2 in fp16 after 500 tokens (transformers in half precision rounds them alike). Here they
-are made and added in fp32. Covers the call that `BloomSelfAttention` makes, over a whole batch or one new token a row.
+A bias is slope x position, up to some hundred, where fp16 counts in quarters and bf16 in twos: neighbouring tokens
+share a bias, and logits are off by 2e-2 in fp16 after 500 tokens (transformers in half precision rounds them alike).
+Here they are made and added in fp32. Covers the call that `BloomSelfAttention` makes, over a whole batch or one new
+token a row.
 """
 
 from __future__ import annotations
