@@ -30,9 +30,9 @@ from dsserve.generation.sampler import (
     draw_from_all,
     edit,
     report_logprobs,
-    scale_by_temperature,
     uniforms,
 )
+from dsserve.generation.temperature import scale
 
 LOGITS = torch.randn(200, generator=torch.Generator().manual_seed(7)) * 4
 PROMPT = (3, 4, 5, 3)
@@ -48,7 +48,7 @@ def state(params: SamplingParams, generated: tuple[int, ...] = (), ending: froze
 def distribution(logits: torch.Tensor, params: SamplingParams, generated: tuple[int, ...] = ()) -> np.ndarray:
     """What the sampler draws from, over the whole vocabulary."""
     edited = edit(logits[None], [state(params, generated)])
-    scale_by_temperature(edited, [params])
+    scale(edited, [params.temperature])
     (found,) = find_candidates(edited, [params])
     whole = np.zeros(logits.shape[0])
     whole[found.ids] = found.probabilities
