@@ -8,19 +8,24 @@ the vocabulary `candidates`'.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
 
 from dsserve.generation.blocks import find_places, sum_blocks, weigh
 from dsserve.generation.candidates import find_candidates, find_top, has_rules
+from dsserve.generation.device_draw import row_numbers
 from dsserve.generation.grammar import Grammar, GrammarError
 from dsserve.generation.logits_edits import TokenHistory, edit_logits, mask_logits
 from dsserve.generation.request import GenerationRequest, TokenLogprob
 from dsserve.generation.temperature import GREEDY_BELOW, scale
 
 _DRAWN_AT_ONCE = 64
+
+
+# (logits [n, V], the state of each row) -> tokens
+Choose = Callable[[torch.Tensor, "list[SamplingState]"], "list[int]"]
 
 
 class SamplingState:
@@ -43,6 +48,7 @@ class SamplingState:
         self.failed = False
         seed = secrets.randbits(63) if self.params.seed is None else self.params.seed
         self.uniforms = uniforms(seed, request.index)
+        self.numbers = row_numbers(self.params)
 
     @property
     def is_greedy(self) -> bool:
