@@ -15,7 +15,7 @@ from dsserve.generation.sampler import choose
 from tests.sampling import KINDS, make_logits, params, states_of
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is visible")
-SLOTS, WIDTHS = 12, (200, 33_001, 128_256)
+SLOTS, WIDTHS = 12, (2000, 33_001, 128_256)
 RULES = SamplingParams(0.8, top_k=50, top_p=0.95, min_p=0.02, typical_p=0.95, repetition_penalty=1.1)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +23,7 @@ from transformers import (
 )
 
 from dsserve.generation.candidates import FIRST, Candidates, find_candidates, find_top
+from dsserve.generation.logits_edits import pack, unpack
 from dsserve.generation.request import GenerationRequest, SamplingParams
 from dsserve.generation.sampler import (
     SamplingState,
@@ -33,6 +35,7 @@ from dsserve.generation.sampler import (
     uniforms,
 )
 from dsserve.generation.temperature import scale
+from dsserve.generation.token_history import TokenCounts
 
 LOGITS = torch.randn(200, generator=torch.Generator().manual_seed(7)) * 4
 PROMPT = (3, 4, 5, 3)
@@ -162,6 +165,22 @@ def test_ends_are_banned_until_there_are_enough_tokens() -> None:
     for generated, banned in (((), True), ((1,), True), ((1, 2), False)):
         token = choose(LOGITS[None], [state(params, generated, ending)])[0]
         assert (token != 9) is banned
+
+
+@given(st.lists(st.integers(0, 300), max_size=400), st.lists(st.integers(0, 300), max_size=20))
+def test_counts_grow_with_the_text(tokens: list[int], before: list[int]) -> None:
+    counts = TokenCounts(np.unique(np.array(before, dtype=np.int64)))
+    for token in tokens:
+        counts.add(token)
+    expected = dict.fromkeys(before, 0) | Counter(tokens)
+    assert dict(zip(counts.ids.tolist(), counts.times.tolist(), strict=True)) == expected
+
+
+def test_edits_travel_in_one_array() -> None:
+    values = np.array([0.1, -0.0, np.inf, 1e-45, 3.4e38], dtype=np.float32)
+    parts = [np.array([2**40, -1]), values, np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.float32), np.array([7])]
+    for found, part in zip(unpack(torch.from_numpy(pack(parts)), parts), parts, strict=True):
+        assert found.numpy().dtype == part.dtype and found.numpy().tobytes() == part.tobytes()
 
 
 def draws(params: SamplingParams, count: int = 50) -> list[int]:

@@ -17,9 +17,10 @@ from dsserve.generation.blocks import find_places, sum_blocks, weigh
 from dsserve.generation.candidates import find_candidates, find_top, has_rules
 from dsserve.generation.device_draw import row_numbers
 from dsserve.generation.grammar import Grammar, GrammarError
-from dsserve.generation.logits_edits import TokenHistory, edit_logits, mask_logits
+from dsserve.generation.logits_edits import edit_logits, mask_logits
 from dsserve.generation.request import GenerationRequest, TokenLogprob
 from dsserve.generation.temperature import GREEDY_BELOW, scale
+from dsserve.generation.token_history import TokenHistory
 
 _DRAWN_AT_ONCE = 64
 
