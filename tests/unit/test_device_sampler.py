@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -84,6 +84,44 @@ def test_numbers_that_lie_on_a_limit_are_left_to_the_host() -> None:
         assert draw(logits, numbers).tolist() == [-1]
         numbers = torch.tensor([[0.7, *row_numbers(replace(row, top_p=0.6, typical_p=0.6, min_p=0.9))]])
         assert draw(logits, numbers.double()).tolist() == [9]
+
+
+class _OtherRounding(TorchDispatchMode):
+    """Rounds fp64 otherwise than a CPU, by some 1e-14: functions alike for equal values, sums at random."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        found, name = func(*args, **(kwargs or {})), func._schema.name.removeprefix("aten::")
+        if name in {"exp_", "log", "special_entr"} and found.dtype == torch.float64:
+            found *= 1 + 1e-14 * (found * 1e9).sin().nan_to_num()
+        elif name in {"cumsum", "sum"} and found.dtype == torch.float64:
+            found *= 1 + 1e-14 * (torch.rand_like(found) - 0.5)
+        return found
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(params, min_size=1, max_size=5),
+    st.integers(0, 10_000),
+    st.sampled_from([100, 200, 2000]),
+    st.sampled_from(KINDS),
+)
+@example([SamplingParams(1.0, top_p=1 / 3, seed=seed) for seed in range(30)], 0, 3, "equal")
+@example([SamplingParams(1.0, min_p=1.0, seed=seed) for seed in range(30)], 0, 3, "equal")
+@example([SamplingParams(1.0, top_p=0.75, seed=seed) for seed in range(30)], 0, 200, "few")
+def test_another_devices_rounding_changes_no_token(
+    rows: list[SamplingParams], seed: int, width: int, kind: str
+) -> None:
+    logits = make_logits(seed, len(rows), width, 3.0, torch.bfloat16, kind)
+    expected = choose(logits, states_of(rows))
+    sampler = DeviceSampler(len(rows), width, CPU)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dsserve.generation.device_sampler.draw", _draw_rounding_otherwise)
+        assert sampler.choose(logits, states_of(rows)) == expected
+
+
+def _draw_rounding_otherwise(logits: torch.Tensor, numbers: torch.Tensor, with_rules: bool) -> torch.Tensor:
+    with _OtherRounding():
+        return draw(logits, numbers, with_rules)
 
 
 def test_spare_rows_of_a_graph_may_hold_anything() -> None:

@@ -34,7 +34,7 @@ from dsserve.generation.sampler import (
     report_logprobs,
     uniforms,
 )
-from dsserve.generation.temperature import scale
+from dsserve.generation.temperature import scale, scaled
 from dsserve.generation.token_history import TokenCounts
 
 LOGITS = torch.randn(200, generator=torch.Generator().manual_seed(7)) * 4
@@ -245,6 +245,17 @@ def test_neighbours_change_nothing() -> None:
         states.insert(place, state(mine))
         mixed = [choose(LOGITS.expand(5, -1), states)[place] for _ in range(20)]
         assert mixed == alone
+
+
+def test_a_neighbours_tiny_temperature_rounds_nothing() -> None:
+    alone, beside = LOGITS[None].clone(), LOGITS.expand(2, -1).clone()
+    scale(alone, [0.7])
+    scale(beside, [0.7, 1e-5])
+    assert torch.equal(beside[0], alone[0])
+    assert beside[1].max() == 0
+    rows, temperatures = LOGITS.expand(2, -1), torch.tensor([[0.7], [1e-5]], dtype=torch.float64)
+    on_device, largest = scaled(rows, temperatures, rows.amax(dim=-1, keepdim=True))
+    assert torch.equal(on_device, beside) and torch.equal(largest, beside.amax(dim=-1, keepdim=True))
 
 
 def test_log_probabilities_are_the_models_own() -> None:
