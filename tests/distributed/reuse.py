@@ -7,9 +7,11 @@ from typing import Any
 import torch
 
 from dsserve.distributed import RankInfo, select_device
+from dsserve.generation.device_sampler import DeviceSampler
 from dsserve.generation.engine import Engine
 from dsserve.generation.model_runner import ModelRunner
 from dsserve.generation.request import GenerationRequest, SamplingParams
+from dsserve.generation.sampler import choose
 from tests.distributed.steps import make_engine
 from tests.streams import Numbers, more
 
@@ -35,7 +37,8 @@ def requests(sampled: bool, vocabulary: int) -> list[GenerationRequest]:
 
 
 def texts(path: str, device_type: str = "cpu") -> dict[str, Any]:
-    """Tokens of each request in fp32: alone without reuse, and all arriving one by one with it. GPUs use graphs."""
+    """Tokens of each request in fp32: alone, without reuse and chosen on the host, and all arriving one by one, with
+    reuse and chosen on the device. GPUs use graphs."""
     rank = RankInfo.from_env()
     device = select_device(device_type, rank)
     module = make_engine(path, "fp32", device_type).module
@@ -53,9 +56,12 @@ def texts(path: str, device_type: str = "cpu") -> dict[str, Any]:
 
 def make_engine_of(module: Any, rank: RankInfo, device: torch.device, kept: int) -> Engine:
     runner = ModelRunner(module, SLOTS, CONTEXT, device, kept)
+    sampler = DeviceSampler(runner.slots, runner.vocabulary, device)
     if device.type == "cuda":
         runner.capture_graphs(rank.is_leader)
-    return Engine(runner, rank, lambda _: Numbers(), frozenset())  # type: ignore[arg-type, return-value]
+        sampler.capture(runner.graph_pool)
+    choose_tokens = sampler.choose if kept else choose
+    return Engine(runner, rank, lambda _: Numbers(), frozenset(), choose=choose_tokens)  # type: ignore[arg-type, return-value]
 
 
 def run(engine: Engine, rank: RankInfo, arrivals: list[GenerationRequest]) -> tuple[dict[str, str], int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +23,7 @@ from transformers import (
 )
 
 from dsserve.generation.candidates import FIRST, Candidates, find_candidates, find_top
+from dsserve.generation.logits_edits import pack, unpack
 from dsserve.generation.request import GenerationRequest, SamplingParams
 from dsserve.generation.sampler import (
     SamplingState,
@@ -30,9 +32,10 @@ from dsserve.generation.sampler import (
     draw_from_all,
     edit,
     report_logprobs,
-    scale_by_temperature,
     uniforms,
 )
+from dsserve.generation.temperature import scale, scaled
+from dsserve.generation.token_history import TokenCounts
 
 LOGITS = torch.randn(200, generator=torch.Generator().manual_seed(7)) * 4
 PROMPT = (3, 4, 5, 3)
@@ -48,7 +51,7 @@ def state(params: SamplingParams, generated: tuple[int, ...] = (), ending: froze
 def distribution(logits: torch.Tensor, params: SamplingParams, generated: tuple[int, ...] = ()) -> np.ndarray:
     """What the sampler draws from, over the whole vocabulary."""
     edited = edit(logits[None], [state(params, generated)])
-    scale_by_temperature(edited, [params])
+    scale(edited, [params.temperature])
     (found,) = find_candidates(edited, [params])
     whole = np.zeros(logits.shape[0])
     whole[found.ids] = found.probabilities
@@ -164,6 +167,22 @@ def test_ends_are_banned_until_there_are_enough_tokens() -> None:
         assert (token != 9) is banned
 
 
+@given(st.lists(st.integers(0, 300), max_size=400), st.lists(st.integers(0, 300), max_size=20))
+def test_counts_grow_with_the_text(tokens: list[int], before: list[int]) -> None:
+    counts = TokenCounts(np.unique(np.array(before, dtype=np.int64)))
+    for token in tokens:
+        counts.add(token)
+    expected = dict.fromkeys(before, 0) | Counter(tokens)
+    assert dict(zip(counts.ids.tolist(), counts.times.tolist(), strict=True)) == expected
+
+
+def test_edits_travel_in_one_array() -> None:
+    values = np.array([0.1, -0.0, np.inf, 1e-45, 3.4e38], dtype=np.float32)
+    parts = [np.array([2**40, -1]), values, np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.float32), np.array([7])]
+    for found, part in zip(unpack(torch.from_numpy(pack(parts)), parts), parts, strict=True):
+        assert found.numpy().dtype == part.dtype and found.numpy().tobytes() == part.tobytes()
+
+
 def draws(params: SamplingParams, count: int = 50) -> list[int]:
     """Draws one after another, all from the same logits."""
     one = state(params)
@@ -226,6 +245,17 @@ def test_neighbours_change_nothing() -> None:
         states.insert(place, state(mine))
         mixed = [choose(LOGITS.expand(5, -1), states)[place] for _ in range(20)]
         assert mixed == alone
+
+
+def test_a_neighbours_tiny_temperature_rounds_nothing() -> None:
+    alone, beside = LOGITS[None].clone(), LOGITS.expand(2, -1).clone()
+    scale(alone, [0.7])
+    scale(beside, [0.7, 1e-5])
+    assert torch.equal(beside[0], alone[0])
+    assert beside[1].max() == 0
+    rows, temperatures = LOGITS.expand(2, -1), torch.tensor([[0.7], [1e-5]], dtype=torch.float64)
+    on_device, largest = scaled(rows, temperatures, rows.amax(dim=-1, keepdim=True))
+    assert torch.equal(on_device, beside) and torch.equal(largest, beside.amax(dim=-1, keepdim=True))
 
 
 def test_log_probabilities_are_the_models_own() -> None:

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from dsserve.generation.blocks import BLOCK, split, sum_blocks, weigh
 from dsserve.generation.request import SamplingParams
 
 # The likeliest tokens of a row that the rules look at first.
 FIRST = 128
-_BLOCK = 64
 
 
 @dataclass(frozen=True)
@@ -51,15 +51,13 @@ def find_top(logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tens
     They lie in the `count` blocks with the largest maxima, which leaves few values to sort: 4 times faster than
     `torch.topk` on a CPU (16 rows of 49,152).
     """
-    rows, width = logits.shape
-    if width < 4 * count * _BLOCK:
-        return logits.topk(min(count, width), dim=-1)
-    padded = torch.nn.functional.pad(logits, (0, -width % _BLOCK), value=float("-inf")) if width % _BLOCK else logits
-    blocks = padded.view(rows, -1, _BLOCK)
+    if logits.shape[1] < 4 * count * BLOCK:
+        return logits.topk(min(count, logits.shape[1]), dim=-1)
+    blocks = split(logits, float("-inf"))
     chosen = blocks.amax(dim=-1).topk(count, dim=-1).indices  # [n, count]
-    inside = blocks.gather(1, chosen[:, :, None].expand(-1, -1, _BLOCK)).flatten(1)  # [n, count * _BLOCK]
+    inside = blocks.gather(1, chosen[:, :, None].expand(-1, -1, BLOCK)).flatten(1)  # [n, count * BLOCK]
     values, at = inside.topk(count, dim=-1)
-    ids = chosen.gather(1, at // _BLOCK) * _BLOCK + at % _BLOCK
+    ids = chosen.gather(1, at // BLOCK) * BLOCK + at % BLOCK
     return values, ids
 
 
@@ -68,7 +66,9 @@ def find_candidates(logits: torch.Tensor, rows: list[SamplingParams]) -> list[Ca
     values, ids = find_top(logits, FIRST)
     # Only a sum over the whole vocabulary says how much of it the first candidates are.
     needs_total = any(params.top_p is not None and params.top_k is None for params in rows)
-    totals = (logits - values[:, :1]).exp_().sum(dim=-1).cpu().numpy() if needs_total else np.full(len(rows), np.inf)
+    totals = np.full(len(rows), np.inf)
+    if needs_total:
+        totals = sum_blocks(weigh(logits, values[:, :1])).sum(dim=-1).cpu().numpy()
     is_whole = values.shape[1] == logits.shape[1]
     found = _apply(values.double().cpu().numpy(), ids.cpu().numpy(), Rules.of(rows), is_whole, totals)
     return [one or _apply_to_all(logits[row], rows[row]) for row, one in enumerate(found)]

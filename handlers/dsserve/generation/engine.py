@@ -26,7 +26,7 @@ from dsserve.generation.plan import Plan, PlanChannel
 from dsserve.generation.prefix_cache import PrefixCache
 from dsserve.generation.request import GenerationRequest, Origin, TokenEvent, TokenLogprob
 from dsserve.generation.runner import Runner
-from dsserve.generation.sampler import SamplingState, choose, report_logprobs
+from dsserve.generation.sampler import Choose, SamplingState, choose, report_logprobs
 from dsserve.generation.scheduler import Scheduler
 from dsserve.generation.sequence import Sequence, ending_ids
 
@@ -50,6 +50,7 @@ class Engine:
         grammars: for requests with structured output.
         observer: hears of rank 0's steps and sequences.
         scheduler: default: continuous batching over the runner's slots.
+        choose: gives the next token of each row on rank 0; default: the sampler's.
     """
 
     def __init__(
@@ -61,10 +62,12 @@ class Engine:
         grammars: GrammarCompiler | None = None,
         observer: Observer | None = None,
         scheduler: Scheduler | None = None,
+        choose: Choose = choose,
     ) -> None:
         self._runner = runner
         self._channel = PlanChannel(rank.rank, rank.world_size)
         self._scheduler = scheduler or Scheduler(runner.slots, PrefixCache(runner.slots, runner.kept))
+        self._choose = choose
         self._make_text = make_text
         self._eos_ids = eos_ids
         self._grammars = grammars
@@ -165,7 +168,8 @@ class Engine:
         asking = [sequence for sequence in read if sequence.request.prompt_logprobs]
         prompts = dict(zip(asking, logits.prompts, strict=True))
         sequences = [sequence for sequence in rows if sequence.is_prefilled]  # all, or all but the last
-        tokens = choose(logits.next[: len(sequences)], [sequence.state for sequence in sequences]) if sequences else []
+        states = [sequence.state for sequence in sequences]
+        tokens = self._choose(logits.next[: len(sequences)], states) if sequences else []
         chosen = time.monotonic()
         logprobs = _logprobs(logits, sequences, tokens)
         given = zip(sequences, tokens, logprobs, strict=True)

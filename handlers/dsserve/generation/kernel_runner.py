@@ -29,6 +29,7 @@ class KernelRunner:
     """
 
     kept = 0
+    graph_pool: object | None = None  # nothing is captured
 
     def __init__(
         self,

@@ -7,69 +7,12 @@ draw.
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
 import numpy as np
 import torch
 
-from dsserve.generation.request import SamplingParams
-
-_NOTHING = np.zeros(0, dtype=np.int64)
-
-
-class TokenHistory:
-    """The tokens of one sequence, as its penalties need them.
-
-    Args:
-        prompt_ids: count for the repetition penalty alone.
-        ending_ids: tokens that end the text, banned until there are `min_tokens` new ones.
-    """
-
-    def __init__(self, params: SamplingParams, prompt_ids: tuple[int, ...], ending_ids: frozenset[int]) -> None:
-        self._params = params
-        self._counts: Counter[int] = Counter()
-        self._generated = 0
-        self._ending = np.fromiter(ending_ids, dtype=np.int64)
-        self._bias_ids = np.fromiter(params.logit_bias.keys(), dtype=np.int64)
-        self._bias = np.fromiter(params.logit_bias.values(), dtype=np.float32)
-        self._repeats = params.repetition_penalty != 1
-        self._prompt = np.unique(np.asarray(prompt_ids, dtype=np.int64)) if self._repeats else _NOTHING
-        self._penalizes = params.presence_penalty != 0 or params.frequency_penalty != 0
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether the next token's logits stay as they are."""
-        edits = len(self._bias_ids) or self._repeats or self._penalizes
-        return not (edits or self._generated < self._params.min_tokens)
-
-    def add(self, token: int) -> None:
-        """Enters a new token."""
-        self._generated += 1
-        if self._repeats or self._penalizes:
-            self._counts[token] += 1
-
-    def bias(self) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids `[n]` and what is added to their logits."""
-        return self._bias_ids, self._bias
-
-    def repeated(self) -> np.ndarray:
-        """Each token of prompt and text once, where there is a repetition penalty."""
-        if not self._repeats:
-            return _NOTHING
-        return np.union1d(self._prompt, np.fromiter(self._counts, dtype=np.int64, count=len(self._counts)))
-
-    def penalties(self) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids `[n]` and what presence and frequency take off their logits."""
-        if not self._penalizes:
-            return _NOTHING, _NOTHING.astype(np.float32)
-        ids = np.fromiter(self._counts, dtype=np.int64, count=len(self._counts))
-        counts = np.fromiter(self._counts.values(), dtype=np.float32, count=len(self._counts))
-        return ids, self._params.presence_penalty + self._params.frequency_penalty * counts
-
-    def banned(self) -> np.ndarray:
-        """Token ids that must not come next."""
-        return self._ending if self._generated < self._params.min_tokens else _NOTHING
+from dsserve.generation.token_history import TokenHistory
 
 
 def edit_logits(logits: torch.Tensor, histories: list[tuple[TokenHistory, float]]) -> None:
@@ -79,9 +22,11 @@ def edit_logits(logits: torch.Tensor, histories: list[tuple[TokenHistory, float]
         histories: of each row, with its repetition penalty.
     """
     flat, width = logits.view(-1), logits.shape[1]
-    bias, repeated, factors, penalized, taken, banned = [], [], [], [], [], []
-    added = []
+    bias, repeated, penalized, banned = [], [], [], []
+    added, factors, taken = [], [], []
     for row, (history, factor) in enumerate(histories):
+        if history.is_plain:
+            continue
         first = row * width
         ids, values = history.bias()
         bias.append(ids + first)
@@ -93,20 +38,44 @@ def edit_logits(logits: torch.Tensor, histories: list[tuple[TokenHistory, float]
         penalized.append(ids + first)
         taken.append(values)
         banned.append(history.banned() + first)
+    if not banned:
+        return
+    parts = [np.concatenate(part) for part in (bias, added, repeated, factors, penalized, taken, banned)]
+    bias_at, bias_by, repeated_at, factor_at, penalized_at, taken_by, banned_at = to_device(parts, logits.device)
+    if len(bias_at):
+        flat.index_add_(0, bias_at, bias_by)
+    if len(repeated_at):
+        found = flat[repeated_at]
+        flat[repeated_at] = torch.where(found < 0, found * factor_at, found / factor_at)
+    if len(penalized_at):
+        flat.index_add_(0, penalized_at, -taken_by)
+    if len(banned_at):
+        flat.index_fill_(0, banned_at, float("-inf"))
 
-    def device(parts: list[np.ndarray]) -> torch.Tensor:
-        return torch.from_numpy(np.concatenate(parts)).to(logits.device)
 
-    if any(map(len, bias)):
-        flat.index_add_(0, device(bias), device(added))
-    if any(map(len, repeated)):
-        at, factor_at = device(repeated), device(factors)
-        found = flat[at]
-        flat[at] = torch.where(found < 0, found * factor_at, found / factor_at)
-    if any(map(len, penalized)):
-        flat.index_add_(0, device(penalized), -device(taken))
-    if any(map(len, banned)):
-        flat[device(banned)] = float("-inf")
+def to_device(parts: list[np.ndarray], device: torch.device) -> list[torch.Tensor]:
+    """Arrays of int64 and fp32 as tensors there: to a GPU in one copy that waits for nothing."""
+    if device.type == "cpu":
+        return [torch.from_numpy(part) for part in parts]
+    return unpack(torch.from_numpy(pack(parts)).pin_memory().to(device, non_blocking=True), parts)
+
+
+def pack(parts: list[np.ndarray]) -> np.ndarray:
+    """Arrays `[n_i]` of int64 and fp32 as one of int64: fp32 as the bits of fp64, which holds every fp32 number."""
+    return np.concatenate([_bits(part) if part.dtype == np.float32 else part for part in parts])
+
+
+def _bits(numbers: np.ndarray) -> np.ndarray:
+    return numbers.astype(np.float64).view(np.int64)
+
+
+def unpack(packed: torch.Tensor, parts: list[np.ndarray]) -> list[torch.Tensor]:
+    """What `pack` made of these arrays, as tensors of their lengths and dtypes."""
+    pieces = packed.split([len(part) for part in parts])
+    return [
+        piece.view(torch.float64).float() if part.dtype == np.float32 else piece
+        for piece, part in zip(pieces, parts, strict=True)
+    ]
 
 
 def mask_logits(row: torch.Tensor, grammar: Any) -> None:

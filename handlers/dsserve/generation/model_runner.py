@@ -51,6 +51,9 @@ class ModelRunner:
         max_model_len: prompt + output of one row, in tokens.
         kept: rows behind the slots for prompts that may come again.
         memory: refuses prefills that do not fit; default: this rank's device.
+
+    Attributes:
+        graph_pool: the memory of the captured graphs, for others that never run at the same time; None before.
     """
 
     def __init__(
@@ -76,6 +79,7 @@ class ModelRunner:
         self._capacity = capacity
         self._lengths: list[int] = []
         self._has_part = False  # the last row's prompt is not complete
+        self.graph_pool: object | None = None
         self._graphs: DecodeGraphs | None = None
         self._prefill_graphs: PrefillGraphs | None = None
         self._first_cells = torch.arange(slots, device=device) * capacity
@@ -190,7 +194,7 @@ class ModelRunner:
         """
         self.execute(Plan(admit=(Admission((0,)),)))  # makes the cache's tensors
         self.execute(Plan(evict=(0,)))
-        pool = torch.cuda.graph_pool_handle()
+        self.graph_pool = pool = torch.cuda.graph_pool_handle()
         graphs = DecodeGraphs(self._forward_decode, self.slots, self._capacity, self._device)
         graphs.capture(is_leader, pool)
         self._graphs = graphs

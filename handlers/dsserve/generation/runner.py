@@ -16,12 +16,14 @@ class Runner(Protocol):
         kept: rows behind them for prompts that may come again.
         max_model_len: prompt + output of one row, in tokens.
         vocabulary: width of the logits.
+        graph_pool: the memory of its captured graphs, which others may use again that never run at the same time.
     """
 
     slots: int
     kept: int
     max_model_len: int
     vocabulary: int
+    graph_pool: object | None
 
     @property
     def live(self) -> int:

@@ -8,22 +8,25 @@ the vocabulary `candidates`'.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
 
+from dsserve.generation.blocks import find_places, sum_blocks, weigh
 from dsserve.generation.candidates import find_candidates, find_top, has_rules
+from dsserve.generation.device_draw import row_numbers
 from dsserve.generation.grammar import Grammar, GrammarError
-from dsserve.generation.logits_edits import TokenHistory, edit_logits, mask_logits
-from dsserve.generation.request import GenerationRequest, SamplingParams, TokenLogprob
+from dsserve.generation.logits_edits import edit_logits, mask_logits
+from dsserve.generation.request import GenerationRequest, TokenLogprob
+from dsserve.generation.temperature import GREEDY_BELOW, scale
+from dsserve.generation.token_history import TokenHistory
 
-# Below this temperature the likeliest token is taken (as in vLLM): dividing by less leaves fp32's range.
-GREEDY_BELOW = 1e-5
 _DRAWN_AT_ONCE = 64
-_TINY = 1e-3
-_BLOCK = 64
-_BELOW_ONE = 1 - 1e-12
+
+
+# (logits [n, V], the state of each row) -> tokens
+Choose = Callable[[torch.Tensor, "list[SamplingState]"], "list[int]"]
 
 
 class SamplingState:
@@ -46,6 +49,7 @@ class SamplingState:
         self.failed = False
         seed = secrets.randbits(63) if self.params.seed is None else self.params.seed
         self.uniforms = uniforms(seed, request.index)
+        self.numbers = row_numbers(self.params)
 
     @property
     def is_greedy(self) -> bool:
@@ -70,6 +74,11 @@ def uniforms(seed: int, index: int) -> Iterator[float]:
         yield from generator.random(_DRAWN_AT_ONCE).tolist()
 
 
+def next_uniforms(states: list[SamplingState]) -> list[float]:
+    """The next number of each sequence's stream; nothing of a greedy one's, which needs none."""
+    return [0.0 if state.is_greedy else next(state.uniforms) for state in states]
+
+
 def choose(logits: torch.Tensor, states: list[SamplingState]) -> list[int]:
     """The next token of each row of `logits` `[n, V]`, of any float dtype; leaves them as they are."""
     special = [row for row, state in enumerate(states) if not state.is_plain]
@@ -83,7 +92,8 @@ def choose(logits: torch.Tensor, states: list[SamplingState]) -> list[int]:
         for at, token in zip(greedy, choose_greedily(_rows(edited, greedy)), strict=True):
             chosen[special[at]] = token
     if drawn:
-        for at, token in zip(drawn, _draw(_rows(edited, drawn), [states[special[at]] for at in drawn]), strict=True):
+        drawing = [states[special[at]] for at in drawn]
+        for at, token in zip(drawn, draw(_rows(edited, drawn), drawing, next_uniforms(drawing)), strict=True):
             chosen[special[at]] = token
     return chosen
 
@@ -101,19 +111,24 @@ def choose_greedily(logits: torch.Tensor) -> list[int]:
 def edit(logits: torch.Tensor, states: list[SamplingState]) -> torch.Tensor:
     """A copy of the rows `[n, V]` in fp32 with bias, penalties, bans and grammars applied."""
     edited = logits.to(torch.float32, copy=True)
-    edit_logits(edited, [(state.history, state.params.repetition_penalty) for state in states])
-    for row, state in enumerate(states):
-        if state.grammar is not None:
-            try:
-                mask_logits(edited[row], state.grammar)
-            except GrammarError:  # this sequence's fault, which the others' step must survive
-                state.failed = True
+    edit_in_place(edited, states)
     return edited
 
 
-def _draw(logits: torch.Tensor, states: list[SamplingState]) -> list[int]:
-    """One token for each row of edited logits `[n, V]`; changes them."""
-    scale_by_temperature(logits, [state.params for state in states])
+def edit_in_place(logits: torch.Tensor, states: list[SamplingState]) -> None:
+    """What `edit` does, to the rows `[n, V]`, fp32, contiguous, themselves."""
+    edit_logits(logits, [(state.history, state.params.repetition_penalty) for state in states])
+    for row, state in enumerate(states):
+        if state.grammar is not None:
+            try:
+                mask_logits(logits[row], state.grammar)
+            except GrammarError:  # this sequence's fault, which the others' step must survive
+                state.failed = True
+
+
+def draw(logits: torch.Tensor, states: list[SamplingState], numbers: list[float]) -> list[int]:
+    """One token for each row of edited logits `[n, V]` at its uniform number; changes the logits."""
+    scale(logits, [max(state.params.temperature, GREEDY_BELOW) for state in states])
     tokens = [0] * len(states)
     ruled = [row for row, state in enumerate(states) if has_rules(state.params)]
     free = [row for row, state in enumerate(states) if not has_rules(state.params)]
@@ -121,9 +136,9 @@ def _draw(logits: torch.Tensor, states: list[SamplingState]) -> list[int]:
         candidates = find_candidates(_rows(logits, ruled), [states[row].params for row in ruled])
         for row, found in zip(ruled, candidates, strict=True):
             states[row].failed |= found.is_empty
-            tokens[row] = 0 if found.is_empty else found.draw(next(states[row].uniforms))
+            tokens[row] = 0 if found.is_empty else found.draw(numbers[row])
     if free:
-        drawn = draw_from_all(_rows(logits, free), [next(states[row].uniforms) for row in free])
+        drawn = draw_from_all(_rows(logits, free), [numbers[row] for row in free])
         for row, token in zip(free, drawn, strict=True):
             states[row].failed |= token < 0
             tokens[row] = max(token, 0)
@@ -134,30 +149,15 @@ def _rows(logits: torch.Tensor, rows: list[int]) -> torch.Tensor:
     return logits if len(rows) == logits.shape[0] else logits[rows]
 
 
-def scale_by_temperature(logits: torch.Tensor, params: list[SamplingParams]) -> None:
-    """Divides the rows `[n, V]` by their temperatures, in place."""
-    temperatures = [max(row.temperature, GREEDY_BELOW) for row in params]
-    if min(temperatures) < _TINY:  # the largest logit is taken off first, so that nothing overflows
-        logits -= logits.amax(dim=-1, keepdim=True)
-    logits /= torch.tensor(temperatures, dtype=torch.float32, device=logits.device)[:, None]
-
-
 def draw_from_all(logits: torch.Tensor, numbers: list[float]) -> list[int]:
     """Draws from the softmax of the rows `[n, V]` at these places of the cumulative distribution.
 
     -1 where the logits are no numbers.
-
-    First the block in which the place lies, then the token in it: only sums of blocks are accumulated in fp64.
     """
-    weights = (logits - logits.amax(dim=-1, keepdim=True)).exp_()
-    blocks = torch.nn.functional.pad(weights, (0, -weights.shape[1] % _BLOCK)).view(len(numbers), -1, _BLOCK)
-    cumulative = blocks.sum(dim=-1).double().cumsum(dim=-1)  # [n, blocks]
-    at = torch.tensor(numbers, dtype=torch.float64, device=logits.device)[:, None] * cumulative[:, -1:]
-    block = torch.searchsorted(cumulative, at, right=True).clamp_(max=cumulative.shape[1] - 1)  # [n, 1]
-    inside = blocks.gather(1, block[:, :, None].expand(-1, -1, _BLOCK))[:, 0].double().cumsum(dim=-1)  # [n, _BLOCK]
-    at -= torch.where(block > 0, cumulative.gather(1, (block - 1).clamp_(min=0)), 0.0)
-    at = torch.minimum(at, inside[:, -1:] * _BELOW_ONE)  # the block's sum was rounded in fp32
-    token = block * _BLOCK + torch.searchsorted(inside, at, right=True)
+    weights = weigh(logits, logits.amax(dim=-1, keepdim=True))
+    cumulative = sum_blocks(weights).cumsum(dim=-1)  # [n, B]
+    uniforms = torch.tensor(numbers, dtype=torch.float64, device=logits.device)[:, None]
+    token = find_places(weights, cumulative, uniforms)
     return torch.where(cumulative[:, -1].isfinite(), token[:, 0], -1).tolist()
 
 

@@ -1,0 +1,82 @@
+"""The sampler on a GPU: captured, uncaptured and the path over the host choose the same tokens."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dsserve.generation.device_sampler import DeviceSampler
+from dsserve.generation.request import SamplingParams
+from dsserve.generation.sampler import choose
+from tests.sampling import KINDS, make_logits, params, states_of
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is visible")
+SLOTS, WIDTHS = 12, (2000, 33_001, 128_256)
+RULES = SamplingParams(0.8, top_k=50, top_p=0.95, min_p=0.02, typical_p=0.95, repetition_penalty=1.1)
+
+
+@pytest.fixture(scope="module")
+def samplers() -> dict[int, tuple[DeviceSampler, DeviceSampler]]:
+    """For each width one with graphs and one without."""
+    made, device = {}, torch.device("cuda")
+    for width in WIDTHS:
+        captured = DeviceSampler(SLOTS, width, device)
+        captured.capture(torch.cuda.graph_pool_handle())
+        made[width] = captured, DeviceSampler(SLOTS, width, device)
+    return made
+
+
+def assert_same(pair: tuple[DeviceSampler, DeviceSampler], logits: torch.Tensor, rows: list[SamplingParams]) -> None:
+    logits = logits.to("cuda")
+    ways = [(choose, states_of(rows)), *((sampler.choose, states_of(rows)) for sampler in pair)]
+    for _ in range(3):
+        tokens = [way(logits, states) for way, states in ways]
+        assert tokens[1] == tokens[0] and tokens[2] == tokens[0]
+        failed = [[state.failed for state in states] for _, states in ways]
+        assert failed[1] == failed[0] and failed[2] == failed[0]
+        for _, states in ways:
+            for state, token in zip(states, tokens[0], strict=True):
+                state.accept(token)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(params, min_size=1, max_size=SLOTS),
+    st.integers(0, 10_000),
+    st.sampled_from(WIDTHS),
+    st.sampled_from([0.3, 3.0, 8.0]),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    st.sampled_from(KINDS),
+)
+def test_random_requests(
+    samplers: dict, rows: list[SamplingParams], seed: int, width: int, spread: float, dtype: torch.dtype, kind: str
+) -> None:
+    assert_same(samplers[width], make_logits(seed, len(rows), width, spread, dtype, kind), rows)
+
+
+@pytest.mark.parametrize("count", range(1, SLOTS + 1))
+@pytest.mark.parametrize("row", [SamplingParams(0.9), RULES, SamplingParams(1.0, top_k=40)], ids=["free", "all", "k"])
+def test_every_number_of_rows(samplers: dict, row: SamplingParams, count: int) -> None:
+    """Rows beyond them hold what the step before left."""
+    logits = make_logits(count, count, 128_256, 4.0, torch.bfloat16, "plain")
+    assert_same(samplers[128_256], logits, [replace(row, seed=index) for index in range(count)])
+
+
+@pytest.mark.parametrize("row", [SamplingParams(0.9), RULES], ids=["free", "all"])
+def test_a_step_waits_for_the_device_once(samplers: dict, row: SamplingParams) -> None:
+    """Beside the edits: torch warns of every wait, and the tokens' way back is the only one."""
+    captured, _ = samplers[128_256]
+    states = states_of([replace(row, repetition_penalty=1.0)] * SLOTS)
+    logits = make_logits(1, SLOTS, 128_256, 8.0, torch.bfloat16, "plain").to("cuda")
+    captured.choose(logits, states)
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with pytest.warns(UserWarning, match="synchronizing") as waits:
+            captured.choose(logits, states)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len([warning for warning in waits if "synchronizing" in str(warning.message)]) == 1
