@@ -1,7 +1,7 @@
 """DeepSpeed's `transformer_inference` op in torch, for machines without a GPU: what `deepspeed/ops/csrc` computes.
 
 Written after pt_binding.cpp, softmax.cu, transform.cu and inference_context.h of DeepSpeed 0.19.8, with their one
-workspace and its offsets, their token counter, masks read by stride, the window that is one short while decoding, the
+workspace and its offsets, their token counter, masks read by stride, the window that hides too much, the
 residual that is updated in place, and GELU in its tanh form. What the kernels do not check is an error here: reading or
 writing beyond the workspace. DeepSpeed's own torch fallbacks are no substitute: they take GELU's exact form for all
 activations, and OPT's, GPT-J's and Llama's are wrong or missing. fp32 only; it does not show what a GPU's arithmetic
@@ -226,7 +226,12 @@ def softmax(
     if local:
         position = line + (0 if new == tokens else tokens)
         hidden |= (position >= window) & (column <= position - window)
-        hidden |= column // 4 < (position // 4 - window // 4).clamp(min=0)
+        # A thread's four tokens lie `width` apart, and the first of them decides for all.
+        width = 32
+        while width < min(256, -(-tokens // 4)):
+            width *= 2
+        first = column // (4 * width) * 4 * width + column % width
+        hidden |= first // 4 < (position // 4 - window // 4).clamp(min=0)
     total = total.masked_fill(hidden, -10000.0)
     highest = total.amax(-1, keepdim=True).clamp(min=-10000.0)
     powers = (total - highest).exp()

@@ -15,9 +15,10 @@ from dsserve.injection.attempt import KernelInjection
 from dsserve.injection.cache import KernelCache
 from dsserve.injection.families import FAMILIES, check_device, check_model
 from dsserve.injection.inject import _refuse_beams, check_injection
-from dsserve.injection.mask import additive, as_ones
+from dsserve.injection.mask import additive, as_ones, in_window
 from dsserve.injection.op import load_op
 from dsserve.injection.workspace import Workspace, WorkspaceError, WorkspaceSize
+from tests.injection.kernels import softmax
 from tests.injection.models import make_config
 
 FP16 = torch.float16
@@ -51,7 +52,6 @@ def test_real_shapes_are_served(name: str) -> None:
         ("gpt2", {"n_inner": 1000}, "n_inner 1000 (only 4 * hidden_size)"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
         ("gpt2", {"activation_function": "relu"}, "activation_function: relu"),
-        ("gpt_neo", {"window_size": 30}, "window_size 30, not a multiple of 4"),
         ("gpt_neox", {"use_parallel_residual": False}, "use_parallel_residual: false"),
         ("bloom", {"apply_residual_connection_post_layernorm": True}, "apply_residual_connection_post_layernorm"),
         ("opt", {"enable_bias": False}, "enable_bias: false"),
@@ -114,6 +114,37 @@ class Layer:
 def workspace(rows: int = 2, tokens: int = 8) -> tuple[Workspace, Layer]:
     layer = Layer()
     return Workspace([layer], WorkspaceSize(rows, tokens, rows)), layer
+
+
+@pytest.mark.parametrize("new", [48, 1])
+def test_a_window_is_a_mask_since_the_kernels_own_hides_too_much(new: int) -> None:
+    """Over softmax.cu's arithmetic: each token's probabilities are those of the tokens in its window."""
+    tokens, window, rows = 48, 10, 2
+    torch.manual_seed(0)
+    scores = torch.randn(rows, 3, new, tokens)
+    base = torch.zeros(rows, 1, 1, tokens)
+    base[1, ..., :5] = torch.finfo(torch.float32).min
+    position, column = torch.arange(tokens)[tokens - new :, None], torch.arange(tokens)
+    seen = (column <= position) & (column > position - window) & (base == 0)
+    wanted = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+    alive = seen.any(-1).expand(rows, 3, new)  # padding sees nothing
+
+    def probabilities(mask: torch.Tensor, local: bool) -> torch.Tensor:
+        found = scores.clone()
+        softmax(found, mask, None, 1.0, new > 1, local, window)
+        return found[alive]
+
+    mask = in_window(base, window, rows, new, tokens, scores)
+    assert mask is not None
+    assert torch.allclose(probabilities(mask, local=False), wanted[alive], atol=1e-5)
+    assert not torch.allclose(probabilities(base, local=True), wanted[alive], atol=1e-2)
+
+
+def test_a_window_that_holds_all_tokens_changes_no_mask() -> None:
+    like = torch.zeros(2, 1, 4)
+    assert in_window(None, 8, 2, 1, 8, like) is None
+    beyond = in_window(None, 8, 2, 1, 9, like)
+    assert beyond is not None and (beyond < 0).sum() == 2 and bool((beyond[..., 0] < 0).all())
 
 
 def test_the_workspace_follows_one_batch_and_refuses_what_it_does_not_hold() -> None:

@@ -124,6 +124,7 @@ def _adapt(module: Any, places: list[str], call: LayerCall, tokens: int, rows: i
         if index == 0:
             logger.info("[dsserve] kernels in %d layers; in torch: %s", len(layers), ", ".join(replaced) or "nothing")
         window = layer.config.window_size if layer.config.local_attention else None
+        layer.config.local_attention = False  # the window is part of the mask
         parent, _, name = place.rpartition(".")
         setattr(module.get_submodule(parent), name, InjectedLayer(layer, call, state, index == 0, window))
     return workspace

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
-from dsserve.injection.mask import additive, as_ones
+from dsserve.injection.mask import additive, as_ones, in_window
 from dsserve.injection.workspace import Workspace
 
 _CACHES = ("past_key_values", "layer_past", "past_key_value")
@@ -44,15 +44,24 @@ class LayerCall:
 
 @dataclass
 class PassState:
-    """What all layers of one forward pass share: the mask, converted once."""
+    """What all layers of one forward pass share: the masks, converted once."""
 
     workspace: Workspace
     wants_ones: bool = False
     _mask: Any = None
     _converted: Any = field(default=None)
+    _local: dict[int, Any] = field(default_factory=dict)
 
-    def mask(self, mask: torch.Tensor | None, hidden: torch.Tensor) -> torch.Tensor | None:
-        """The kernels' form of a mask; see `additive`."""
+    def mask(self, mask: torch.Tensor | None, hidden: torch.Tensor, window: int | None) -> torch.Tensor | None:
+        """The kernels' form of a mask; see `additive` and `in_window`."""
+        whole = self._whole(mask, hidden)
+        if window is None:
+            return whole
+        if window not in self._local:
+            self._local[window] = in_window(whole, window, *hidden.shape[:2], self.workspace.tokens, hidden)
+        return self._local[window]
+
+    def _whole(self, mask: torch.Tensor | None, hidden: torch.Tensor) -> torch.Tensor | None:
         if mask is None:
             return None
         if mask is not self._mask:
@@ -63,6 +72,7 @@ class PassState:
     def forget(self) -> None:
         """A new pass begins."""
         self._mask = self._converted = None
+        self._local.clear()
 
 
 class InjectedLayer(nn.Module):
@@ -93,10 +103,7 @@ class InjectedLayer(nn.Module):
         if self._is_first:
             self._state.workspace.begin(hidden, self._cache(call))
             self._state.forget()
-        if self._window is not None:
-            # softmax.cu counts one token too many before it while decoding: the window would be one short.
-            self.kernels.config.window_size = self._window + (hidden.shape[1] == 1)
-        mask = self._state.mask(call.get("attention_mask"), hidden)
+        mask = self._state.mask(call.get("attention_mask"), hidden, self._window)
         output = self.kernels(hidden, attention_mask=mask, alibi=call.get("alibi"))
         hidden = output[0] if isinstance(output, tuple) else output
         return (hidden, None) if self._call.returns_tuple else hidden
