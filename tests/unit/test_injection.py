@@ -134,16 +134,16 @@ def test_a_window_is_a_mask_since_the_kernels_own_hides_too_much(new: int) -> No
         softmax(found, mask, None, 1.0, new > 1, local, window)
         return found[alive]
 
-    mask = in_window(base, window, rows, new, tokens, scores)
+    mask = in_window(base, window, tokens, torch.zeros(rows, new, 4))
     assert mask is not None
     assert torch.allclose(probabilities(mask, local=False), wanted[alive], atol=1e-5)
     assert not torch.allclose(probabilities(base, local=True), wanted[alive], atol=1e-2)
 
 
 def test_a_window_that_holds_all_tokens_changes_no_mask() -> None:
-    like = torch.zeros(2, 1, 4)
-    assert in_window(None, 8, 2, 1, 8, like) is None
-    beyond = in_window(None, 8, 2, 1, 9, like)
+    hidden = torch.zeros(2, 1, 4)
+    assert in_window(None, 8, 8, hidden) is None
+    beyond = in_window(None, 8, 9, hidden)
     assert beyond is not None and (beyond < 0).sum() == 2 and bool((beyond[..., 0] < 0).all())
 
 

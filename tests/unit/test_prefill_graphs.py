@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AttentionInterface, AutoModelForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from dsserve.generation import prefill_graphs
 from dsserve.generation.kv_cache import SlotLayer
 from dsserve.generation.model_runner import ModelRunner
 from dsserve.generation.plan import Admission, Plan
 from dsserve.generation.prefill_graphs import PrefillGraphs
+from dsserve.generation.prompt_attention import PROMPT_SPANS
 from scripts.random_model import draw_prompts, make_config
+from tests.unit.test_prompt_attention import in_spans
 
 CPU, SLOTS, CONTEXT = torch.device("cpu"), 4, 600
 
@@ -33,6 +37,15 @@ class Again:
         self.out.copy_(self._run())
 
 
+def attend_in_spans(module: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> tuple[Any, None]:
+    """Attention that takes spans where there are some, and a mask else."""
+    spans = kwargs.pop(PROMPT_SPANS, None)
+    if spans is None:
+        return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+    assert mask is None
+    return in_spans(query, key, value, kwargs.get("scaling"), spans.ends, spans.longest), None
+
+
 def write(layer: SlotLayer, stored: torch.Tensor, new: torch.Tensor) -> None:
     """As the GPU's store: nothing is written to negative cells."""
     cells, tokens = layer._window.cells, new.transpose(1, 2).flatten(0, 1)
@@ -40,9 +53,9 @@ def write(layer: SlotLayer, stored: torch.Tensor, new: torch.Tensor) -> None:
     stored.flatten(0, 1)[cells[real]] = tokens[: len(cells)][real]
 
 
-@pytest.fixture
-def runners(monkeypatch: pytest.MonkeyPatch) -> tuple[ModelRunner, ModelRunner]:
-    """One that prefills eagerly, one in graphs, with the same weights."""
+@pytest.fixture(params=["mask", "spans"])
+def runners(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[ModelRunner, ModelRunner]:
+    """One that prefills eagerly under masks, one in graphs, with the same weights."""
 
     def capture(run: Callable[[], torch.Tensor], pool: object, device: torch.device) -> Any:
         graph = Again(run)
@@ -60,7 +73,12 @@ def runners(monkeypatch: pytest.MonkeyPatch) -> tuple[ModelRunner, ModelRunner]:
     for runner in (eager, captured):  # makes the cache's tensors
         runner.execute(Plan(admit=(Admission((0,)),)))
         runner.execute(Plan(evict=(0,)))
-    graphs = PrefillGraphs(captured._forward_prefill, SLOTS, CONTEXT - 1, CPU)
+    by_prompt = request.param == "spans"
+    if by_prompt:
+        AttentionInterface.register("in_spans", attend_in_spans)
+        captured._module = copy.deepcopy(model)
+        captured._module.config._attn_implementation = "in_spans"
+    graphs = PrefillGraphs(captured._forward_prefill, SLOTS, CONTEXT - 1, CPU, by_prompt)
     graphs.capture(None)
     captured._prefill_graphs = graphs
     Again.replays = 0
@@ -90,6 +108,12 @@ def test_prompts_parts_and_taken_over_beginnings_have_the_logits_of_an_eager_pas
     assert eager._lengths == captured._lengths == [44, 591, 38]
 
 
+def test_a_pass_may_be_longer_than_any_prompt() -> None:
+    assert PrefillGraphs(None, 2, 100, CPU)._lengths == [16, 32, 64, 96, 128, 192, 256]  # type: ignore[arg-type]
+    assert PrefillGraphs(None, 1, 100, CPU)._lengths == [16, 32, 64, 96, 128]  # type: ignore[arg-type]
+    assert PrefillGraphs(None, 64, 255, CPU, True)._lengths[-3:] == [2048, 3072, 4096]  # type: ignore[arg-type]
+
+
 def test_what_graphs_read_is_bounded() -> None:
     lengths = {longest: PrefillGraphs(None, 4, longest, CPU)._reads for longest in (40, 599, 4000, 131071)}  # type: ignore[arg-type]
     assert lengths[40] == [512] and lengths[599] == [512, 768]
@@ -107,4 +131,5 @@ def test_passes_that_were_not_captured_run_eagerly(runners: tuple[ModelRunner, M
         expected, found = (runner.execute(plan) for runner in runners)
         assert expected is not None and found is not None
         assert (expected.next - found.next).abs().max() < 1e-4
-    assert Again.replays == 0
+    # With spans the first pass is one that was captured; under a mask it is too long.
+    assert Again.replays == bool(runners[1]._prefill_graphs._by_prompt)  # type: ignore[union-attr]

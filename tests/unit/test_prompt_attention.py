@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
 from transformers.masking_utils import sdpa_mask
 
-from dsserve.generation import decode_attention
+from dsserve.generation import decode_attention, model_runner, prompt_attention
 from dsserve.generation.model_runner import ModelRunner
 from dsserve.generation.plan import Admission, Plan
 
@@ -35,20 +37,35 @@ LENGTHS = (7, 7, 7, 1, 19, 4, 4, 12)  # 61 tokens: the pass is padded
 
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
-    """The lengths that attention was given, in each layer."""
+    """The lengths that attention was given, layer by layer."""
     calls: list[list[int]] = []
     original = decode_attention.attend_by_prompt
 
     def attend(*args: Any, **kwargs: Any) -> Any:
-        calls.append(kwargs["prompt_lengths"])
+        calls.append(kwargs["prompt_spans"].lengths)
         return original(*args, **kwargs)
 
     monkeypatch.setattr(decode_attention, "attend_by_prompt", attend)
     return calls
 
 
+def in_spans(query: Any, key: Any, value: Any, scaling: float | None, ends: torch.Tensor, longest: int) -> Any:
+    """What the flash kernel computes, in fp32 on a CPU."""
+    out = torch.zeros_like(query.transpose(1, 2))
+    for start, end in pairwise(ends.tolist()):
+        parts = [part[:, :, start:end] for part in (query, key, value)]
+        assert end - start <= longest
+        if end > start:
+            attended = scaled_dot_product_attention(*parts, is_causal=True, scale=scaling, enable_gqa=True)
+            out[:, start:end] = attended.transpose(1, 2)
+    return out
+
+
+@pytest.mark.parametrize("way", ["prompt by prompt", "flash"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logits_are_those_under_a_mask(family: str, seen: list[list[int]]) -> None:
+def test_logits_are_those_under_a_mask(
+    family: str, way: str, seen: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(0)
     config = AutoConfig.for_model(family, vocab_size=99, max_position_embeddings=64, **FAMILIES[family])
     module = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
@@ -67,5 +84,27 @@ def test_logits_are_those_under_a_mask(family: str, seen: list[list[int]]) -> No
     AttentionInterface.register(decode_attention.NAME, decode_attention.attend)
     AttentionMaskInterface.register(decode_attention.NAME, sdpa_mask)
     module.config._attn_implementation = decode_attention.NAME
+    monkeypatch.setattr(prompt_attention, "flash", in_spans)
+    monkeypatch.setattr(model_runner, "has_flash", lambda *_: way == "flash")
     assert torch.allclose(logits(), masked, atol=1e-5)
     assert seen == [[*LENGTHS, 3]] * 2
+
+
+def test_a_model_that_keeps_the_spans_to_itself_attends_under_the_mask(seen: list[list[int]]) -> None:
+    """Its attention never hears of them, so that later passes do not bring them."""
+    torch.manual_seed(0)
+    module = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", vocab_size=99, **LLAMA)).eval()
+    module.config._attn_implementation = decode_attention.NAME
+    for layer in module.model.layers:
+        original = layer.self_attn.forward
+        layer.self_attn.forward = lambda *args, forward=original, prompt_spans=None, **kwargs: forward(*args, **kwargs)
+    runner = ModelRunner(module, 3, 64, torch.device("cpu"))
+    together = runner.execute(Plan(admit=(Admission((5, 6, 7)), Admission((8, 9)))))
+    alone = runner.execute(Plan(evict=(1, 0), admit=(Admission((8, 9)),)))
+    assert together is not None and alone is not None and seen == [] and runner._by_prompt is False
+    assert torch.allclose(together.next[1], alone.next[0], atol=1e-5)
+
+
+def test_there_is_no_flash_kernel_on_a_cpu_or_in_fp32() -> None:
+    assert not prompt_attention.has_flash(torch.bfloat16, 64, torch.device("cpu"))
+    assert not prompt_attention.has_flash(torch.float32, 64, torch.device("cuda"))

@@ -18,7 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from dsserve.generation.prompt_attention import PROMPT_LENGTHS, attend_by_prompt
+from dsserve.generation.prompt_attention import PROMPT_SPANS, attend_by_prompt
 
 NAME = "dsserve_decode"
 TILE = 64  # tokens that a block reads at a time
@@ -50,7 +50,7 @@ def attend(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface: `[n, H, T, D]` and keys `[n, KV, S, D]` -> `[n, T, H, D]`."""
-    if PROMPT_LENGTHS in kwargs:
+    if PROMPT_SPANS in kwargs:
         return attend_by_prompt(module, query, key, value, scaling, **kwargs)
     plain = attention_mask is not None and attention_mask.is_floating_point() and attention_mask.shape[1] == 1
     if query.shape[2] != 1 or not plain or kwargs.get("position_bias") is not None:

@@ -19,7 +19,7 @@ from dsserve.generation.packed_prompts import PackedPrompts
 from dsserve.generation.plan import Admission, Plan, moves
 from dsserve.generation.prefill_graphs import PrefillGraphs
 from dsserve.generation.prefill_memory import PrefillMemory
-from dsserve.generation.prompt_attention import PROMPT_LENGTHS
+from dsserve.generation.prompt_attention import PROMPT_SPANS, PromptSpans, has_flash
 
 # Attention reads up to the longest live row, rounded up to this.
 KV_STEP = 16
@@ -73,9 +73,15 @@ class ModelRunner:
         self.max_model_len = max_model_len
         self.vocabulary = module.config.get_text_config().vocab_size
         self._memory = memory or PrefillMemory(device, RankInfo.from_env(), self.vocabulary)
-        num_layers = module.config.get_text_config().num_hidden_layers
+        text_config = module.config.get_text_config()
+        self._num_layers = text_config.num_hidden_layers
+        head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
+        self._has_flash = has_flash(self._dtype, head_dim, device)
+        # Whether each prompt of a pass attends to itself alone; None before a pass has shown that the model hands
+        # the spans on.
+        self._by_prompt = None if _takes_keywords(module) else False
         capacity = -(-max_model_len // KV_STEP) * KV_STEP
-        self.cache = SlotCache(num_layers, slots + kept, capacity)
+        self.cache = SlotCache(self._num_layers, slots + kept, capacity)
         self._capacity = capacity
         self._lengths: list[int] = []
         self._has_part = False  # the last row's prompt is not complete
@@ -84,8 +90,6 @@ class ModelRunner:
         self._prefill_graphs: PrefillGraphs | None = None
         self._first_cells = torch.arange(slots, device=device) * capacity
         self._columns = torch.arange(capacity, device=device)
-        parameters = inspect.signature(module.forward).parameters.values()
-        self._hands_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
         self._no_logits = torch.empty(0, self.vocabulary, device=device)
 
     @property
@@ -146,7 +150,8 @@ class ModelRunner:
         window = self.cache.window
         window.cells, window.kv_len = packed.cells.to(self._device), None
         window.read = None if packed.read is None else packed.read.to(self._device)
-        mask = packed.mask(self._dtype, self._device)
+        spans = self._spans(packed)
+        mask = None if spans is not None and self._by_prompt else packed.mask(self._dtype, self._device)
         output = self._module(
             input_ids=packed.tokens[None].to(self._device),  # [1, T]
             position_ids=packed.positions[None].to(self._device),  # [1, T]
@@ -154,32 +159,44 @@ class ModelRunner:
             past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=packed.wanted.to(self._device),
-            **self._attention_by_prompt(packed),
+            **({} if spans is None else {PROMPT_SPANS: spans}),
         )
+        if spans is not None and self._by_prompt is None:
+            self._by_prompt = spans.seen == self._num_layers
         return output.logits[0]
 
-    def _attention_by_prompt(self, packed: PackedPrompts) -> dict[str, Any]:
-        """What lets attention look at each prompt alone instead of all tokens under a mask (`prompt_attention`). A
-        model that does not hand it on attends under the mask."""
-        if packed.read is not None or not self._hands_on or not uses_decode_attention(self._module):
-            return {}
-        return {PROMPT_LENGTHS: packed.lengths}
+    def _spans(self, packed: PackedPrompts) -> PromptSpans | None:
+        """What lets attention look at each prompt alone instead of all tokens under a mask; None where it cannot."""
+        if packed.read is not None or self._by_prompt is False or not uses_decode_attention(self._module):
+            return None
+        if not self._has_flash:
+            return PromptSpans(packed.lengths)
+        ends = torch.cat([packed.ends.new_zeros(1), packed.ends]).to(self._device)
+        return PromptSpans(packed.lengths, ends, max(packed.lengths))
 
-    def _forward_prefill(self, inputs: torch.Tensor, wanted: torch.Tensor, read: torch.Tensor | None) -> torch.Tensor:
+    def _forward_prefill(
+        self, inputs: torch.Tensor, wanted: torch.Tensor, read: torch.Tensor | None, ends: torch.Tensor | None
+    ) -> torch.Tensor:
         """One pass on device tensors, see `PrefillGraphs`."""
         tokens, positions, cells, prompts = inputs
         window = self.cache.window
         window.cells, window.kv_len = cells, None
         window.read, seen, whose = (None, positions, prompts) if read is None else read
-        hidden = (prompts[:, None] != whose) | (positions[:, None] < seen)
-        mask = torch.zeros(hidden.shape, dtype=self._dtype, device=self._device).masked_fill_(hidden, float("-inf"))
+        mask, more = None, {}
+        if ends is None:
+            hidden = (prompts[:, None] != whose) | (positions[:, None] < seen)
+            mask = torch.zeros(hidden.shape, dtype=self._dtype, device=self._device)
+            mask = mask.masked_fill_(hidden, float("-inf"))[None, None]  # [1, 1, T, T or S], additive
+        else:
+            more = {PROMPT_SPANS: PromptSpans([], ends, len(tokens))}
         output = self._module(
             input_ids=tokens[None],  # [1, T]
             position_ids=positions[None],  # [1, T]
-            attention_mask=mask[None, None],  # [1, 1, T, T or S], additive
+            attention_mask=mask,
             past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=wanted,
+            **more,
         )
         return output.logits[0]
 
@@ -199,7 +216,8 @@ class ModelRunner:
         graphs.capture(is_leader, pool)
         self._graphs = graphs
         if prefill:
-            passes = PrefillGraphs(self._forward_prefill, self.slots, self.max_model_len - 1, self._device)
+            by_prompt = self._has_flash and bool(self._by_prompt)
+            passes = PrefillGraphs(self._forward_prefill, self.slots, self.max_model_len - 1, self._device, by_prompt)
             passes.capture(pool)
             self._prefill_graphs = passes
 
@@ -230,3 +248,8 @@ class ModelRunner:
             use_cache=True,
         )
         return output.logits[:, -1]
+
+
+def _takes_keywords(module: Any) -> bool:
+    """Whether the model's forward takes keywords that it does not name, as those take which hand them on."""
+    return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(module.forward).parameters.values())

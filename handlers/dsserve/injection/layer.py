@@ -58,7 +58,7 @@ class PassState:
         if window is None:
             return whole
         if window not in self._local:
-            self._local[window] = in_window(whole, window, *hidden.shape[:2], self.workspace.tokens, hidden)
+            self._local[window] = in_window(whole, window, self.workspace.tokens, hidden)
         return self._local[window]
 
     def _whole(self, mask: torch.Tensor | None, hidden: torch.Tensor) -> torch.Tensor | None:

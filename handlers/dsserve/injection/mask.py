@@ -26,9 +26,7 @@ def additive(mask: torch.Tensor, batch: int, tokens: int, dtype: torch.dtype) ->
     return mask.to(dtype).expand(batch, -1, -1, -1).contiguous()
 
 
-def in_window(
-    mask: torch.Tensor | None, window: int, batch: int, new: int, tokens: int, like: torch.Tensor
-) -> torch.Tensor | None:
+def in_window(mask: torch.Tensor | None, window: int, tokens: int, hidden: torch.Tensor) -> torch.Tensor | None:
     """`mask` for a layer with local attention: each token sees the last `window` ones, itself included.
 
     The kernels have a window of their own, which hides more than that (`attn_softmax_v2` of softmax.cu decides for four
@@ -36,17 +34,19 @@ def in_window(
 
     Args:
         mask: what `additive` made, or None where nothing is hidden.
-        new: the tokens of this pass, the last ones of `tokens`.
+        tokens: how many the kernels hold; those of this pass are the last ones.
+        hidden: what the layer reads, `[B, S, H]`.
 
     Returns:
-        `[B, 1, new, tokens]` in the dtype of `like`; `mask` itself where all tokens lie in every window.
+        `[B, 1, S, tokens]`; `mask` itself where all tokens lie in every window.
     """
     if tokens <= window:
         return mask
-    columns = torch.arange(tokens, device=like.device)
+    batch, new, _ = hidden.shape
+    columns = torch.arange(tokens, device=hidden.device)
     outside = columns <= columns[tokens - new :, None] - window
-    whole = like.new_zeros(batch, 1, new, tokens) if mask is None else mask.expand(-1, -1, new, -1)
-    return whole.masked_fill(outside, torch.finfo(like.dtype).min)
+    whole = hidden.new_zeros(batch, 1, new, tokens) if mask is None else mask.expand(-1, -1, new, -1)
+    return whole.masked_fill(outside, torch.finfo(hidden.dtype).min)
 
 
 def as_ones(mask: torch.Tensor) -> torch.Tensor:
