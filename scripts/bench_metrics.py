@@ -71,6 +71,9 @@ class NoText(TextStream):
     def push(self, token: int, may_stop: bool = True) -> str:
         return ""
 
+    def extend(self, tokens: list[int]) -> str:
+        return "".join(map(self.push, tokens))
+
     def flush(self) -> str:
         return ""
 

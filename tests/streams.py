@@ -19,6 +19,9 @@ class Numbers:
     def push(self, token: int, may_stop: bool = True) -> str:
         return f"{token} "
 
+    def extend(self, tokens: list[int]) -> str:
+        return "".join(map(self.push, tokens))
+
     def flush(self) -> str:
         return ""
 

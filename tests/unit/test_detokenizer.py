@@ -172,3 +172,16 @@ def test_a_token_costs_the_same_early_and_late(count: int) -> None:
 
     read(Counting(), list(range(count)))
     assert max(lengths) <= 2
+
+
+@each_tokenizer
+@given(st.data())
+def test_many_tokens_at_once_give_the_text_of_each_alone(tokenizer: Any, data: st.DataObject) -> None:
+    ids = tokenizer.encode(data.draw(texts), add_special_tokens=False)
+    ids += data.draw(st.lists(st.integers(0, tokenizer.vocab_size - 1), max_size=12))
+    one, many, at = TextStream(tokenizer), TextStream(tokenizer), 0
+    while at < len(ids):
+        part = ids[at : at + data.draw(st.integers(1, 20))]
+        at += len(part)
+        assert many.extend(part) == "".join(map(one.push, part))
+    assert many.flush() == one.flush()

@@ -56,6 +56,9 @@ class Letters:
     def push(self, token: int, may_stop: bool = True) -> str:
         return chr(ord("a") + token)
 
+    def extend(self, tokens: list[int]) -> str:
+        return "".join(map(self.push, tokens))
+
     def flush(self) -> str:
         return ""
 

@@ -28,6 +28,9 @@ class Letters:
         self.stopped = token == 33
         return "" if self.stopped else chr(token)
 
+    def extend(self, tokens: list[int]) -> str:
+        return "".join(map(self.push, tokens))
+
     def flush(self) -> str:
         return ""
 
@@ -261,3 +264,17 @@ def test_a_prompt_that_goes_on_while_nobody_waits_is_read_in_larger_parts() -> N
     book.put("long", prompt=250)
     sizes = [[len(admission.tokens) for admission in book.plan(last=False).admit] for _ in range(3)]
     assert sizes == [[100], [100], [50]]
+
+
+def test_text_that_can_wait_is_told_with_the_texts_end_or_when_it_is_asked_for() -> None:
+    book = scheduler()
+    book.put("a", prompt=3, new=5)
+    (sequence,) = book.rows(book.plan(last=False))
+    assert sequence.accept(65, None, may_wait=True) is None and sequence.accept(66, None, may_wait=True) is None
+    told = sequence.speak()
+    assert told is not None and (told.text, told.completion_tokens, told.finish_reason) == ("AB", 2, None)
+    assert sequence.speak() is None
+    sequence.accept(67, None, may_wait=True)
+    sequence.accept(68, None, may_wait=True)
+    last = sequence.accept(69, None, may_wait=True)
+    assert last is not None and (last.text, last.finish_reason) == ("CDE", "length") and sequence.speak() is None

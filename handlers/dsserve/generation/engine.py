@@ -33,6 +33,7 @@ from dsserve.generation.sequence import Sequence, ending_ids
 logger = logging.getLogger(__name__)
 
 Entered = TypeVar("Entered")
+Told = TypeVar("Told", TokenEvent, TokenEvent | None)
 
 # Prefills that a warm engine has the memory for, failing one after the other: something holds memory that should be
 # free, and a new worker helps. A prompt that is simply too long, or wants all its logits, does not count, or one client
@@ -121,6 +122,7 @@ class Engine:
             if any(event.is_last for event in answered):
                 self._channel.send(Plan(last=True))  # the others know a plan by its beginning only
                 break
+        events += self._speak()
         self._observer.called(self.running, self.waiting)
         return events
 
@@ -173,7 +175,8 @@ class Engine:
         chosen = time.monotonic()
         logprobs = _logprobs(logits, sequences, tokens)
         given = zip(sequences, tokens, logprobs, strict=True)
-        events = [self._accept(sequence, token, logprob, prompts.get(sequence)) for sequence, token, logprob in given]
+        entered = [self._accept(sequence, token, logprob, prompts.get(sequence)) for sequence, token, logprob in given]
+        events = [event for event in entered if event is not None]
         if len(rows) > len(sequences) and rows[-1] in prompts:
             events += self._read_on(rows[-1], prompts[rows[-1]])
         self._tell(plan, sequences, started, chosen)
@@ -190,6 +193,9 @@ class Engine:
         read = sum(len(admission.tokens) for admission in plan.admit)
         generated = len(set(sequences) - without)
         self._observer.stepped(Step(started, now, len(plan.tokens), admitted, read, generated))
+        self._tell_ended(chosen, now)
+
+    def _tell_ended(self, chosen: float, now: float) -> None:
         for sequence, event in self._ended:
             sequence.timeline.last_token = chosen
             self._end(sequence, event.finish_reason or "error", now)
@@ -201,24 +207,34 @@ class Engine:
 
     def _accept(
         self, sequence: Sequence, token: int, logprob: TokenLogprob | None, prompt: torch.Tensor | None
-    ) -> TokenEvent:
+    ) -> TokenEvent | None:
         """Enters a sequence's next token, and its prompt's logits where they were wanted; at its end the row is freed
-        in the next step."""
+        in the next step. None where the text is told at the end of the call."""
 
-        def enter() -> TokenEvent:
+        def enter() -> TokenEvent | None:
             if prompt is not None:
                 sequence.report_prompt(prompt)
-            return sequence.finish_empty() if sequence.request.max_new_tokens == 0 else sequence.accept(token, logprob)
+            if sequence.request.max_new_tokens == 0:
+                return sequence.finish_empty()
+            return sequence.accept(token, logprob, may_wait=prompt is None)
 
         return self._end_if_last(sequence, _or_failure(sequence, enter))
+
+    def _speak(self) -> list[TokenEvent]:
+        """The texts that waited for the end of the call: made once for all its tokens, while no row waits for them."""
+        found = [(sequence, _or_failure(sequence, sequence.speak)) for sequence in self._scheduler.live]
+        events = [self._end_if_last(sequence, event) for sequence, event in found if event is not None]
+        now = time.monotonic()
+        self._tell_ended(now, now)  # those whose text could not be made
+        return events
 
     def _read_on(self, sequence: Sequence, prompt: torch.Tensor) -> list[TokenEvent]:
         """Enters the logits of a part of a prompt that goes on; there is an event only if that failed."""
         event = _or_failure(sequence, lambda: sequence.report_prompt(prompt))
         return [] if event is None else [self._end_if_last(sequence, event)]
 
-    def _end_if_last(self, sequence: Sequence, event: TokenEvent) -> TokenEvent:
-        if event.is_last:
+    def _end_if_last(self, sequence: Sequence, event: Told) -> Told:
+        if event is not None and event.is_last:
             self._scheduler.end(sequence)
             self._ended.append((sequence, event))
         return event

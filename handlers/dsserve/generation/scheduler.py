@@ -62,6 +62,11 @@ class Scheduler:
         """Whether a step would compute something."""
         return bool(self._waiting) or self.running > 0
 
+    @property
+    def live(self) -> list[Sequence]:
+        """Those that hold a row and go on."""
+        return [sequence for sequence in self._running if sequence not in self._leaving]
+
     def add(self, sequence: Sequence) -> None:
         """Queues a sequence for the next free row."""
         self._waiting.append(sequence)

@@ -41,6 +41,9 @@ class Sequence:
         self.prefilled = 0  # tokens of the prompt whose keys and values are in the cache after the step
         self._text = text
         self._generated: list[int] = []
+        self._unsaid: list[int] = []  # the newest of them, whose text is still to be made
+        # What comes out of a token's text cannot end such a sequence, and nobody asks for the token itself.
+        self._can_wait = not (request.stop.strings or request.sampling.logprobs is not None or state.grammar)
         self._ending = ending_ids(request, eos_ids)
         self._prompt_logprobs: tuple[TokenLogprob, ...] = ()
 
@@ -68,17 +71,24 @@ class Sequence:
         """Whether its whole prompt has been read, so that it can be decoded."""
         return self.prefilled == len(self.request.prompt_ids)
 
-    def accept(self, token: int, logprob: TokenLogprob | None) -> TokenEvent:
-        """Takes the next token and says what it means to the client."""
+    def accept(self, token: int, logprob: TokenLogprob | None, may_wait: bool = False) -> TokenEvent | None:
+        """Takes the next token and says what it means to the client.
+
+        Args:
+            may_wait: the text of a token that ends nothing may be made later, by `speak`, with that of others: None.
+        """
         if self.state.failed:
             return self.failure()
         self._generated.append(token)
         self.state.accept(token)
         count = len(self._generated)
         if token in self._ending:
-            return self._event(self._text.flush(), "stop")
+            return self._event(self._said() + self._text.flush(), "stop")
+        if may_wait and self._can_wait and count < self.request.max_new_tokens:
+            self._unsaid.append(token)
+            return None
         logprobs = () if logprob is None else (logprob,)
-        text = self._text.push(token, may_stop=count >= self.request.sampling.min_tokens)
+        text = self._said() + self._text.push(token, may_stop=count >= self.request.sampling.min_tokens)
         if self._text.stopped:
             return self._event(text, "stop", logprobs)
         grammar = self.state.grammar
@@ -87,6 +97,14 @@ class Sequence:
         if count >= self.request.max_new_tokens:
             return self._event(text + self._text.flush(), "length", logprobs)
         return self._event(text, None, logprobs)
+
+    def speak(self) -> TokenEvent | None:
+        """The text of the tokens that waited, if there are some."""
+        return self._event(self._said(), None) if self._unsaid else None
+
+    def _said(self) -> str:
+        tokens, self._unsaid = self._unsaid, []
+        return self._text.extend(tokens) if tokens else ""
 
     def report_prompt(self, logits: torch.Tensor) -> None:
         """Takes the logits of the next part of the prompt, `[T, V]`; the next event holds the log probabilities of all
