@@ -38,6 +38,8 @@ def run_ranks(
 
 
 def main() -> None:
+    import torch
+
     from dsserve.distributed import finish_rank
     from dsserve.parents import die_with_parent
 
@@ -46,6 +48,8 @@ def main() -> None:
     module, name = function.split(":")
     result = getattr(import_module(module), name)(**json.loads(kwargs))
     Path(folder, f"{os.environ['RANK']}.json").write_text(json.dumps(result))
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()  # nobody leaves while another one is within a collective
     finish_rank()
 
 

@@ -64,7 +64,7 @@ class HandlerConfig(BaseModel):
     max_batch_prefill_tokens: Literal["auto"] | int = Field(
         "auto",
         ge=16,
-        description="the same while no stream runs; auto: 4096 on a GPU, max_num_batched_tokens on a CPU",
+        description="the same while no text runs (AutoTP); auto: 4096 on a GPU, max_num_batched_tokens on a CPU",
     )
     num_scheduler_steps: int = Field(32, ge=1, le=1024, description="most steps in one call of the handler")
     max_stream_delay_ms: float = Field(
@@ -89,6 +89,15 @@ class HandlerConfig(BaseModel):
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="of rank 0 while it serves; the other ranks write warnings"
     )
+
+    @model_validator(mode="after")
+    def _idle_steps_not_smaller(self) -> HandlerConfig:
+        most = self.max_batch_prefill_tokens
+        if most != "auto" and most < self.max_num_batched_tokens:
+            raise ValueError(
+                f"max_batch_prefill_tokens {most} is below max_num_batched_tokens {self.max_num_batched_tokens}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _default_within_limit(self) -> HandlerConfig:

@@ -42,7 +42,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     original = decode_attention.attend_by_prompt
 
     def attend(*args: Any, **kwargs: Any) -> Any:
-        calls.append(kwargs["prompt_spans"].lengths)
+        calls.append(args[5].lengths)
         return original(*args, **kwargs)
 
     monkeypatch.setattr(decode_attention, "attend_by_prompt", attend)

@@ -215,12 +215,12 @@ operations = st.lists(st.tuples(st.sampled_from(["add", "cancel", "step"]), st.i
 
 
 @settings(max_examples=200)
-@given(operations, st.sampled_from([1, 7, 20, 512]), st.sampled_from([0, 2]))
+@given(operations, st.sampled_from([1, 7, 20, 512]), st.sampled_from([0, 2]), st.sampled_from([None, 60, 200]))
 def test_rows_hold_their_own_tokens_and_every_request_ends_once_or_was_cancelled(
-    script: list[tuple[str, int]], prefill_tokens: int, kept: int
+    script: list[tuple[str, int]], prefill_tokens: int, kept: int, idle_tokens: int | None
 ) -> None:
     """Prompts of up to 90 tokens, whose first 40 are the same for two of three."""
-    book, cells, names, cancelled, ended = scheduler(4, kept, prefill_tokens), Cells(), [], set(), []
+    book, cells, names, cancelled, ended = scheduler(4, kept, prefill_tokens, idle_tokens), Cells(), [], set(), []
     for action, number in [*script, *[("step", 0)] * (80 * 100 if prefill_tokens == 1 else 1600)]:
         if action == "add":
             names.append(f"r{len(names)}")
@@ -237,7 +237,8 @@ def test_rows_hold_their_own_tokens_and_every_request_ends_once_or_was_cancelled
             assert len(rows) == len(cells.rows) == book.running <= 4
             for sequence, row in zip(rows, cells.rows, strict=True):
                 assert row == [*sequence.request.prompt_ids[: sequence.prefilled], *sequence._generated]
-            assert sum(len(admission.tokens) for admission in plan.admit) <= prefill_tokens
+            most = prefill_tokens if plan.tokens else max(prefill_tokens, idle_tokens or 0)
+            assert sum(len(admission.tokens) for admission in plan.admit) <= most
             ready = [sequence for sequence in rows if sequence.is_prefilled]
             assert len(ready) == len(plan.tokens) + sum(admission.complete for admission in plan.admit)
             events = [book.enter(s, 65) for s in ready]
@@ -278,3 +279,26 @@ def test_text_that_can_wait_is_told_with_the_texts_end_or_when_it_is_asked_for()
     sequence.accept(68, None, may_wait=True)
     last = sequence.accept(69, None, may_wait=True)
     assert last is not None and (last.text, last.finish_reason) == ("CDE", "length") and sequence.speak() is None
+
+
+def test_prompts_that_read_the_cache_together_stay_within_a_busy_step() -> None:
+    book = scheduler(slots=6, kept=2, prefill_tokens=32, idle_tokens=1000)
+    first = tuple(range(200))
+    book.put("first", prompt=first, new=1)
+    step(book)
+    for name in range(5):
+        book.put(str(name), prompt=(*first, *range(1000 * (name + 1), 1000 * (name + 1) + 15)), new=9)
+    plan = book.plan(last=False)
+    assert [(admission.shared, len(admission.tokens)) for admission in plan.admit] == [(200, 15)] * 2
+
+
+def test_a_large_step_without_memory_is_tried_in_halves_and_then_one_by_one() -> None:
+    book = scheduler(slots=8, prefill_tokens=40, idle_tokens=160)
+    for name in range(8):
+        book.put(str(name), prompt=20, new=9)
+    sizes = []
+    for _ in range(4):
+        plan = book.plan(last=False)
+        sizes.append(len(plan.admit))
+        assert book.take_back(plan) is None or len(plan.admit) == 1
+    assert sizes == [8, 4, 2, 1]

@@ -120,7 +120,7 @@ def capture(
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[0]
         raise LoadError(
-            f"the model cannot be captured as a CUDA graph ({reason}); set handler.cuda_graphs: false"
+            f"model or sampler cannot be captured as a CUDA graph ({reason}); set handler.cuda_graphs: false"
         ) from None
 
 

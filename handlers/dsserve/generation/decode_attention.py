@@ -4,7 +4,7 @@ torch's attention with a mask reads every row up to the length of the longest on
 and gives each head to one block, which leaves most of a GPU idle at few rows. Here a row's heads share what they read,
 tiles that the mask hides are skipped, and a row is split over blocks whose parts are put together afterwards
 (flash-decoding, Dao et al. 2023). Covers decode steps of models that use transformers' attention interface; prefill
-goes to torch, several prompts one by one (`prompt_attention`).
+goes to torch, that of several prompts by `prompt_attention`.
 """
 
 from __future__ import annotations
@@ -50,10 +50,11 @@ def attend(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface: `[n, H, T, D]` and keys `[n, KV, S, D]` -> `[n, T, H, D]`."""
-    if PROMPT_SPANS in kwargs:
-        return attend_by_prompt(module, query, key, value, scaling, **kwargs)
+    spans, has_bias = kwargs.pop(PROMPT_SPANS, None), kwargs.get("position_bias") is not None
+    if spans is not None and not has_bias:
+        return attend_by_prompt(module, query, key, value, scaling, spans, **kwargs)
     plain = attention_mask is not None and attention_mask.is_floating_point() and attention_mask.shape[1] == 1
-    if query.shape[2] != 1 or not plain or kwargs.get("position_bias") is not None:
+    if query.shape[2] != 1 or not plain or has_bias:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     assert attention_mask is not None
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling

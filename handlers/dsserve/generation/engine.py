@@ -104,7 +104,7 @@ class Engine:
         """Rank 0's part of one handler call: one step at least, then more as long as another one fits into both limits.
 
         A call ends early when a prompt was read to its end (its first token should leave), when a text ended (so should
-        its last, and its slot is free), or when nothing is left to do.
+        its last, and its slot is free), or when nothing is left to do. Text that ends nothing is made at its end.
         """
         events: list[TokenEvent] = []
         begun = started = time.monotonic()
@@ -152,6 +152,7 @@ class Engine:
         """After a prefill that did not fit into memory: its prompts wait again, or the only one fails."""
         sequence = self._scheduler.take_back(plan)
         if sequence is None:
+            logger.warning("[dsserve] no memory for %d prompts in one step: fewer are tried", len(plan.admit))
             return []
         size = plan.admit[0].shared + len(plan.admit[0].tokens)
         logger.warning("[dsserve] %s: no memory for %d prompt tokens", sequence.name, size)
@@ -175,8 +176,12 @@ class Engine:
         chosen = time.monotonic()
         logprobs = _logprobs(logits, sequences, tokens)
         given = zip(sequences, tokens, logprobs, strict=True)
-        entered = [self._accept(sequence, token, logprob, prompts.get(sequence)) for sequence, token, logprob in given]
-        events = [event for event in entered if event is not None]
+        events: list[TokenEvent] = []
+        for sequence, token, logprob in given:
+            if sequence.state.failed:
+                events += self._say(sequence)
+            event = self._accept(sequence, token, logprob, prompts.get(sequence))
+            events += [] if event is None else [event]
         if len(rows) > len(sequences) and rows[-1] in prompts:
             events += self._read_on(rows[-1], prompts[rows[-1]])
         self._tell(plan, sequences, started, chosen)
@@ -222,11 +227,14 @@ class Engine:
 
     def _speak(self) -> list[TokenEvent]:
         """The texts that waited for the end of the call: made once for all its tokens, while no row waits for them."""
-        found = [(sequence, _or_failure(sequence, sequence.speak)) for sequence in self._scheduler.live]
-        events = [self._end_if_last(sequence, event) for sequence, event in found if event is not None]
+        events = [event for sequence in self._scheduler.live for event in self._say(sequence)]
         now = time.monotonic()
         self._tell_ended(now, now)  # those whose text could not be made
         return events
+
+    def _say(self, sequence: Sequence) -> list[TokenEvent]:
+        event = _or_failure(sequence, sequence.speak)
+        return [] if event is None else [self._end_if_last(sequence, event)]
 
     def _read_on(self, sequence: Sequence, prompt: torch.Tensor) -> list[TokenEvent]:
         """Enters the logits of a part of a prompt that goes on; there is an event only if that failed."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from dsserve.distributed import RankInfo
+from dsserve.distributed import RankInfo, agree_on_least
 from dsserve.generation.cuda_graphs import DecodeGraphs
 from dsserve.generation.decode_attention import uses_decode_attention
 from dsserve.generation.kv_cache import SlotCache
@@ -77,6 +77,8 @@ class ModelRunner:
         self._num_layers = text_config.num_hidden_layers
         head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
         self._has_flash = has_flash(self._dtype, head_dim, device)
+        if device.type == "cuda":  # ranks of one step must pad alike
+            self._has_flash = bool(agree_on_least(int(self._has_flash), RankInfo.from_env()))
         # Whether each prompt of a pass attends to itself alone; None before a pass has shown that the model hands
         # the spans on.
         self._by_prompt = None if _takes_keywords(module) else False

@@ -25,7 +25,7 @@ class Timeline:
         arrived: its request came to the handler.
         admitted: the step began that read its prompt, or the first part of it.
         first_token: the step ended that read it to the end.
-        last_token: its last token was chosen; what follows is its text.
+        last_token: its last token was chosen, or its text could not be made; what follows is its text.
         ended: its last text was ready, or it was given up.
     """
 
@@ -41,7 +41,7 @@ class Step:
     """One step of the engine; times in seconds of the monotonic clock.
 
     Attributes:
-        started, ended: from the plan to the text of its tokens.
+        started, ended: from the plan to its tokens; the text of those that end nothing is made at the call's end.
         decoded: rows that had a token before and got the next one.
         admitted: the sequences whose prompts were read to their end, which gave their first token.
         read: tokens of prompts that were computed, of whole ones and of parts.

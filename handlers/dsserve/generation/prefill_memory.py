@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 
 from dsserve.distributed import RankInfo, agree_on_least
+from dsserve.generation.packed_prompts import prefill_bucket
 
 
 class PrefillMemory:
@@ -65,7 +66,8 @@ class PrefillMemory:
         return True
 
     def _learn(self, tokens: int) -> None:
-        """Allocations are known on the host as soon as the pass is launched. What stays is no activation."""
+        """Allocations are known on the host as soon as the pass is launched. What stays is no activation. A pass of few
+        tokens is padded, and takes what its padding takes."""
         kept = torch.cuda.memory_allocated(self._device)
         taken = torch.cuda.max_memory_allocated(self._device) - kept
-        self._token_bytes = max(self._token_bytes, taken / tokens)
+        self._token_bytes = max(self._token_bytes, taken / prefill_bucket(tokens))

@@ -117,25 +117,31 @@ class Scheduler:
         return tuple(evict)
 
     def _admit(self, most: int) -> tuple[Admission, ...]:
-        """The prompts, or parts of them, that the next step reads: `most` tokens, if there are several."""
+        """The prompts, or parts of them, that the next step reads: `most` tokens, if there are several.
+
+        A step that reads the cache attends under a mask of its tokens by all that they see, which grows with the
+        square of its prompts: together they stay within the limit of a busy step.
+        """
         live = [(row, sequence.computed) for row, sequence in enumerate(self._running)] if self._waiting else []
         admitted: list[Admission] = []
-        budget = most
+        used, reads_cache = 0, False
         if (part := self._part) is not None:
             admitted.append(self._next_part(part, most, continues=True))
-            budget -= len(admitted[0].tokens)
+            used, reads_cache = len(admitted[0].tokens), True
         while self._waiting and len(self._running) < self._slots and self._part is None:
             sequence = self._waiting[0]
             prompt = sequence.request.prompt_ids
             # The logits of a prompt that is taken over would be missing.
             hit = None if sequence.request.prompt_logprobs else self._prefixes.find(prompt, live)
             shared = 0 if hit is None else hit.length
-            size = len(prompt) - shared
+            reads_cache = reads_cache or shared > 0
+            used += len(prompt) - shared
             if admitted and (
-                size > budget or self._one_by_one or self._is_worth_waiting(sequence, len(admitted), shared)
+                used > (self._prefill_tokens if reads_cache else most)
+                or self._one_by_one
+                or self._is_worth_waiting(sequence, len(admitted), shared)
             ):
                 break
-            budget -= size
             self._waiting.popleft()
             self._running.append(sequence)
             sequence.cached_tokens = sequence.prefilled = shared
@@ -151,9 +157,10 @@ class Scheduler:
         return Admission(tokens, source, start, wants_all, continues, sequence.is_prefilled)
 
     def take_back(self, plan: Plan) -> Sequence | None:
-        """Undoes the admissions of the last plan, which did not fit into memory. Several prompts are tried again one by
-        one, before all others; a single one is given up and returned."""
-        count = len(plan.admit)
+        """Undoes the admissions of the last plan, which did not fit into memory. Several prompts are tried again before
+        all others: fewer at a time, and so from now on, if the step was larger than a busy one, else one by one. A
+        single one is given up and returned."""
+        count, size = len(plan.admit), sum(len(admission.tokens) for admission in plan.admit)
         sequences = self._running[-count:]
         for sequence, admission in zip(sequences, plan.admit, strict=True):
             sequence.prefilled = admission.shared
@@ -165,7 +172,10 @@ class Scheduler:
         for sequence in new:
             sequence.prefilled = 0
         self._waiting.extendleft(reversed(new))
-        self._one_by_one = count
+        if size > self._prefill_tokens:
+            self._idle_tokens = max(self._prefill_tokens, size // 2)
+        else:
+            self._one_by_one = count
         return None
 
     def _is_worth_waiting(self, sequence: Sequence, admitted: int, shared: int) -> bool:

@@ -14,6 +14,9 @@ import torch
 from torch import nn
 from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 
+# Scores that are fp32 at a time: all rows of a decode step, a part of a batch of long prompts.
+_MOST_SCORES = 2**26
+
 
 class AlibiSoftmax(nn.Module):
     """Probabilities of attention with linear biases.
@@ -41,19 +44,21 @@ class AlibiSoftmax(nn.Module):
         later = None
         if triangular:
             later = torch.ones(new, length, dtype=torch.bool, device=attn_scores.device).triu_(length - new + 1)
-        for row in range(rows):  # one at a time: whole batches in fp32 would be gigabytes
-            total = attn_scores[row].float().mul_(layer_scale)
-            total += slopes * _positions(attn_mask, row, length)
+        at_once = max(1, _MOST_SCORES // (heads * new * length))
+        for start in range(0, rows, at_once):
+            part = slice(start, start + at_once)
+            total = attn_scores[part].float().mul_(layer_scale)
             if attn_mask.dim() > 1:
-                total += attn_mask[row].float()
+                total += slopes * _positions(attn_mask[part])
+                total += attn_mask[part].float()
+            else:
+                total += slopes * torch.arange(length, dtype=torch.float32, device=attn_scores.device)
             if later is not None:
                 total.masked_fill_(later, float("-inf"))
-            attn_scores[row] = total.softmax(dim=-1)
+            attn_scores[part] = total.softmax(dim=-1)
         return attn_scores
 
 
-def _positions(mask: torch.Tensor, row: int, length: int) -> torch.Tensor:
-    """`[L]`, fp32: each token's place in its own text. Padding has none, and is hidden."""
-    if mask.dim() == 1:
-        return torch.arange(length, dtype=torch.float32, device=mask.device)
-    return (mask[row, 0, -1] >= 0).cumsum(-1).sub_(1).float()  # the last new token sees all of its text
+def _positions(mask: torch.Tensor) -> torch.Tensor:
+    """`[B, 1, 1, L]`, fp32: each token's place in its own text. Padding has none, and is hidden."""
+    return (mask[:, :, -1:] >= 0).cumsum(-1).sub_(1).float()  # the last new token sees all of its text
