@@ -15,6 +15,7 @@ import torch
 
 logger = logging.getLogger(__name__)
 
+_NAME = "dsserve_cpu_ops"
 _SOURCE = Path(__file__).parent / "csrc" / "cpu_ops.cpp"
 # Without contraction (fused multiply-add) products round as torch's do.
 _FLAGS = ["-O3", "-march=native", "-fopenmp-simd", "-ffp-contract=off"]
@@ -29,12 +30,15 @@ def load_cpu_ops() -> bool:
         return False
     from torch.utils.cpp_extension import load_inline
 
+    from dsserve.compile_lock import compiling
+
     try:
         # The text, not the file: its path differs at every start, and a new path is compiled anew.
-        load_inline(
-            "dsserve_cpu_ops", [_SOURCE.read_text(encoding="utf-8")], extra_cflags=_FLAGS, is_python_module=False,
-            no_implicit_headers=True, with_pytorch_error_handling=False,
-        )  # fmt: skip
+        with compiling(_NAME):
+            load_inline(
+                _NAME, [_SOURCE.read_text(encoding="utf-8")], extra_cflags=_FLAGS, is_python_module=False,
+                no_implicit_headers=True, with_pytorch_error_handling=False,
+            )  # fmt: skip
     except (RuntimeError, OSError, ImportError) as error:
         logger.warning("[dsserve] no compiled CPU operations: %s", str(error).strip().splitlines()[0])
         return False

@@ -147,6 +147,9 @@ def _agree_on_shared_memory(rank: RankInfo) -> None:
     """Switches DeepSpeed's shared-memory all-reduce off on all ranks if one of them cannot have it."""
     import deepspeed
 
+    from dsserve.compile_lock import drop_stale_lock
+
+    drop_stale_lock(_SHM_OP)
     reasons: list[str | None] = [None] * rank.world_size
     torch.distributed.all_gather_object(reasons, _why_no_shared_memory(rank))
     reason = next((text for text in reasons if text), None)

@@ -1,5 +1,4 @@
-"""Several prompts in one flash call, on a GPU: the kernel is there, and long passes in CUDA graphs have each prompt's own
-logits."""
+"""Several prompts in one flash call on a GPU: the kernel is there, and long passes in graphs are exact."""
 
 from __future__ import annotations
 

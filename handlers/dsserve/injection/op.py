@@ -44,6 +44,9 @@ def load_op(say: Callable[[str], None] = logger.info, verbose: bool = False) -> 
             f"replace_with_kernel_inject: {' and '.join(missing)} not found, which DeepSpeed needs for its kernels; "
             "install CUDA's compiler and ninja and run `make ops`, or set replace_with_kernel_inject: false (AutoTP)"
         )
+    from dsserve.compile_lock import drop_stale_lock
+
+    drop_stale_lock(InferenceBuilder.NAME)
     started_s = time.monotonic()
     try:
         with contextlib.nullcontext() if verbose else contextlib.redirect_stdout(io.StringIO()):
