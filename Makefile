@@ -40,7 +40,7 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup cpu-ops ops model download shard mar deploy start run stop health token rollout status logs ask test test-faults check audit bench bench-gpu bench-failover soak clean
+.PHONY: help setup cpu-ops ops model download shard mar deploy start run stop health token rollout status logs ask test test-long test-faults check audit bench bench-gpu bench-failover soak clean
 
 help: ## list the targets and variables
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -116,6 +116,9 @@ ask: ## ask QUESTION
 
 test: setup ## run all tests that need no GPU, faults in a short form
 	@$(PY) -m pytest -m 'not gpu and not long'
+
+test-long: setup ## the tests that `make test` leaves out, those of faults among them (about 40 minutes)
+	@$(PY) -m pytest -m 'long and not gpu' --timeout 900
 
 test-faults: setup ## break everything that can break, one after the other (about 15 minutes)
 	@$(PY) -m pytest -m faults --timeout 600

@@ -50,7 +50,11 @@ KV_HEADS = {
 Outcomes = list[dict[str, dict[str, Any]]]
 
 
-@pytest.fixture(scope="module", params=RANKS, ids=[f"TP={ranks}" for ranks in RANKS])
+# Four and eight ranks on two cores take a minute and more: `make test-long`.
+PARAMS = [pytest.param(ranks, id=f"TP={ranks}", marks=[pytest.mark.long] if ranks > 3 else []) for ranks in RANKS]
+
+
+@pytest.fixture(scope="module", params=PARAMS)
 def ranks(request: pytest.FixtureRequest) -> int:
     return request.param
 

@@ -41,7 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("tp", "runs"),
     [
-        (1, ["engine,generate"]),
+        pytest.param(1, ["engine,generate"], marks=pytest.mark.long),
         pytest.param(1, ["engine,http,batching"], marks=pytest.mark.long),
         pytest.param(2, ["engine", "autotp"], marks=pytest.mark.long),
     ],

@@ -57,6 +57,7 @@ def test_the_probe_of_a_model_that_is_not_there(fp32: Served) -> None:
     assert found.state is health.State.DEAD and "404" in found.detail
 
 
+@pytest.mark.long
 def test_logs_do_not_grow_with_the_tokens(fp32: Served) -> None:
     """A text of 400 tokens writes as many lines as one of 4."""
 
@@ -165,6 +166,7 @@ def versions_in_metrics(served: Served) -> set[str]:
     return {dict(labels)["model_version"] for name, labels in scrape.values if name == "dsserve:kv_slots"}
 
 
+@pytest.mark.long
 def test_a_rolling_restart_fails_no_request(opened: Served, smollm2: Path) -> None:
     """Three clients ask all the time; a long stream that began with the old version ends in full."""
     manager = Manager(opened.run, opened.record.port)
@@ -227,6 +229,7 @@ def stream_in(pool: ThreadPoolExecutor, served: Served, body: dict[str, Any]) ->
     return pool.submit(read), begun
 
 
+@pytest.mark.long
 def test_drain_by_signal_lets_running_requests_end(smollm2: Path, tmp_path: Path) -> None:
     """`scripts.serve run`, as containers run it: after SIGTERM new requests get 503, running ones their whole text."""
     archive = package("drained", str(smollm2), CHOICE, model_store=tmp_path / "store", handler=SMALL)
@@ -260,6 +263,7 @@ def test_drain_by_signal_lets_running_requests_end(smollm2: Path, tmp_path: Path
     assert processes.find_marked(run.path) == [] and not run.drain_file.exists()
 
 
+@pytest.mark.long
 def test_a_second_stop_ends_at_once(smollm2: Path, tmp_path: Path) -> None:
     archive = package("stopped", str(smollm2), CHOICE, model_store=tmp_path / "store", handler=SMALL)
     served = serve(tmp_path / "run", "stopped", archive)

@@ -15,6 +15,7 @@ from scripts.shard_checkpoint import ShardError, shard
 from tests.e2e.conftest import Served, serve
 
 
+@pytest.mark.long
 def test_a_second_server_beside_the_first_meets_nothing_of_it(fp32: Served, smollm2: Path, tmp_path: Path) -> None:
     """It serves from what `make shard` wrote, in a folder without the model's own weights."""
     model, choice = tmp_path / "model", Choice(tp="2", device="cpu", dtype="fp32")

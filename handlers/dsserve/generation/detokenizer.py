@@ -45,25 +45,26 @@ class TextStream:
         pending = len(self._window) - self._read
         if whole.endswith(_REPLACEMENT) and pending < _MAX_PENDING:
             return ""
-        return self._release(self._read_on(whole[len(before) :]), may_stop)
-
-    def extend(self, tokens: list[int]) -> str:
-        """What `push` gives for each of these tokens, together, at the price of one where that is possible. For texts
-        without stop strings."""
-        before, whole = self._decode(self._window[: self._read]), self._decode(self._window + tokens)
-        if _REPLACEMENT in whole or not whole.startswith(before):  # a character may not be complete
-            return "".join(self.push(token) for token in tokens)
-        self._window += tokens
-        return self._read_on(whole[len(before) :])
-
-    def _read_on(self, text: str) -> str:
-        """The whole window has given its text, of which this is new."""
+        text = whole[len(before) :]
         if text:  # tokens without text (special ones) stay in the window: nothing may follow them as a first word
             self._window = self._window[self._read :]
         elif len(self._window) > _MAX_SILENT:
             self._window = self._window[:_MAX_PENDING] + self._window[-_MAX_PENDING:]
         self._read = len(self._window)
-        return text
+        return self._release(text, may_stop)
+
+    def extend(self, tokens: list[int]) -> str:
+        """What `push` gives for each of these tokens, together, at the price of two where that is possible. For texts
+        without stop strings."""
+        if len(tokens) > 2:
+            ends = [self._read, *(len(self._window) + len(tokens) - left for left in (2, 1, 0))]
+            before, early, late, whole = (self._decode([*self._window, *tokens][:end]) for end in ends)
+            grows = whole.startswith(late) and late.startswith(early) and early.startswith(before)
+            # Each of the last two tokens gives text, and no character is broken: `push` would hold the last one alone.
+            if grows and len(whole) > len(late) > len(early) and _REPLACEMENT not in whole:
+                self._window, self._read = tokens[-1:], 1
+                return whole[len(before) :]
+        return "".join(map(self.push, tokens))
 
     def flush(self) -> str:
         """The rest at the end of the text, incomplete characters as U+FFFD."""
