@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from dsserve.sharding.heads import head_size
+
 READ_BYTES = {"cuda": 2**32, "cpu": 2**28}
 REPEATS = 10
 
@@ -36,12 +38,11 @@ class StepBytes:
         """Of a sharded module whose weights are not packed yet."""
         config = module.config.get_text_config()
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         dtype = next(module.parameters()).dtype
         table = module.get_input_embeddings().weight
         tied = table is module.get_output_embeddings().weight
         weights = sum(weight.nbytes for weight in module.parameters()) - (0 if tied else table.nbytes)
-        return cls(weights, 2 * config.num_hidden_layers * -(-heads // ranks) * head_dim * dtype.itemsize)
+        return cls(weights, 2 * config.num_hidden_layers * -(-heads // ranks) * head_size(config) * dtype.itemsize)
 
     def total(self, rows: int, context: float) -> float:
         """Of a step of so many rows, each so long on average."""

@@ -6,7 +6,7 @@ import torch
 from hypothesis import strategies as st
 
 from dsserve.generation.request import GenerationRequest, SamplingParams
-from dsserve.generation.sampler import SamplingState
+from dsserve.generation.sampler import Choose, SamplingState
 
 KINDS = ["plain", "plain", "ties", "equal", "few", "holes", "broken"]
 
@@ -44,3 +44,16 @@ def make_logits(seed: int, rows: int, width: int, spread: float, dtype: torch.dt
         logits[0, seed % width] = [float("nan"), float("inf")][seed % 2]
         logits[-1] = float("-inf") if seed % 3 == 0 else logits[-1]
     return logits.to(dtype)
+
+
+def assert_same(ways: list[Choose], logits: torch.Tensor, rows: list[SamplingParams], steps: int) -> None:
+    """All ways choose the same tokens over some steps, each with streams and histories of its own."""
+    states = [states_of(rows) for _ in ways]
+    for _ in range(steps):
+        tokens, *others = (way(logits, own) for way, own in zip(ways, states, strict=True))
+        assert all(other == tokens for other in others)
+        failed, *also_failed = ([state.failed for state in own] for own in states)
+        assert all(other == failed for other in also_failed)
+        for own in states:
+            for state, token in zip(own, tokens, strict=True):
+                state.accept(token)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from dsserve.generation.device_sampler import DeviceSampler
 from dsserve.generation.request import SamplingParams
 from dsserve.generation.sampler import choose
-from tests.sampling import KINDS, make_logits, params, states_of
+from tests.sampling import KINDS, assert_same, make_logits, params, states_of
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is visible")
 SLOTS, WIDTHS = 12, (2000, 33_001, 128_256)
@@ -30,17 +30,10 @@ def samplers() -> dict[int, tuple[DeviceSampler, DeviceSampler]]:
     return made
 
 
-def assert_same(pair: tuple[DeviceSampler, DeviceSampler], logits: torch.Tensor, rows: list[SamplingParams]) -> None:
-    logits = logits.to("cuda")
-    ways = [(choose, states_of(rows)), *((sampler.choose, states_of(rows)) for sampler in pair)]
-    for _ in range(3):
-        tokens = [way(logits, states) for way, states in ways]
-        assert tokens[1] == tokens[0] and tokens[2] == tokens[0]
-        failed = [[state.failed for state in states] for _, states in ways]
-        assert failed[1] == failed[0] and failed[2] == failed[0]
-        for _, states in ways:
-            for state, token in zip(states, tokens[0], strict=True):
-                state.accept(token)
+def assert_all_same(
+    pair: tuple[DeviceSampler, DeviceSampler], logits: torch.Tensor, rows: list[SamplingParams]
+) -> None:
+    assert_same([choose, *(sampler.choose for sampler in pair)], logits.to("cuda"), rows, steps=3)
 
 
 @settings(max_examples=200, deadline=None)
@@ -55,7 +48,7 @@ def assert_same(pair: tuple[DeviceSampler, DeviceSampler], logits: torch.Tensor,
 def test_random_requests(
     samplers: dict, rows: list[SamplingParams], seed: int, width: int, spread: float, dtype: torch.dtype, kind: str
 ) -> None:
-    assert_same(samplers[width], make_logits(seed, len(rows), width, spread, dtype, kind), rows)
+    assert_all_same(samplers[width], make_logits(seed, len(rows), width, spread, dtype, kind), rows)
 
 
 @pytest.mark.parametrize("count", range(1, SLOTS + 1))
@@ -63,7 +56,7 @@ def test_random_requests(
 def test_every_number_of_rows(samplers: dict, row: SamplingParams, count: int) -> None:
     """Rows beyond them hold what the step before left."""
     logits = make_logits(count, count, 128_256, 4.0, torch.bfloat16, "plain")
-    assert_same(samplers[128_256], logits, [replace(row, seed=index) for index in range(count)])
+    assert_all_same(samplers[128_256], logits, [replace(row, seed=index) for index in range(count)])
 
 
 @pytest.mark.parametrize("row", [SamplingParams(0.9), RULES], ids=["free", "all"])

@@ -15,25 +15,17 @@ from dsserve.generation.device_draw import ROW_NUMBERS, draw, row_numbers
 from dsserve.generation.device_sampler import DeviceSampler
 from dsserve.generation.request import SamplingParams
 from dsserve.generation.sampler import choose
-from tests.sampling import KINDS, make_logits, params, states_of
+from tests.sampling import KINDS, assert_same, make_logits, params, states_of
 
 CPU = torch.device("cpu")
 # Fewer than the candidates; fewer than are searched by blocks; more; and more, not in whole blocks.
 WIDTHS = [3, 100, 128, 200, 20_000, 4 * 128 * 64, 33_001, 49_152]
 
 
-def assert_same(logits: torch.Tensor, rows: list[SamplingParams], steps: int = 2) -> None:
-    """Both samplers over some steps, each with streams and histories of its own; the logits stay as they are."""
+def assert_device_samples_the_same(logits: torch.Tensor, rows: list[SamplingParams], steps: int = 2) -> None:
+    """Both samplers; the logits stay as they are."""
     before = logits.clone()
-    sampler = DeviceSampler(len(rows), logits.shape[1], CPU)
-    ours, theirs = states_of(rows), states_of(rows)
-    for _ in range(steps):
-        expected = choose(logits, theirs)
-        assert sampler.choose(logits, ours) == expected
-        assert [state.failed for state in ours] == [state.failed for state in theirs]
-        for mine, other, token in zip(ours, theirs, expected, strict=True):
-            mine.accept(token)
-            other.accept(token)
+    assert_same([choose, DeviceSampler(len(rows), logits.shape[1], CPU).choose], logits, rows, steps)
     assert torch.equal(logits.nan_to_num(), before.nan_to_num())
 
 
@@ -49,7 +41,7 @@ def assert_same(logits: torch.Tensor, rows: list[SamplingParams], steps: int = 2
 def test_the_tokens_are_the_samplers(
     rows: list[SamplingParams], seed: int, width: int, spread: float, dtype: torch.dtype, kind: str
 ) -> None:
-    assert_same(make_logits(seed, len(rows), width, spread, dtype, kind), rows)
+    assert_device_samples_the_same(make_logits(seed, len(rows), width, spread, dtype, kind), rows)
 
 
 @pytest.mark.parametrize("kind", ["plain", "ties"])
@@ -64,7 +56,7 @@ def test_many_draws_of_one_kind(rules: dict[str, float], kind: str) -> None:
     """2,000 draws, of which hardly any is left to the host."""
     rows = [SamplingParams(0.5 + index / 100, seed=index, **rules) for index in range(100)]  # type: ignore[arg-type]
     logits = make_logits(3, 100, 5000, 8.0, torch.bfloat16, kind)
-    assert_same(logits, rows, steps=20)
+    assert_device_samples_the_same(logits, rows, steps=20)
     numbers = [[0.37, *row_numbers(row)] for row in rows]
     left = draw(logits.float(), torch.tensor(numbers, dtype=torch.float64)) < 0
     assert left.float().mean() <= (0.05 if kind == "plain" else 0.3)

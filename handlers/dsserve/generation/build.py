@@ -36,6 +36,7 @@ from dsserve.generation.warmup import verify_runner, warm_up, warm_up_batches
 from dsserve.hf_model import LoadedModel
 from dsserve.load_clock import LoadClock
 from dsserve.packing import can_pack, pack_weights
+from dsserve.sharding.heads import head_size
 
 logger = logging.getLogger(__name__)
 
@@ -55,9 +56,10 @@ def plan_kv_rows(
     """
     text_config = model_config.get_text_config()
     heads = getattr(text_config, "num_key_value_heads", None) or text_config.num_attention_heads
-    head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
     local_heads = -(-heads // rank.world_size)
-    a_row = 2 * text_config.num_hidden_layers * local_heads * limits.max_model_len * head_dim * dtype.itemsize
+    a_row = (
+        2 * text_config.num_hidden_layers * local_heads * limits.max_model_len * head_size(text_config) * dtype.itemsize
+    )
     if device.type == "cuda":
         free, sharers = torch.cuda.mem_get_info(device)[0], 1
     else:

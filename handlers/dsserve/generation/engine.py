@@ -12,7 +12,6 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TypeVar
 
 import torch
 
@@ -32,8 +31,6 @@ from dsserve.generation.sequence import Sequence, ending_ids
 
 logger = logging.getLogger(__name__)
 
-Entered = TypeVar("Entered")
-Told = TypeVar("Told", TokenEvent, TokenEvent | None)
 
 # Prefills that a warm engine has the memory for, failing one after the other: something holds memory that should be
 # free, and a new worker helps. A prompt that is simply too long, or wants all its logits, does not count, or one client
@@ -178,12 +175,13 @@ class Engine:
         given = zip(sequences, tokens, logprobs, strict=True)
         events: list[TokenEvent] = []
         for sequence, token, logprob in given:
-            if sequence.state.failed:
-                events += self._say(sequence)
-            event = self._accept(sequence, token, logprob, prompts.get(sequence))
-            events += [] if event is None else [event]
+            told = self._enter(sequence, sequence.speak) if sequence.state.failed else []
+            if not any(event.is_last for event in told):
+                told += self._accept(sequence, token, logprob, prompts.get(sequence))
+            events += told
         if len(rows) > len(sequences) and rows[-1] in prompts:
-            events += self._read_on(rows[-1], prompts[rows[-1]])
+            part, logits_of_part = rows[-1], prompts[rows[-1]]  # there is an event only if that fails
+            events += self._enter(part, lambda: part.report_prompt(logits_of_part))
         self._tell(plan, sequences, started, chosen)
         return events
 
@@ -212,9 +210,9 @@ class Engine:
 
     def _accept(
         self, sequence: Sequence, token: int, logprob: TokenLogprob | None, prompt: torch.Tensor | None
-    ) -> TokenEvent | None:
-        """Enters a sequence's next token, and its prompt's logits where they were wanted; at its end the row is freed
-        in the next step. None where the text is told at the end of the call."""
+    ) -> list[TokenEvent]:
+        """Enters a sequence's next token, and its prompt's logits where they were wanted. Nothing where the text is
+        told at the end of the call."""
 
         def enter() -> TokenEvent | None:
             if prompt is not None:
@@ -223,41 +221,33 @@ class Engine:
                 return sequence.finish_empty()
             return sequence.accept(token, logprob, may_wait=prompt is None)
 
-        return self._end_if_last(sequence, _or_failure(sequence, enter))
+        return self._enter(sequence, enter)
 
     def _speak(self) -> list[TokenEvent]:
         """The texts that waited for the end of the call: made once for all its tokens, while no row waits for them."""
-        events = [event for sequence in self._scheduler.live for event in self._say(sequence)]
+        events = [event for sequence in self._scheduler.live for event in self._enter(sequence, sequence.speak)]
         now = time.monotonic()
         self._tell_ended(now, now)  # those whose text could not be made
         return events
 
-    def _say(self, sequence: Sequence) -> list[TokenEvent]:
-        event = _or_failure(sequence, sequence.speak)
-        return [] if event is None else [self._end_if_last(sequence, event)]
+    def _enter(self, sequence: Sequence, enter: Callable[[], TokenEvent | None]) -> list[TokenEvent]:
+        """The event that `enter` gives, if any; after a last one the row is freed in the next step.
 
-    def _read_on(self, sequence: Sequence, prompt: torch.Tensor) -> list[TokenEvent]:
-        """Enters the logits of a part of a prompt that goes on; there is an event only if that failed."""
-        event = _or_failure(sequence, lambda: sequence.report_prompt(prompt))
-        return [] if event is None else [self._end_if_last(sequence, event)]
-
-    def _end_if_last(self, sequence: Sequence, event: Told) -> Told:
-        if event is not None and event.is_last:
+        An exception is the sequence's failure: it must not keep rank 0 from sending the plan that the others wait for.
+        """
+        try:
+            event = enter()
+        except torch.OutOfMemoryError:
+            event = sequence.out_of_memory()
+        except Exception as error:
+            logger.error("[dsserve] %s: %s while decoding text", sequence.name, type(error).__name__)
+            event = sequence.failure()
+        if event is None:
+            return []
+        if event.is_last:
             self._scheduler.end(sequence)
             self._ended.append((sequence, event))
-        return event
-
-
-def _or_failure(sequence: Sequence, enter: Callable[[], Entered]) -> Entered | TokenEvent:
-    """What `enter` gives, or the event of a sequence that cannot go on: an exception must not keep rank 0 from sending
-    the plan that the others wait for."""
-    try:
-        return enter()
-    except torch.OutOfMemoryError:
-        return sequence.out_of_memory()
-    except Exception as error:
-        logger.error("[dsserve] %s: %s while decoding text", sequence.name, type(error).__name__)
-        return sequence.failure()
+        return [event]
 
 
 def _logprobs(logits: StepLogits, sequences: list[Sequence], tokens: list[int]) -> list[TokenLogprob | None]:

@@ -20,6 +20,7 @@ from dsserve.generation.plan import Admission, Plan, moves
 from dsserve.generation.prefill_graphs import PrefillGraphs
 from dsserve.generation.prefill_memory import PrefillMemory
 from dsserve.generation.prompt_attention import PROMPT_SPANS, PromptSpans, has_flash
+from dsserve.sharding.heads import head_size
 
 # Attention reads up to the longest live row, rounded up to this.
 KV_STEP = 16
@@ -75,8 +76,7 @@ class ModelRunner:
         self._memory = memory or PrefillMemory(device, RankInfo.from_env(), self.vocabulary)
         text_config = module.config.get_text_config()
         self._num_layers = text_config.num_hidden_layers
-        head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
-        self._has_flash = has_flash(self._dtype, head_dim, device)
+        self._has_flash = has_flash(self._dtype, head_size(text_config), device)
         if device.type == "cuda":  # ranks of one step must pad alike
             self._has_flash = bool(agree_on_least(int(self._has_flash), RankInfo.from_env()))
         # Whether each prompt of a pass attends to itself alone; None before a pass has shown that the model hands
@@ -173,8 +173,7 @@ class ModelRunner:
             return None
         if not self._has_flash:
             return PromptSpans(packed.lengths)
-        ends = torch.cat([packed.ends.new_zeros(1), packed.ends]).to(self._device)
-        return PromptSpans(packed.lengths, ends, max(packed.lengths))
+        return PromptSpans(packed.lengths, packed.ends.to(self._device), max(packed.lengths))
 
     def _forward_prefill(
         self, inputs: torch.Tensor, wanted: torch.Tensor, read: torch.Tensor | None, ends: torch.Tensor | None

@@ -25,7 +25,7 @@ class PackedPrompts:
         positions: `[T]`, of each token in its own prompt.
         cells: `[n]` where the n real tokens' keys and values go.
         lengths: of the prompts, and of the padding; where nothing is read of the cache, each sees itself alone.
-        ends: `[n + 1]`, int32, where each of n prompts ends, then T.
+        ends: `[n + 2]`, int32: 0, where each of n prompts ends, then T.
         prompts: `[T]`, the number of each token's prompt, -1 for padding.
         wanted: the tokens whose logits are computed.
         wants_all: some prompt wants the logits of all its tokens.
@@ -45,7 +45,8 @@ class PackedPrompts:
         self.cells = rows.repeat_interleave(lengths) + positions
         self.wanted = _wanted(prompts)
         self.lengths = [*lengths.tolist(), *([padding] if padding else [])]
-        self.ends = _pad(lengths.cumsum(0), 1, len(self.tokens)).to(torch.int32)
+        ends = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+        self.ends = _pad(ends, 1, len(self.tokens)).to(torch.int32)
         self.wants_all = any(prompt.all_logits for prompt in prompts)
         self.prompts = _pad(torch.arange(len(prompts)).repeat_interleave(lengths), padding, PADDING)
         self.read: torch.Tensor | None = None

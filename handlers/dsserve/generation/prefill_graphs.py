@@ -106,8 +106,8 @@ class PrefillGraphs:
             rows = [(packed.read, 0), (packed.read_positions, 0), (packed.read_prompts, PADDING)]
             captured.read.copy_(_stack(rows, captured.read.shape[1]))
         if captured.ends is not None:
-            ends = packed.ends[:-1]  # those of the prompts; the rest ends where the graph does
-            captured.ends[1:].copy_(_filled(ends, len(captured.ends) - 1, captured.inputs.shape[1]))
+            # Those of the prompts; the rest ends where the graph does.
+            captured.ends.copy_(_filled(packed.ends[:-1], len(captured.ends), captured.inputs.shape[1]))
         captured.graph.replay()
         return captured.logits[:count].clone()  # the next replay overwrites what the graph wrote
 

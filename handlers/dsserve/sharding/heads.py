@@ -18,6 +18,11 @@ from dsserve.errors import LoadError
 _KV_PROJECTIONS = ("k_proj", "v_proj")
 
 
+def head_size(text_config: Any) -> int:
+    """Values of one attention head, of a transformers config."""
+    return getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
+
+
 def plan_kv_copies(model: Any, num_ranks: int) -> int:
     """How often each KV head must be repeated so that every rank holds one; 1 where there are enough.
 
