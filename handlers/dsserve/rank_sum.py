@@ -71,7 +71,7 @@ class RankSum:
     def is_exact(self) -> bool:
         """Whether the peers' memory gives NCCL's sum of random parts, within the dtype's rounding; True without peers.
 
-        All ranks must call it. Waits a second for the others at most.
+        All ranks must call it. Waits a second for the others at most, once all have compiled the kernel.
         """
         from dsserve.rank_sum_kernel import add_norm
 
@@ -82,6 +82,10 @@ class RankSum:
         part = torch.randn(peers.own.shape, generator=generator).to(peers.own)
         residual, weight = torch.zeros_like(part), torch.ones_like(part[0])
         peers.own.copy_(part)
+        add_norm(peers.own, residual, weight, 1e-6, peers, spins=0)
+        torch.cuda.synchronize()
+        torch.distributed.barrier()
+        peers.late.zero_()
         found, _ = add_norm(peers.own, residual, weight, 1e-6, peers, spins=_TRIED_SPINS)
         all_reduce(part)
         close = torch.allclose(found, part, rtol=4 * torch.finfo(part.dtype).eps, atol=4 * torch.finfo(part.dtype).eps)
