@@ -53,12 +53,15 @@ class KernelRunner:
         return len(self._rows)
 
     @torch.inference_mode()
-    def execute(self, plan: Plan) -> StepLogits | None:
+    def execute(self, plan: Plan, chosen: torch.Tensor | None = None) -> StepLogits | None:
         """Evict, then decode or prefill. None where the plan computes nothing.
 
         Raises:
-            RuntimeError: a plan that the kernels cannot follow: prompts beside live rows, or rows to keep.
+            RuntimeError: a plan that the kernels cannot follow: prompts beside live rows, rows to keep, or tokens that
+                the host does not know.
         """
+        if plan.ahead or plan.rewind:
+            raise RuntimeError("the kernels take their tokens from the host, and no step of theirs is taken back")
         for row in plan.evict:
             final = self._rows.pop()
             if row < self.live:

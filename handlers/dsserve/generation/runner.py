@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import torch
+
 from dsserve.generation.model_runner import StepLogits
 from dsserve.generation.plan import Plan
 
@@ -29,5 +31,9 @@ class Runner(Protocol):
     def live(self) -> int:
         """Number of live rows."""
 
-    def execute(self, plan: Plan) -> StepLogits | None:
-        """Keep, evict, decode, prefill, in this order. None where the plan computes nothing."""
+    def execute(self, plan: Plan, chosen: torch.Tensor | None = None) -> StepLogits | None:
+        """Rewind, keep, evict, decode, prefill, in this order. None where the plan computes nothing.
+
+        Args:
+            chosen: rank 0's, where the plan is `ahead`: its input tokens `[n]`, int64, on the device.
+        """

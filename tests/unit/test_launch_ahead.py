@@ -1,0 +1,236 @@
+"""Steps that are launched before the last one's tokens are read: the same texts as without, on a real small model.
+
+On a CPU nothing runs at the same time, but the order of all that is done is a GPU's, and each step's input tokens are
+those that the device chose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from dsserve.distributed import RankInfo
+from dsserve.generation import device_sampler
+from dsserve.generation.device_draw import draw
+from dsserve.generation.device_sampler import DeviceSampler
+from dsserve.generation.engine import Engine
+from dsserve.generation.model_runner import ModelRunner, StepLogits
+from dsserve.generation.observer import Observer, Step
+from dsserve.generation.plan import Plan, PlanChannel
+from dsserve.generation.prefix_cache import PrefixCache
+from dsserve.generation.request import GenerationRequest, SamplingParams, StopConditions
+from dsserve.generation.scheduler import Scheduler
+from tests.schedules import CONTEXT, EOS, SLOTS, Schedule, differences, make_text, play
+
+CPU, ALONE = torch.device("cpu"), RankInfo(0, 0, 1, 1)
+VOCABULARY, KEPT, PART = 40, 2, 20
+
+
+class Channel(PlanChannel):
+    """Keeps what the other ranks would be told in each call."""
+
+    def __init__(self) -> None:
+        super().__init__(0, 1)
+        self.calls: list[list[Plan]] = [[]]
+
+    def send(self, plan: Plan) -> None:
+        super().send(plan)
+        self.calls[-1].append(plan)
+
+    def end_call(self) -> None:
+        super().end_call()
+        self.calls.append([])
+
+
+class Runner(ModelRunner):
+    """Checks that no cell is written outside of a row."""
+
+    def execute(self, plan: Plan, chosen: torch.Tensor | None = None) -> StepLogits | None:
+        assert plan.ahead == (chosen is not None)
+        found = super().execute(plan, chosen)
+        assert all(length <= self.max_model_len for length in self._lengths)
+        return found
+
+
+class Counter(Observer):
+    def __init__(self) -> None:
+        self.steps: list[Step] = []
+        self.outcomes: list[str] = []
+
+    def stepped(self, step: Step) -> None:
+        self.steps.append(step)
+
+    def ended(self, sequence: Any, outcome: Any) -> None:
+        self.outcomes.append(outcome)
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    """Weights large enough for texts to vary."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=VOCABULARY, max_position_embeddings=64, initializer_range=0.6,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+Make = Callable[..., Engine]
+
+
+@pytest.fixture
+def make(model: LlamaForCausalLM) -> Make:
+    def make_one(ahead: bool, observer: Observer | None = None) -> Engine:
+        runner = Runner(model, SLOTS, CONTEXT, CPU, KEPT)
+        scheduler = Scheduler(SLOTS, PrefixCache(SLOTS, KEPT), PART)
+        more: dict[str, Any] = {"launch": DeviceSampler(SLOTS, VOCABULARY, CPU).launch} if ahead else {}
+        eos = frozenset({EOS})
+        engine = Engine(runner, ALONE, make_text, eos, None, observer, scheduler, launch_ahead=ahead, **more)
+        engine._channel = Channel()
+        return engine
+
+    return make_one
+
+
+def calls_of(engine: Engine) -> list[list[Plan]]:
+    """The plans of each call so far. The others leave a call with the last one of its plans."""
+    *calls, rest = engine._channel.calls  # type: ignore[attr-defined]
+    assert not rest
+    assert all([plan.last for plan in call] == [False] * (len(call) - 1) + [True] for call in calls)
+    return calls
+
+
+def plans_of(engine: Engine) -> list[Plan]:
+    return [plan for call in calls_of(engine) for plan in call]
+
+
+def leave_to_the_host(monkeypatch: pytest.MonkeyPatch, share: float) -> list[int]:
+    """Makes so many of the draws -1, of sampled rows; returns the number of those that were."""
+    dice, count = torch.Generator().manual_seed(1), [0]
+
+    def draw_less(logits: torch.Tensor, numbers: torch.Tensor, with_rules: bool) -> torch.Tensor:
+        left = (torch.rand(len(logits), generator=dice) < share) & (numbers[:, 1] > 0)
+        count[0] += int(left.sum())
+        return draw(logits, numbers, with_rules).masked_fill(left, -1)
+
+    monkeypatch.setattr(device_sampler, "draw", draw_less)
+    return count
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_the_texts_are_those_without(make: Make, seed: int) -> None:
+    schedule, counter = Schedule.draw(seed, VOCABULARY), Counter()
+    engine = make(True, counter)
+    expected, found = play(make(False), ALONE, schedule, cancel=False), play(engine, ALONE, schedule)
+    assert differences(schedule, expected, found) == []
+    ends = [end for name in schedule.requests if (end := found.end(name)) is not None]
+    assert len(counter.outcomes) == len(schedule.requests)
+    assert sum(step.generated for step in counter.steps) >= sum(tokens for _, tokens, _ in ends)
+    calls_of(engine)
+
+
+@pytest.mark.parametrize("share", [0.03, 0.3, 1.0])
+@pytest.mark.parametrize("seed", range(100, 105))
+def test_rows_that_are_left_to_the_host_change_no_text(
+    make: Make, monkeypatch: pytest.MonkeyPatch, seed: int, share: float
+) -> None:
+    monkeypatch.setattr("dsserve.generation.engine.STEPS_AFTER_VOID", 2)
+    schedule = Schedule.draw(seed, VOCABULARY)
+    expected = play(make(False), ALONE, schedule, cancel=False)
+    left, engine = leave_to_the_host(monkeypatch, share), make(True)
+    assert differences(schedule, expected, play(engine, ALONE, schedule)) == []
+    assert left[0] > 0
+
+
+def test_most_steps_are_launched_ahead_and_tokens_are_counted_once(make: Make) -> None:
+    counter = Counter()
+    engine = make(True, counter)
+    for name in "abc":
+        engine.admit(
+            GenerationRequest(name, (7, 8, 9), 20, SamplingParams(1.0, seed=3), StopConditions(ignore_eos=True))
+        )
+    events = [event for _ in range(30) for event in engine.run(2)]
+    assert [event.completion_tokens for event in events if event.is_last] == [20, 20, 20]
+    plans = [plan for plan in plans_of(engine) if plan.tokens or plan.admit]
+    assert [plan.ahead for plan in plans] == [False] + [True] * 19
+    assert sum(step.generated for step in counter.steps) == 60 and len(counter.steps) == 20
+    assert [step.decoded for step in counter.steps] == [0] + [3] * 19
+    assert all(one.ended <= other.started for one, other in zip(counter.steps, counter.steps[1:], strict=False))
+
+
+def test_the_device_works_between_calls(make: Make) -> None:
+    """Every call but the last leaves a step in flight, and the tokens read in a call leave in it."""
+    engine = make(True)
+    engine.admit(GenerationRequest("a", (7, 8, 9), 6, stop=StopConditions(ignore_eos=True)))
+    for call in range(1, 7):
+        (event,) = engine.run(1)
+        assert event.completion_tokens == call
+        assert len(engine._flights) == (call < 6)
+    assert [len(call) for call in calls_of(engine)] == [2, 1, 1, 1, 1, 1]
+
+
+def test_one_that_comes_while_a_step_is_in_flight_joins_in_the_next_call(make: Make) -> None:
+    engine = make(True)
+    engine.admit(GenerationRequest("a", (7, 8, 9), 20, stop=StopConditions(ignore_eos=True)))
+    engine.run(1)
+    engine.admit(GenerationRequest("b", (9, 8), 20, stop=StopConditions(ignore_eos=True)))
+    assert {(event.request_id, event.completion_tokens) for event in engine.run(1)} == {("a", 3), ("b", 1)}
+
+
+def test_a_call_that_finds_nothing_but_a_step_of_rows_that_left(make: Make) -> None:
+    engine = make(True)
+    engine.admit(GenerationRequest("a", (7, 8, 9), 20, stop=StopConditions(ignore_eos=True)))
+    engine.run(1)
+    engine.evict("a")
+    assert engine.running == 0 and engine._flights
+    assert engine.run(4) == [] and not engine._flights
+    assert engine._runner.live == 0
+    assert calls_of(engine)[-1] == [Plan(evict=(0,), last=True)]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"sampling": SamplingParams(logprobs=0)},
+        {"sampling": SamplingParams(repetition_penalty=1.1)},
+        {"sampling": SamplingParams(logit_bias={3: 1.0})},
+        {"sampling": SamplingParams(min_tokens=30)},
+        {"sampling": SamplingParams(1.0, top_k=128)},
+        {"sampling": SamplingParams(logprobs=0), "prompt_logprobs": True},
+    ],
+)
+def test_no_step_meets_rows_that_need_the_host(make: Make, more: dict[str, Any]) -> None:
+    engine = make(True)
+    engine.admit(GenerationRequest("plain", (7, 8, 9), 8, stop=StopConditions(ignore_eos=True)))
+    engine.admit(GenerationRequest("other", (7, 8), 6, stop=StopConditions(ignore_eos=True), **more))
+    while engine.running or engine.waiting:
+        engine.run(1)
+    plans = [plan for plan in plans_of(engine) if plan.tokens or plan.admit]
+    assert [plan.ahead for plan in plans] == [False] * 7 + [True]
+
+
+def test_a_void_step_is_taken_back_on_all_ranks(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And none is launched ahead for a while."""
+    leave_to_the_host(monkeypatch, 1.0)
+    engine = make(True)
+    sampling = SamplingParams(1.0, seed=3)
+    engine.admit(GenerationRequest("a", (7, 8, 9), 40, sampling, StopConditions(ignore_eos=True)))
+    while engine.running or engine.waiting:
+        engine.run(1)
+    plans = [plan for plan in plans_of(engine) if plan.tokens or plan.admit]
+    void = [at for at, plan in enumerate(plans) if plan.ahead]
+    assert [at for at, plan in enumerate(plans) if plan.rewind] == [at + 1 for at in void]
+    assert void[:2] == [1, 18] and len(plans) == 40 + len(void)
+
+
+def test_without_the_setting_every_step_waits(make: Make) -> None:
+    engine = make(True)
+    engine._may_launch_ahead = False
+    engine.admit(GenerationRequest("a", (7, 8, 9), 8))
+    while engine.running or engine.waiting:
+        engine.run(1)
+    assert not any(plan.ahead for plan in plans_of(engine))
