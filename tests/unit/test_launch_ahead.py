@@ -11,11 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from dsserve.distributed import RankInfo
 from dsserve.generation import device_sampler
-from dsserve.generation.device_draw import draw
 from dsserve.generation.device_sampler import DeviceSampler
 from dsserve.generation.engine import Engine
 from dsserve.generation.model_runner import ModelRunner, StepLogits
@@ -24,10 +23,22 @@ from dsserve.generation.plan import Plan, PlanChannel
 from dsserve.generation.prefix_cache import PrefixCache
 from dsserve.generation.request import GenerationRequest, SamplingParams, StopConditions
 from dsserve.generation.scheduler import Scheduler
-from tests.schedules import CONTEXT, EOS, SLOTS, Schedule, differences, make_text, play
+from tests.schedules import (
+    CONTEXT,
+    EOS,
+    KEPT,
+    PART,
+    SLOTS,
+    VOCABULARY,
+    Schedule,
+    differences,
+    draw_less,
+    make_llama,
+    make_text,
+    play,
+)
 
 CPU, ALONE = torch.device("cpu"), RankInfo(0, 0, 1, 1)
-VOCABULARY, KEPT, PART = 40, 2, 20
 
 
 class Channel(PlanChannel):
@@ -70,13 +81,7 @@ class Counter(Observer):
 
 @pytest.fixture(scope="module")
 def model() -> LlamaForCausalLM:
-    """Weights large enough for texts to vary."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=VOCABULARY, max_position_embeddings=64, initializer_range=0.6,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).eval()
+    return make_llama()
 
 
 Make = Callable[..., Engine]
@@ -108,22 +113,9 @@ def plans_of(engine: Engine) -> list[Plan]:
     return [plan for call in calls_of(engine) for plan in call]
 
 
-def leave_to_the_host(monkeypatch: pytest.MonkeyPatch, share: float) -> list[int]:
-    """Makes so many of the draws -1, of sampled rows; returns the number of those that were."""
-    dice, count = torch.Generator().manual_seed(1), [0]
-
-    def draw_less(logits: torch.Tensor, numbers: torch.Tensor, with_rules: bool) -> torch.Tensor:
-        left = (torch.rand(len(logits), generator=dice) < share) & (numbers[:, 1] > 0)
-        count[0] += int(left.sum())
-        return draw(logits, numbers, with_rules).masked_fill(left, -1)
-
-    monkeypatch.setattr(device_sampler, "draw", draw_less)
-    return count
-
-
 @pytest.mark.parametrize("seed", range(40))
 def test_the_texts_are_those_without(make: Make, seed: int) -> None:
-    schedule, counter = Schedule.draw(seed, VOCABULARY), Counter()
+    schedule, counter = Schedule.draw(seed), Counter()
     engine = make(True, counter)
     expected, found = play(make(False), ALONE, schedule, cancel=False), play(engine, ALONE, schedule)
     assert differences(schedule, expected, found) == []
@@ -133,17 +125,18 @@ def test_the_texts_are_those_without(make: Make, seed: int) -> None:
     calls_of(engine)
 
 
-@pytest.mark.parametrize("share", [0.03, 0.3, 1.0])
+@pytest.mark.parametrize("share", [0.1, 0.4, 1.0])
 @pytest.mark.parametrize("seed", range(100, 105))
 def test_rows_that_are_left_to_the_host_change_no_text(
     make: Make, monkeypatch: pytest.MonkeyPatch, seed: int, share: float
 ) -> None:
     monkeypatch.setattr("dsserve.generation.engine.STEPS_AFTER_VOID", 2)
-    schedule = Schedule.draw(seed, VOCABULARY)
+    schedule = Schedule.draw(seed)
     expected = play(make(False), ALONE, schedule, cancel=False)
-    left, engine = leave_to_the_host(monkeypatch, share), make(True)
+    monkeypatch.setattr(device_sampler, "draw", draw_less(share))
+    engine = make(True)
     assert differences(schedule, expected, play(engine, ALONE, schedule)) == []
-    assert left[0] > 0
+    assert any(plan.rewind for plan in plans_of(engine))
 
 
 def test_most_steps_are_launched_ahead_and_tokens_are_counted_once(make: Make) -> None:
@@ -215,7 +208,7 @@ def test_no_step_meets_rows_that_need_the_host(make: Make, more: dict[str, Any])
 
 def test_a_void_step_is_taken_back_on_all_ranks(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """And none is launched ahead for a while."""
-    leave_to_the_host(monkeypatch, 1.0)
+    monkeypatch.setattr(device_sampler, "draw", draw_less(1.0))
     engine = make(True)
     sampling = SamplingParams(1.0, seed=3)
     engine.admit(GenerationRequest("a", (7, 8, 9), 40, sampling, StopConditions(ignore_eos=True)))
@@ -225,6 +218,29 @@ def test_a_void_step_is_taken_back_on_all_ranks(make: Make, monkeypatch: pytest.
     void = [at for at, plan in enumerate(plans) if plan.ahead]
     assert [at for at, plan in enumerate(plans) if plan.rewind] == [at + 1 for at in void]
     assert void[:2] == [1, 18] and len(plans) == 40 + len(void)
+
+
+def test_a_text_that_ends_while_another_one_waits_leaves_at_once(make: Make) -> None:
+    engine = make(True)
+    engine.admit(GenerationRequest("a", (7, 8, 9), 3, stop=StopConditions(ignore_eos=True)))
+    engine.admit(GenerationRequest("b", (7, 8), 9, stop=StopConditions(ignore_eos=True)))
+    engine.run(1)
+    engine.run(1)
+    engine.admit(GenerationRequest("c", (7,), 9))
+    assert [(event.request_id, event.finish_reason) for event in engine.run(9)] == [("a", "length"), ("b", None)]
+    assert calls_of(engine)[-1] == [Plan(last=True)]
+
+
+def test_a_prompt_without_memory_is_tried_again_with_no_step_behind_it(make: Make) -> None:
+    engine = make(True)
+    full = iter([True, False])
+    engine._runner._memory.run = lambda prefill, *_: None if next(full, False) else prefill()  # type: ignore[attr-defined]
+    for name in "ab":
+        engine.admit(GenerationRequest(name, (7, 8, 9), 4, stop=StopConditions(ignore_eos=True)))
+    events = [event for _ in range(9) for event in engine.run(2)]
+    assert [event.completion_tokens for event in events if event.is_last] == [4, 4]
+    first, again, *_ = plans_of(engine)
+    assert [len(first.admit), len(again.admit), again.ahead] == [2, 1, False]
 
 
 def test_without_the_setting_every_step_waits(make: Make) -> None:
