@@ -12,9 +12,10 @@ from dsserve.generation import engine as engine_module
 from dsserve.generation.choice import HostChoice
 from dsserve.generation.device_sampler import DeviceSampler
 from dsserve.generation.engine import Engine
-from dsserve.generation.model_runner import ModelRunner, StepLogits
+from dsserve.generation.model_runner import ModelRunner
 from dsserve.generation.plan import Plan
 from dsserve.generation.prefix_cache import PrefixCache
+from dsserve.generation.runner import StepLogits
 from dsserve.generation.scheduler import Scheduler
 from tests.distributed.steps import make_engine
 from tests.schedules import CONTEXT, EOS, KEPT, PART, SLOTS, Schedule, differences, draw_less, make_text, play

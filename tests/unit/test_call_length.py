@@ -11,10 +11,10 @@ from dsserve.distributed import RankInfo
 from dsserve.generation import engine as engine_module
 from dsserve.generation.call_length import CallLength
 from dsserve.generation.engine import Engine
-from dsserve.generation.model_runner import StepLogits
 from dsserve.generation.plan import Plan, PlanChannel
 from dsserve.generation.prefix_cache import PrefixCache
 from dsserve.generation.request import GenerationRequest
+from dsserve.generation.runner import StepLogits
 from dsserve.generation.scheduler import Scheduler
 from tests.unit.test_metrics import FakeRunner, Letters
 

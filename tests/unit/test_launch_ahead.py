@@ -6,22 +6,25 @@ those that the device chose.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from transformers import LlamaForCausalLM
 
 from dsserve.distributed import RankInfo
-from dsserve.generation import device_sampler
+from dsserve.generation import cuda_graphs, device_sampler
+from dsserve.generation.choice import HostChoice
+from dsserve.generation.cuda_graphs import DecodeGraphs
 from dsserve.generation.device_sampler import DeviceSampler
 from dsserve.generation.engine import Engine
-from dsserve.generation.model_runner import ModelRunner, StepLogits
+from dsserve.generation.model_runner import ModelRunner
 from dsserve.generation.observer import Observer, Step
-from dsserve.generation.plan import Plan, PlanChannel
+from dsserve.generation.plan import Admission, Plan, PlanChannel
 from dsserve.generation.prefix_cache import PrefixCache
 from dsserve.generation.request import GenerationRequest, SamplingParams, StopConditions
+from dsserve.generation.runner import StepLogits
 from dsserve.generation.scheduler import Scheduler
 from tests.schedules import (
     CONTEXT,
@@ -67,6 +70,47 @@ class Runner(ModelRunner):
         return found
 
 
+class Graph:
+    """In a CUDA graph's place: computes the same on the same tensors. The graphs share memory: after one's replay the
+    others' outputs hold anything."""
+
+    captured: ClassVar[list[Graph]] = []
+
+    def __init__(self, run: Callable[[], torch.Tensor]) -> None:
+        self._run = run
+        self.out = run()
+        Graph.captured.append(self)
+
+    def replay(self) -> None:
+        found = self._run()
+        for graph in Graph.captured:
+            graph.out.fill_(VOCABULARY - 1)
+        self.out.copy_(found)
+
+
+@pytest.fixture(params=["eager", "graphs"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How steps and choices run."""
+
+    def capture(run: Callable[[], torch.Tensor], *_: Any) -> tuple[Graph, torch.Tensor]:
+        graph = Graph(run)
+        return graph, graph.out
+
+    Graph.captured.clear()
+    for module in (cuda_graphs, device_sampler):
+        monkeypatch.setattr(module, "capture", capture)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda *_: 0)
+    return request.param
+
+
+def use_graphs(runner: ModelRunner, sampler: DeviceSampler) -> None:
+    runner.execute(Plan(admit=(Admission((0,)),)))  # makes the cache's tensors
+    runner.execute(Plan(evict=(0,)))
+    runner._graphs = DecodeGraphs(runner._forward_decode, SLOTS, CONTEXT, CPU)
+    runner._graphs.capture(False, None)
+    sampler.capture(None)
+
+
 class Counter(Observer):
     def __init__(self) -> None:
         self.steps: list[Step] = []
@@ -80,21 +124,27 @@ class Counter(Observer):
 
 
 @pytest.fixture(scope="module")
-def model() -> LlamaForCausalLM:
-    return make_llama()
+def model() -> Iterator[LlamaForCausalLM]:
+    """One thread is enough for it, and on a busy machine many times as fast as several that wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield make_llama()
+    torch.set_num_threads(threads)
 
 
 Make = Callable[..., Engine]
 
 
 @pytest.fixture
-def make(model: LlamaForCausalLM) -> Make:
+def make(model: LlamaForCausalLM, way: str) -> Make:
     def make_one(ahead: bool, observer: Observer | None = None) -> Engine:
         runner = Runner(model, SLOTS, CONTEXT, CPU, KEPT)
         scheduler = Scheduler(SLOTS, PrefixCache(SLOTS, KEPT), PART)
-        more: dict[str, Any] = {"launch": DeviceSampler(SLOTS, VOCABULARY, CPU).launch} if ahead else {}
-        eos = frozenset({EOS})
-        engine = Engine(runner, ALONE, make_text, eos, None, observer, scheduler, launch_ahead=ahead, **more)
+        sampler, eos = DeviceSampler(SLOTS, VOCABULARY, CPU), frozenset({EOS})
+        if ahead and way == "graphs":
+            use_graphs(runner, sampler)
+        launch = sampler.launch if ahead else HostChoice
+        engine = Engine(runner, ALONE, make_text, eos, None, observer, scheduler, launch, ahead)
         engine._channel = Channel()
         return engine
 

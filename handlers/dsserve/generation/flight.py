@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dsserve.generation.choice import Choice
-from dsserve.generation.model_runner import StepLogits
 from dsserve.generation.plan import Plan
+from dsserve.generation.runner import StepLogits
 from dsserve.generation.sequence import Sequence
 
 

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from dsserve.distributed import RankInfo
-from dsserve.generation.model_runner import StepLogits
 from dsserve.generation.plan import Admission, Plan
 from dsserve.generation.prefill_memory import PrefillMemory
+from dsserve.generation.runner import StepLogits
 from dsserve.injection.batch import KernelBatch
 from dsserve.injection.workspace import WorkspaceSize
 

@@ -6,7 +6,6 @@ Every rank holds one and executes the same plans in the same order. Does not cho
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,26 +20,11 @@ from dsserve.generation.plan import Admission, Plan, moves
 from dsserve.generation.prefill_graphs import PrefillGraphs
 from dsserve.generation.prefill_memory import PrefillMemory
 from dsserve.generation.prompt_attention import PROMPT_SPANS, PromptSpans, has_flash
+from dsserve.generation.runner import StepLogits
 from dsserve.sharding.heads import head_size
 
 # Attention reads up to the longest live row, rounded up to this.
 KV_STEP = 16
-
-
-@dataclass(frozen=True)
-class StepLogits:
-    """What one step gave, the same on all ranks.
-
-    Attributes:
-        next: `[n, V]`, of the decoded rows, then of the last token of each admitted prompt, complete or not.
-        prompts: `[T, V]` for each part of a prompt whose logits were all wanted, in the order of admission.
-        admitted: False where the admitted prompts did not fit into memory: they hold no rows, `next` is of the decoded
-            rows alone.
-    """
-
-    next: torch.Tensor
-    prompts: tuple[torch.Tensor, ...] = ()
-    admitted: bool = True
 
 
 class ModelRunner:

@@ -1,7 +1,7 @@
 """Numbers on their way to a device and back, neither of which waits for what else is queued there.
 
 On a GPU both ways lead through pinned memory. Every transfer has its own: torch gives pinned memory to the next one
-only when the copies that it was used for have run, so nothing is overwritten on its way. On a CPU nothing is copied.
+only when the copies that it was used for have run, so nothing is overwritten on its way.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ class Readback:
     """The values `[n]` of a device tensor as they are at this point of the current stream."""
 
     def __init__(self, values: torch.Tensor) -> None:
-        self._values, self._copied = values, None
-        if values.device.type == "cuda":
-            self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-            self._values.copy_(values, non_blocking=True)
-            self._copied = torch.cuda.Event()
+        on_gpu = values.device.type == "cuda"
+        self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=on_gpu)
+        self._values.copy_(values, non_blocking=True)
+        self._copied = torch.cuda.Event() if on_gpu else None
+        if self._copied is not None:
             self._copied.record()
 
     def read(self) -> list[Any]:

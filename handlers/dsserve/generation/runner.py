@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
-from dsserve.generation.model_runner import StepLogits
 from dsserve.generation.plan import Plan
+
+
+@dataclass(frozen=True)
+class StepLogits:
+    """What one step gave, the same on all ranks.
+
+    Attributes:
+        next: `[n, V]`, of the decoded rows, then of the last token of each admitted prompt, complete or not.
+        prompts: `[T, V]` for each part of a prompt whose logits were all wanted, in the order of admission.
+        admitted: False where the admitted prompts did not fit into memory: they hold no rows, `next` is of the decoded
+            rows alone.
+    """
+
+    next: torch.Tensor
+    prompts: tuple[torch.Tensor, ...] = ()
+    admitted: bool = True
 
 
 class Runner(Protocol):
