@@ -281,16 +281,19 @@ def test_a_text_that_ends_while_another_one_waits_leaves_at_once(make: Make) -> 
     assert calls_of(engine)[-1] == [Plan(last=True)]
 
 
-def test_a_prompt_without_memory_is_tried_again_with_no_step_behind_it(make: Make) -> None:
+def test_prompts_without_memory_are_tried_again_with_no_step_behind_them(make: Make) -> None:
     engine = make(True)
-    full = iter([True, False])
+    full = iter([False, True])
     engine._runner._memory.run = lambda prefill, *_: None if next(full, False) else prefill()  # type: ignore[attr-defined]
+    engine.admit(GenerationRequest("runs", (7, 8, 9), 9, stop=StopConditions(ignore_eos=True)))
+    events = engine.run(1)
     for name in "ab":
         engine.admit(GenerationRequest(name, (7, 8, 9), 4, stop=StopConditions(ignore_eos=True)))
-    events = [event for _ in range(9) for event in engine.run(2)]
-    assert [event.completion_tokens for event in events if event.is_last] == [4, 4]
-    first, again, *_ = plans_of(engine)
-    assert [len(first.admit), len(again.admit), again.ahead] == [2, 1, False]
+    events += [event for _ in range(15) for event in engine.run(2)]
+    ends = {event.request_id: event.completion_tokens for event in events if event.is_last}
+    assert ends == {"runs": 9, "a": 4, "b": 4}
+    plans = [(len(plan.tokens), len(plan.admit), plan.ahead) for plan in plans_of(engine)]
+    assert plans[:4] == [(0, 1, False), (1, 0, True), (1, 2, False), (1, 1, False)]
 
 
 def test_without_the_setting_every_step_waits(make: Make) -> None:
