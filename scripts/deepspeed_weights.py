@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from dsserve.packing import ShardedLinear, replace_layers
+from dsserve.packing import ShardedLinear, copy_into, replace_layers
 from dsserve.quantization import INT4_GROUP
 
 PREFIX = "deepspeed-"
@@ -47,5 +47,6 @@ class DeepSpeedLinear(ShardedLinear):
         quantized, self._scale, self._least = Quantizer(config).quantize(weight)
         return quantized
 
-    def _multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return F.linear(x, self._dequantizer.dequantize(self._weight, self._scale, self._least), bias)
+    def _multiply(self, x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor | None = None) -> torch.Tensor:
+        weight = self._dequantizer.dequantize(self._weight, self._scale, self._least)
+        return copy_into(out, F.linear(x, weight, bias))

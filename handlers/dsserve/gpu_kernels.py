@@ -1,4 +1,4 @@
-"""The Triton kernels of `gpu_ops`, one program a row, head or token. Importing this needs Triton."""
+"""The Triton kernels of `gpu_ops` but for matmuls, one program a row, head or token. Importing this needs Triton."""
 
 # mypy: disable-error-code="no-untyped-def"
 
@@ -8,16 +8,19 @@ import torch
 import triton
 import triton.language as tl
 
+from dsserve import early_launch
+from dsserve.early_launch import wait_for_inputs
+
 _WIDTH = 1024  # elements of the gated product that a program computes
-# What a program of a one-row matmul computes and reads at a time: the best of 13 on an H200 for the matrices of a 6.7
-# billion Llama, 71 to 97 % of the read bandwidth (cuBLAS 59 to 91 %).
-_ROWS, _COLUMNS, _ROW_WARPS = 2, 1024, 4
 
 
 @triton.jit
-def _rms_norm(x_ptr, weight_ptr, out_ptr, x_row, eps, SIZE: tl.constexpr, PAD: tl.constexpr):
+def _rms_norm(
+    x_ptr, weight_ptr, out_ptr, x_row, eps, SIZE: tl.constexpr, PAD: tl.constexpr, EARLY: tl.constexpr
+):  # fmt: skip
     row, at = tl.program_id(0).to(tl.int64), tl.arange(0, PAD)
     inside = at < SIZE
+    wait_for_inputs(EARLY)
     x = tl.load(x_ptr + row * x_row + at, mask=inside, other=0.0).to(tl.float32)
     scaled = (x * tl.rsqrt(tl.sum(x * x, 0) / SIZE + eps)).to(out_ptr.dtype.element_ty)
     weight = tl.load(weight_ptr + at, mask=inside, other=0.0)
@@ -30,7 +33,10 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     rows = x.reshape(-1, size)
     out = torch.empty_like(rows, memory_format=torch.contiguous_format)
     pad = triton.next_power_of_2(size)
-    _rms_norm[(rows.shape[0],)](rows, weight, out, rows.stride(0), eps, SIZE=size, PAD=pad, num_warps=_warps(pad))
+    _rms_norm[(rows.shape[0],)](
+        rows, weight, out, rows.stride(0), eps, SIZE=size, PAD=pad, num_warps=warps(pad),
+        **early_launch.options(x.device),
+    )  # fmt: skip
     return out.view(x.shape)
 
 
@@ -38,9 +44,10 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 def _rotate(
     q_ptr, k_ptr, cos_ptr, sin_ptr, q_out_ptr, k_out_ptr,
     q_batch, q_head, q_token, k_batch, k_head, k_token, turn_batch, tokens, q_heads, k_heads,
-    DIM: tl.constexpr, PAD: tl.constexpr,
+    DIM: tl.constexpr, PAD: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     place, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    wait_for_inputs(EARLY)
     batch, token = place // tokens, place % tokens
     if head < q_heads:
         source = q_ptr + batch * q_batch + head * q_head + token * q_token
@@ -72,15 +79,16 @@ def rotary(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tenso
     turn_batch = cos.stride(0) if cos.shape[0] > 1 else 0
     _rotate[batch * tokens, heads + k.shape[1]](
         q, k, cos, sin, new_q, new_k, *q.stride()[:3], *k.stride()[:3], turn_batch, tokens, heads, k.shape[1],
-        DIM=dim, PAD=triton.next_power_of_2(dim // 2), num_warps=1,
+        DIM=dim, PAD=triton.next_power_of_2(dim // 2), num_warps=1, **early_launch.options(q.device),
     )  # fmt: skip
     return new_q.transpose(1, 2), new_k.transpose(1, 2)
 
 
 @triton.jit
-def _gated_silu(gate_ptr, up_ptr, out_ptr, gate_row, up_row, size, WIDTH: tl.constexpr):
+def _gated_silu(gate_ptr, up_ptr, out_ptr, gate_row, up_row, size, WIDTH: tl.constexpr, EARLY: tl.constexpr):
     row, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     inside = at < size
+    wait_for_inputs(EARLY)
     gate = tl.load(gate_ptr + row * gate_row + at, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row * up_row + at, mask=inside, other=0.0)
     silu = (gate / (1.0 + tl.exp(-gate))).to(up.dtype)
@@ -93,16 +101,18 @@ def gated_silu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     gates, ups = gate.reshape(-1, size), up.reshape(-1, size)
     out = torch.empty(gates.shape, dtype=up.dtype, device=up.device)
     grid = (gates.shape[0], triton.cdiv(size, _WIDTH))
-    _gated_silu[grid](gates, ups, out, gates.stride(0), ups.stride(0), size, WIDTH=_WIDTH)
+    launch = early_launch.options(gate.device)
+    _gated_silu[grid](gates, ups, out, gates.stride(0), ups.stride(0), size, WIDTH=_WIDTH, **launch)
     return out.view(*gate.shape)
 
 
 @triton.jit
 def _store(
     keys_ptr, values_ptr, k_ptr, v_ptr, cells_ptr, k_batch, k_head, k_token, v_batch, v_head, v_token, tokens,
-    SIZE: tl.constexpr, DIM: tl.constexpr, PAD: tl.constexpr,
+    SIZE: tl.constexpr, DIM: tl.constexpr, PAD: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     place, at = tl.program_id(0).to(tl.int64), tl.arange(0, PAD)
+    wait_for_inputs(EARLY)
     batch, token, head, dim = place // tokens, place % tokens, at // DIM, at % DIM
     if tl.program_id(1) == 0:
         source = k_ptr + batch * k_batch + token * k_token + head * k_head + dim
@@ -124,42 +134,10 @@ def store(
     pad = triton.next_power_of_2(size)
     _store[cells.shape[0], 2](
         keys, values, new_keys, new_values, cells, *new_keys.stride()[:3], *new_values.stride()[:3], tokens,
-        SIZE=size, DIM=dim, PAD=pad, num_warps=_warps(pad),
+        SIZE=size, DIM=dim, PAD=pad, num_warps=warps(pad), **early_launch.options(keys.device),
     )  # fmt: skip
 
 
-@triton.jit
-def _multiply_row(
-    x_ptr, weight_ptr, bias_ptr, out_ptr, outputs, size, weight_row,
-    ROWS: tl.constexpr, WIDTH: tl.constexpr, HAS_BIAS: tl.constexpr,
-):  # fmt: skip
-    rows, at = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDTH)
-    is_row = rows < outputs
-    source = weight_ptr + rows[:, None].to(tl.int64) * weight_row
-    sums = tl.zeros([ROWS, WIDTH], tl.float32)
-    for start in range(0, size, WIDTH):
-        columns = start + at
-        inside = columns < size
-        x = tl.load(x_ptr + columns, mask=inside, other=0.0).to(tl.float32)
-        weight = tl.load(source + columns[None, :], mask=is_row[:, None] & inside[None, :], other=0.0)
-        sums += weight.to(tl.float32) * x[None, :]
-    result = tl.sum(sums, 1)
-    if HAS_BIAS:
-        result += tl.load(bias_ptr + rows, mask=is_row, other=0.0).to(tl.float32)
-    tl.store(out_ptr + rows, result.to(out_ptr.dtype.element_ty), mask=is_row)
-
-
-def multiply_row(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """See `gpu_ops.multiply_row`."""
-    outputs, size = weight.shape
-    out = torch.empty(*x.shape[:-1], outputs, dtype=x.dtype, device=x.device)
-    _multiply_row[(triton.cdiv(outputs, _ROWS),)](
-        x, weight, weight if bias is None else bias, out, outputs, size, weight.stride(0),
-        ROWS=_ROWS, WIDTH=_COLUMNS, HAS_BIAS=bias is not None, num_warps=_ROW_WARPS,
-    )  # fmt: skip
-    return out
-
-
-def _warps(elements: int) -> int:
+def warps(elements: int) -> int:
     """About 16 elements a thread."""
     return max(1, min(16, elements // 512))

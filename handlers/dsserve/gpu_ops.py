@@ -1,4 +1,4 @@
-"""GPU only: the small operations between a decode step's matmuls as Triton kernels (`gpu_kernels`).
+"""GPU only: a decode step's matmuls and the small operations between them as Triton kernels.
 
 Shapes and rounding are those of the torch code that they replace (`fused_ops`); Triton comes with torch's CUDA builds.
 Nothing is compiled ahead: a kernel takes about a second the first time, and Triton keeps it on disk.
@@ -14,17 +14,18 @@ import torch
 logger = logging.getLogger(__name__)
 
 _kernels: Any = None
+_matmul: Any = None
 
 
 def load_gpu_ops() -> bool:
     """Imports the kernels; False, with the reason in the log, where there is no Triton."""
-    global _kernels
+    global _kernels, _matmul
     try:
-        from dsserve import gpu_kernels
+        from dsserve import gpu_kernels, gpu_matmul
     except ImportError as error:
         logger.warning("[dsserve] no fused GPU operations: %s", error)
         return False
-    _kernels = gpu_kernels
+    _kernels, _matmul = gpu_kernels, gpu_matmul
     return True
 
 
@@ -59,6 +60,23 @@ def store(
     _kernels.store(keys, values, new_keys, new_values, cells)
 
 
-def multiply_row(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """`x @ weight.T + bias` for a single row, `[..., in]` with one row in all: bound by reading the weight."""
-    return _kernels.multiply_row(x, weight, bias)
+def multiply(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`x @ weight.T + bias`, `[..., in]` -> `[..., out]`: a few rows by our kernels, more by cuBLAS.
+
+    Args:
+        out: `[n, out]`, memory for the result's rows; None = new memory.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    if out is None:
+        out = torch.empty(rows.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
+    if rows.shape[0] == 1:
+        _matmul.multiply_row(rows, weight, bias, out)
+    elif rows.shape[0] <= _matmul.MOST_ROWS and x.dtype != torch.float32:
+        _matmul.multiply_rows(rows, weight, bias, out)
+    elif bias is None:
+        torch.mm(rows, weight.t(), out=out)
+    else:
+        torch.addmm(bias, rows, weight.t(), out=out)
+    return out.view(*x.shape[:-1], weight.shape[0])

@@ -16,6 +16,7 @@ from torch import nn
 
 from dsserve import gpu_ops
 from dsserve.distributed import all_reduce
+from dsserve.rank_sum import RankSum
 from dsserve.vocab_head import VocabParallelHead, gather_rows
 
 # Siblings that transformers' layers feed with the same tensor, in the order in which they are called.
@@ -49,22 +50,37 @@ class ShardedLinear(nn.Module):
         self._weight = self._lay_out(weight.detach())
         self._bias = None if bias is None else bias.detach()
         self._row_parallel = row_parallel
+        self._rank_sum: RankSum | None = None
+
+    @property
+    def can_leave_sum(self) -> bool:
+        """Whether the sum over the ranks is the last thing that the layer does."""
+        return not self._row_parallel or self._bias is None
+
+    def leave_sum_to(self, rank_sum: RankSum) -> None:
+        """From now on the result is this rank's part alone, for `rank_sum`."""
+        if self._row_parallel:
+            self._rank_sum = rank_sum
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., in]` -> `[..., out]`."""
-        output = self._multiply(x, None if self._row_parallel else self._bias)
         if not self._row_parallel:
-            return output
-        all_reduce(output)
+            return self._multiply(x, self._bias)
+        if self._rank_sum is not None:
+            return self._multiply(x, None, self._rank_sum.take(x.numel() // x.shape[-1]))
+        output = all_reduce(self._multiply(x, None))
         return output if self._bias is None else output.add_(self._bias)
 
     def _lay_out(self, weight: torch.Tensor) -> torch.Tensor:
         return weight
 
-    def _multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        if x.is_cuda and gpu_ops.is_loaded() and x.numel() == x.shape[-1] and self._weight.numel():
-            return gpu_ops.multiply_row(x, self._weight, bias)
-        return F.linear(x, self._weight, bias)
+    def _multiply(self, x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Args:
+        out: where the result's rows go, `[n, out]`; None = new memory.
+        """
+        if x.is_cuda and gpu_ops.is_loaded() and self._weight.numel():
+            return gpu_ops.multiply(x, self._weight, bias, out)
+        return copy_into(out, F.linear(x, self._weight, bias))
 
 
 class PackedLinear(ShardedLinear):
@@ -74,10 +90,15 @@ class PackedLinear(ShardedLinear):
         self._rows, self._is_empty = weight.shape[0], weight.numel() == 0
         return weight if self._is_empty else torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
 
-    def _multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def _multiply(self, x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor | None = None) -> torch.Tensor:
         if self._is_empty:
             return x.new_zeros(*x.shape[:-1], self._rows)
         return torch.ops.mkldnn._linear_pointwise.default(x, self._weight, bias, "none", [], "")
+
+
+def copy_into(out: torch.Tensor | None, result: torch.Tensor) -> torch.Tensor:
+    """`result` `[..., out]`, in the memory `[n, out]` where there is some."""
+    return result if out is None else out.copy_(result.view(out.shape)).view(result.shape)
 
 
 def _make_linear(weight: torch.Tensor, bias: torch.Tensor | None, row_parallel: bool) -> ShardedLinear:

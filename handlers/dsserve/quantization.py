@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from dsserve.config import YAML_FILE
 from dsserve.distributed import RankInfo, agree_on_least
 from dsserve.errors import LoadError
-from dsserve.packing import ShardedLinear, replace_layers
+from dsserve.packing import ShardedLinear, copy_into, replace_layers
 from dsserve.self_check import SelfCheck
 
 logger = logging.getLogger(__name__)
@@ -170,10 +170,10 @@ class QuantizedLinear(ShardedLinear):
             self._scales = quantized.scale.flatten().to(weight.dtype)
         return quantized
 
-    def _multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def _multiply(self, x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor | None = None) -> torch.Tensor:
         rows = x.numel() // x.shape[-1]
         if not self._is_direct or rows > _CPU_INT8_ROWS:
-            return F.linear(x, self._weight, bias)
+            return copy_into(out, F.linear(x, self._weight, bias))
         weight: Any = self._weight
         output = torch._weight_int8pack_mm(x.reshape(rows, -1), weight.qdata, self._scales)
         output = output.view(*x.shape[:-1], -1)

@@ -10,16 +10,17 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from dsserve.distributed import RankInfo, select_device
+from dsserve.config import HandlerConfig
+from dsserve.distributed import RankInfo, all_reduce, init_process_group, select_device
 from dsserve.ds_engine import get_ds_engine
-from dsserve.fused_ops import load_ops, use_fused_ops
-from dsserve.generation.decode_attention import use_decode_attention
 from dsserve.generation.device_sampler import DeviceSampler
 from dsserve.generation.engine import Engine
 from dsserve.generation.model_runner import ModelRunner
 from dsserve.generation.request import GenerationRequest
+from dsserve.generation.tuning import tune
 from dsserve.generation.warmup import verify_runner
-from dsserve.packing import pack_weights
+from dsserve.peers import share_memory
+from dsserve.rank_sum import RankSum
 from tests.contexts import make_context
 from tests.streams import Numbers, run, run_or_fail
 
@@ -46,8 +47,10 @@ def generate(path: str, dtype: str, step: str) -> dict[str, Any]:
     model = AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval()
     ds_engine = get_ds_engine(model, make_context(path, {"deviceType": "gpu", "deepspeed": {"dtype": dtype}}))
     if step == "fused":
-        assert pack_weights(ds_engine.module) and use_decode_attention(ds_engine.module)
-        assert use_fused_ops(ds_engine.module, load_ops(device)) == 3 * model.config.num_hidden_layers + 2
+        said = tune(ds_engine.module, HandlerConfig(model_path=path, max_running=SLOTS), rank, device)
+        layers = model.config.num_hidden_layers
+        assert f"{3 * layers + 2} fused operations, {layers} fused layers" in said and "split attention" in said
+        assert rank.world_size == 1 or "in the ranks' memory" in said
     runner = ModelRunner(ds_engine.module, SLOTS, CONTEXT, device)
     if step != "eager":
         runner.capture_graphs(rank.is_leader, prefill=step == "fused")
@@ -94,3 +97,45 @@ def fill_memory(path: str) -> dict[str, Any]:
     torch.cuda.empty_cache()
     found["after"] = answers()
     return found
+
+
+def sum_parts(rows: int, width: int, dtype: str, rounds: int) -> dict[str, Any]:
+    """Sums, additions and norms of random parts in a CUDA graph of two, by NCCL and in the ranks' memory.
+
+    Returns:
+        Whether they were bit for bit those of NCCL in each round, and on all ranks the same.
+    """
+    rank = RankInfo.from_env()
+    device = select_device("gpu", rank)
+    torch.cuda.set_device(device)
+    init_process_group(rank)
+    kind = getattr(torch, dtype)
+    peers = share_memory(rank, rows, width, kind, device)
+    ours, theirs = [RankSum(rank.world_size, peer) for peer in peers], RankSum(rank.world_size, None)
+    parts = torch.zeros(2, rows, width, dtype=kind, device=device)
+    residual, weight = torch.randn(rows, width, device=device).to(kind), torch.randn(width, device=device).to(kind)
+    all_reduce(residual), all_reduce(weight)  # the same on all ranks
+
+    def add_two() -> list[torch.Tensor]:
+        found = []
+        for part, rank_sum in zip(parts, ours, strict=True):
+            memory = rank_sum.take(rows)
+            assert memory is not None
+            found += rank_sum.add_norm(memory.copy_(part), residual, weight, 1e-6)
+        return found
+
+    add_two()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = add_two()
+    generator = torch.Generator(device).manual_seed(rank.rank)
+    right = []
+    for _ in range(rounds):
+        parts.copy_(torch.randn(parts.shape, generator=generator, device=device))
+        graph.replay()
+        expected = [tensor for part in parts for tensor in theirs.add_norm(part.clone(), residual, weight, 1e-6)]
+        same = [torch.empty_like(found[1]) for _ in range(rank.world_size)]
+        torch.distributed.all_gather(same, found[1])
+        equal = all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+        right.append(equal and all(torch.equal(found[1], other) for other in same))
+    return {"places": len(peers), "right": right, "is_late": bool(peers[0].late.item())}

@@ -47,7 +47,7 @@ def test_a_long_pass_of_many_prompts_in_a_graph_has_the_logits_of_each_alone(dty
     plan = Plan(admit=tuple(map(Admission, prompts)))
     packed = PackedPrompts(plan.admit, 0, CONTEXT)
     assert len(packed.tokens) > 1024 and runner._prefill_graphs is not None
-    assert runner._prefill_graphs._find(packed) is not None, "the pass was not captured"
+    assert runner._prefill_graphs.find(packed) is not None, "the pass was not captured"
     together = runner.execute(plan)
     second = runner.execute(Plan(tokens=(7,) * len(prompts)))
     runner.execute(Plan(evict=tuple(reversed(range(len(prompts))))))

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -15,7 +17,7 @@ from dsserve.generation import prefill_graphs
 from dsserve.generation.kv_cache import SlotLayer
 from dsserve.generation.model_runner import ModelRunner
 from dsserve.generation.plan import Admission, Plan
-from dsserve.generation.prefill_graphs import PrefillGraphs
+from dsserve.generation.prefill_graphs import PrefillGraphs, Shape
 from dsserve.generation.prompt_attention import PROMPT_SPANS
 from scripts.random_model import draw_prompts, make_config
 from tests.unit.test_prompt_attention import in_spans
@@ -43,7 +45,7 @@ def attend_in_spans(module: Any, query: Any, key: Any, value: Any, mask: Any, **
     if spans is None:
         return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
     assert mask is None
-    return in_spans(query, key, value, kwargs.get("scaling"), spans.ends, spans.longest), None
+    return in_spans(query, key, value, kwargs.get("scaling"), spans), None
 
 
 def write(layer: SlotLayer, stored: torch.Tensor, new: torch.Tensor) -> None:
@@ -108,16 +110,40 @@ def test_prompts_parts_and_taken_over_beginnings_have_the_logits_of_an_eager_pas
     assert eager._lengths == captured._lengths == [44, 591, 38]
 
 
+def shapes(most: int, longest: int, by_prompt: bool) -> list[Shape]:
+    return PrefillGraphs(None, most, longest, CPU, by_prompt).shapes  # type: ignore[arg-type]
+
+
 def test_a_pass_may_be_longer_than_any_prompt() -> None:
-    assert PrefillGraphs(None, 2, 100, CPU)._lengths == [16, 32, 64, 96, 128, 192, 256]  # type: ignore[arg-type]
-    assert PrefillGraphs(None, 1, 100, CPU)._lengths == [16, 32, 64, 96, 128]  # type: ignore[arg-type]
-    assert PrefillGraphs(None, 64, 255, CPU, True)._lengths[-3:] == [2048, 3072, 4096]  # type: ignore[arg-type]
+    def lengths(most: int, longest: int, by_prompt: bool) -> list[int]:
+        return sorted({shape.tokens for shape in shapes(most, longest, by_prompt)})
+
+    assert lengths(2, 100, False) == [16, 32, 64, 96, 128, 192, 256]
+    assert lengths(1, 100, False) == [16, 32, 64, 96, 128]
+    assert lengths(64, 255, True)[-3:] == [2048, 3072, 4096]
+
+
+def test_with_spans_few_long_and_many_short_prompts_have_their_own_graphs() -> None:
+    def of(most: int, tokens: int) -> list[Shape]:
+        return [shape for shape in shapes(most, 4095, True) if shape.tokens == tokens]
+
+    assert of(64, 128) == [Shape(128, 8, 128), Shape(128, 64, 128)]
+    assert of(64, 2048) == [Shape(2048, 8, 2048), Shape(2048, 64, 256), Shape(2048, 64, 2048)]
+    assert of(64, 16) == [Shape(16, 8, 16), Shape(16, 16, 16)] and of(4, 1024) == [Shape(1024, 4, 1024)]
 
 
 def test_what_graphs_read_is_bounded() -> None:
-    lengths = {longest: PrefillGraphs(None, 4, longest, CPU)._reads for longest in (40, 599, 4000, 131071)}  # type: ignore[arg-type]
-    assert lengths[40] == [512] and lengths[599] == [512, 768]
-    assert lengths[4000] == lengths[131071] == [512, 1024, 2048, 4096]
+    def reads(longest: int) -> list[int]:
+        return sorted({shape.read for shape in shapes(4, longest, False)})
+
+    assert reads(40) == [0, 512] and reads(599) == [0, 512, 768]
+    assert reads(4000) == reads(131071) == [0, 512, 1024, 2048, 4096]
+
+
+@given(*(st.tuples(*[st.integers(0, 9)] * 4) for _ in range(2)))
+def test_a_graph_holds_what_is_no_larger_in_anything(one: tuple[int, ...], other: tuple[int, ...]) -> None:
+    no_larger = all(less <= more for less, more in zip(other, one, strict=True))
+    assert Shape(*one).holds(Shape(*other)) == (no_larger and bool(one[3]) == bool(other[3]))
 
 
 def test_passes_that_were_not_captured_run_eagerly(runners: tuple[ModelRunner, ModelRunner]) -> None:
@@ -131,5 +157,5 @@ def test_passes_that_were_not_captured_run_eagerly(runners: tuple[ModelRunner, M
         expected, found = (runner.execute(plan) for runner in runners)
         assert expected is not None and found is not None
         assert (expected.next - found.next).abs().max() < 1e-4
-    # With spans the first pass is one that was captured; under a mask it is too long.
-    assert Again.replays == bool(runners[1]._prefill_graphs._by_prompt)  # type: ignore[union-attr]
+    # With spans only logits of all tokens are wanted in vain; under a mask all passes are too long.
+    assert Again.replays == (2 if runners[1]._prefill_graphs._by_prompt else 0)  # type: ignore[union-attr]

@@ -14,6 +14,7 @@ from transformers.masking_utils import sdpa_mask
 from dsserve.generation import decode_attention, model_runner, prompt_attention
 from dsserve.generation.model_runner import ModelRunner
 from dsserve.generation.plan import Admission, Plan
+from dsserve.generation.prompt_attention import PromptSpans
 
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
 LLAMA = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, **HEADS}
@@ -49,14 +50,18 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     return calls
 
 
-def in_spans(query: Any, key: Any, value: Any, scaling: float | None, ends: torch.Tensor, longest: int) -> Any:
+def in_spans(query: Any, key: Any, value: Any, scaling: float | None, spans: PromptSpans) -> Any:
     """What the flash kernel computes, in fp32 on a CPU."""
+    assert spans.table is not None
     out = torch.zeros_like(query.transpose(1, 2))
-    for start, end in pairwise(ends.tolist()):
-        parts = [part[:, :, start:end] for part in (query, key, value)]
-        assert end - start <= longest
-        if end > start:
-            attended = scaled_dot_product_attention(*parts, is_causal=True, scale=scaling, enable_gqa=True)
+    ends, firsts, counts = spans.table.tolist()
+    for (start, end), first, count in zip(pairwise(ends), firsts[:-1], counts[:-1], strict=True):
+        assert end - start <= spans.longest and count <= spans.most
+        if end > start and count:
+            part, seen = query[:, :, start:end], torch.ones(end - start, count, dtype=torch.bool)
+            keys, values = (tensor[:, :, first : first + count] for tensor in (key, value))
+            mask = seen.tril(count - (end - start))
+            attended = scaled_dot_product_attention(part, keys, values, mask, scale=scaling, enable_gqa=True)
             out[:, start:end] = attended.transpose(1, 2)
     return out
 
@@ -71,12 +76,16 @@ def test_logits_are_those_under_a_mask(
     module = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
     generator = torch.Generator().manual_seed(1)
     prompts = [tuple(torch.randint(99, (length,), generator=generator).tolist()) for length in LENGTHS]
-    plan = Plan(admit=tuple(Admission(prompt, all_logits=True) for prompt in prompts))
+    # The second pass finds beginnings in the cache: of row 4, and of row 0 before it is freed.
+    plans = [
+        Plan(admit=tuple(Admission(prompt, all_logits=True) for prompt in prompts)),
+        Plan(evict=(7, 6), admit=(Admission((5, *prompts[7]), 4, 17, True), Admission((8,), 0, 6, True))),
+    ]
 
     def logits() -> torch.Tensor:
-        found = ModelRunner(module, len(LENGTHS), 64, torch.device("cpu")).execute(plan)
-        assert found is not None
-        return torch.cat(found.prompts)
+        runner = ModelRunner(module, len(LENGTHS), 64, torch.device("cpu"))
+        found = [step for plan in plans if (step := runner.execute(plan)) is not None]
+        return torch.cat([part for step in found for part in step.prompts])
 
     masked = logits()
     assert seen == []
@@ -87,7 +96,7 @@ def test_logits_are_those_under_a_mask(
     monkeypatch.setattr(prompt_attention, "flash", in_spans)
     monkeypatch.setattr(model_runner, "has_flash", lambda *_: way == "flash")
     assert torch.allclose(logits(), masked, atol=1e-5)
-    assert seen == [[*LENGTHS, 3]] * 2
+    assert seen == [[*LENGTHS, 3]] * 2 + [[13, 1, 2]] * 2 * (way == "flash")
 
 
 def test_a_model_that_keeps_the_spans_to_itself_attends_under_the_mask(seen: list[list[int]]) -> None:

@@ -7,7 +7,6 @@ the reason, what the engine could not do exactly. Does not load or shard the mod
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from typing import Any
 
 import psutil
@@ -16,10 +15,9 @@ import torch
 from dsserve.config import YAML_FILE, HandlerConfig
 from dsserve.distributed import RankInfo, agree_on_least
 from dsserve.errors import LoadError
-from dsserve.fused_ops import load_ops, use_fused_ops
 from dsserve.generation.batch_scheduler import BatchScheduler
 from dsserve.generation.choice import HostChoice, Launch
-from dsserve.generation.decode_attention import use_decode_attention, uses_decode_attention
+from dsserve.generation.decode_attention import uses_decode_attention
 from dsserve.generation.detokenizer import TextStream
 from dsserve.generation.device_sampler import DeviceSampler
 from dsserve.generation.engine import Engine
@@ -32,10 +30,10 @@ from dsserve.generation.prefix_cache import PrefixCache
 from dsserve.generation.request import Limits
 from dsserve.generation.runner import Runner
 from dsserve.generation.scheduler import Scheduler
+from dsserve.generation.tuning import tune
 from dsserve.generation.warmup import verify_runner, warm_up, warm_up_batches
 from dsserve.hf_model import LoadedModel
 from dsserve.load_clock import LoadClock
-from dsserve.packing import can_pack, pack_weights
 from dsserve.sharding.heads import head_size
 
 logger = logging.getLogger(__name__)
@@ -131,7 +129,7 @@ def _autotp_runner(
     dtype = next(module.parameters()).dtype
     kept, needed = plan_kv_rows(module.config, config, limits, dtype, rank, device)
     with clock.phase("pack"):
-        replaced = _tune(module, config, device)
+        replaced = tune(module, config, rank, device)
     runner = ModelRunner(module, config.max_running, limits.max_model_len, device, kept)
     with clock.phase("warm-up"):
         _warm_up(runner, module, config, rank, device)
@@ -181,24 +179,3 @@ def _warm_up(runner: ModelRunner, module: Any, config: HandlerConfig, rank: Rank
             logger.info("[dsserve] all-reduces in a decode step: %d for %d layers", all_reduces, layers)
     if config.cuda_graphs and device.type == "cuda":
         runner.capture_graphs(rank.is_leader, prefill=uses_decode_attention(module))
-
-
-def _tune(module: Any, config: HandlerConfig, device: torch.device) -> str:
-    """Replaces what runs faster otherwise; returns what, for the log."""
-    lacks = "it needs a torch with oneDNN's packed linear"
-    packed = _apply("pack_weights", config.pack_weights, can_pack(module), lambda: pack_weights(module), lacks)
-    ops = load_ops(device) if config.compiled_ops else None
-    lacks = "a CPU needs g++ and ninja, a GPU Triton (see the log above)"
-    fused = _apply("compiled_ops", config.compiled_ops, ops is not None, lambda: use_fused_ops(module, ops), lacks)
-    split = ops is not None and device.type == "cuda" and use_decode_attention(module)
-    attention = "split attention" if split else "torch's attention"
-    return f"{packed} packed matmuls, {fused} fused operations, {attention}"
-
-
-def _apply(key: str, wanted: bool | str, possible: bool, apply: Callable[[], int], lacks: str) -> int:
-    """Carries out an option; `auto` = where it is possible. Returns how much was replaced."""
-    if wanted is not False and possible:
-        return apply()
-    if wanted is True:
-        raise LoadError(f"{YAML_FILE}: handler.{key}: true is not possible: {lacks}; set it to auto")
-    return 0

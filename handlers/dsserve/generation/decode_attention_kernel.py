@@ -8,6 +8,9 @@ import torch
 import triton
 import triton.language as tl
 
+from dsserve import early_launch
+from dsserve.early_launch import wait_for_inputs
+
 _LEAST_HEADS = 16  # rows of the smallest matrix product
 
 
@@ -17,11 +20,13 @@ def _read_part(
     q_row, q_head, k_row, k_head, k_token, v_row, v_head, v_token, mask_row,
     length, chunk, parts,
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, TILE: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """One row, one KV head, one part of its tokens: unnormalized sums, the best score and the total of weights."""
     row, head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     heads, dims = tl.arange(0, GROUP_PAD), tl.arange(0, DIM_PAD)
     is_head, is_dim = heads < GROUP, dims < DIM
+    wait_for_inputs(EARLY)
     q_at = row * q_row + (head * GROUP + heads)[:, None] * q_head + dims[None, :]
     query = tl.load(q_ptr + q_at, mask=is_head[:, None] & is_dim[None, :], other=0.0)
     best = tl.full([GROUP_PAD], float("-inf"), tl.float32)
@@ -52,12 +57,14 @@ def _read_part(
 
 @triton.jit
 def _join_parts(
-    sums_ptr, best_ptr, total_ptr, out_ptr, parts, DIM: tl.constexpr, DIM_PAD: tl.constexpr, PARTS_PAD: tl.constexpr
-):
+    sums_ptr, best_ptr, total_ptr, out_ptr, parts, DIM: tl.constexpr, DIM_PAD: tl.constexpr, PARTS_PAD: tl.constexpr,
+    EARLY: tl.constexpr,
+):  # fmt: skip
     """One head of one row: its parts, weighted by how far their best scores lie below the best of all."""
     head = tl.program_id(0)
     each, dims = tl.arange(0, PARTS_PAD), tl.arange(0, DIM_PAD)
     is_part, is_dim = each < parts, dims < DIM
+    wait_for_inputs(EARLY)
     best = tl.load(best_ptr + head * parts + each, mask=is_part, other=float("-inf"))
     weight = tl.exp(best - tl.max(best, 0))
     total = tl.load(total_ptr + head * parts + each, mask=is_part, other=0.0)
@@ -86,15 +93,17 @@ def launch(
     sums = torch.empty(rows, heads, parts, dim, dtype=torch.float32, device=query.device)
     best = torch.empty(2, rows, heads, parts, dtype=torch.float32, device=query.device)
     out = torch.empty(rows, heads, 1, dim, dtype=query.dtype, device=query.device)
-    dim_pad = triton.next_power_of_2(dim)
+    dim_pad, launch_early = triton.next_power_of_2(dim), early_launch.options(query.device)
     _read_part[rows, kv_heads, parts](
         query, key, value, mask, sums, best[0], best[1], scale,
         query.stride(0), query.stride(1), key.stride(0), key.stride(1), key.stride(2),
         value.stride(0), value.stride(1), value.stride(2), mask.stride(0),
         length, chunk, parts,
         GROUP=group, GROUP_PAD=max(_LEAST_HEADS, triton.next_power_of_2(group)), DIM=dim, DIM_PAD=dim_pad, TILE=tile,
+        **launch_early,
     )  # fmt: skip
     _join_parts[(rows * heads,)](
-        sums, best[0], best[1], out, parts, DIM=dim, DIM_PAD=dim_pad, PARTS_PAD=triton.next_power_of_2(parts)
-    )
+        sums, best[0], best[1], out, parts, DIM=dim, DIM_PAD=dim_pad, PARTS_PAD=triton.next_power_of_2(parts),
+        **launch_early,
+    )  # fmt: skip
     return out

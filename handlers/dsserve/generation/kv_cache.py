@@ -1,7 +1,7 @@
 """KV slots of our own behind transformers' Cache interface: one row a live request, rows dense from 0.
 
-Both phases write each token to its own cell. Prefill hands the model its own fresh keys, or a copy of the cells
-that its prompts may see where a part of them was computed before; decoding hands out views of the live rows up to
+Both phases write each token to its own cell. Prefill hands the model its own fresh keys, or where a part of its prompts
+was computed before a copy of the cells that they may see, or all cells; decoding hands out views of the live rows up to
 the longest one. Rows behind the slots hold prompts of requests that ended (`prefix_cache`). Does not choose rows
 (`scheduler`) and knows no sliding windows.
 """
@@ -29,11 +29,13 @@ class Window:
         cells: `[n]` where the new tokens go: row * max_len + position. Tokens after the n-th are padding.
         kv_len: how many positions of each row attention reads while decoding, None for prefill.
         read: `[S]` the cells that attention reads in prefill; None = the new tokens are all there is.
+        whole: attention gets all cells in prefill, and finds the prompts' own.
     """
 
     cells: Any = None
     kv_len: int | None = None
     read: Any = None
+    whole: bool = False
 
 
 class SlotLayer(CacheLayerMixin):
@@ -74,6 +76,8 @@ class SlotLayer(CacheLayerMixin):
             self._write(self.values, value_states)
         if self._window.kv_len is not None:
             return self._read(self.keys, key_states.shape[0]), self._read(self.values, value_states.shape[0])
+        if self._window.whole:
+            return self._all(self.keys), self._all(self.values)
         if self._window.read is not None:
             return self._gather(self.keys), self._gather(self.values)
         return key_states, value_states
@@ -87,6 +91,10 @@ class SlotLayer(CacheLayerMixin):
     def _read(self, stored: torch.Tensor, rows: int) -> torch.Tensor:
         """The view `[rows, kv_heads, kv_len, head_dim]`."""
         return stored[:rows, : self._window.kv_len].transpose(1, 2)
+
+    def _all(self, stored: torch.Tensor) -> torch.Tensor:
+        """The view `[1, kv_heads, rows * max_len, head_dim]`."""
+        return stored.flatten(0, 1).transpose(0, 1)[None]
 
     def _gather(self, stored: torch.Tensor) -> torch.Tensor:
         """A copy of the cells to read, `[1, kv_heads, S, head_dim]`."""

@@ -139,8 +139,9 @@ class ModelRunner:
     def _prefill_eagerly(self, packed: PackedPrompts) -> torch.Tensor:
         window = self.cache.window
         window.cells, window.kv_len = packed.cells.to(self._device), None
-        window.read = None if packed.read is None else packed.read.to(self._device)
         spans = self._spans(packed)
+        window.whole = spans is not None and spans.table is not None
+        window.read = None if window.whole or packed.read is None else packed.read[0].to(self._device)
         mask = None if spans is not None and self._by_prompt else packed.mask(self._dtype, self._device)
         output = self._module(
             input_ids=packed.tokens[None].to(self._device),  # [1, T]
@@ -157,27 +158,28 @@ class ModelRunner:
 
     def _spans(self, packed: PackedPrompts) -> PromptSpans | None:
         """What lets attention look at each prompt alone instead of all tokens under a mask; None where it cannot."""
-        if packed.read is not None or self._by_prompt is False or not uses_decode_attention(self._module):
+        if self._by_prompt is False or not uses_decode_attention(self._module):
             return None
-        if not self._has_flash:
-            return PromptSpans(packed.lengths)
-        return PromptSpans(packed.lengths, packed.ends.to(self._device), max(packed.lengths))
+        if not (self._has_flash and self._by_prompt):
+            return PromptSpans(packed.lengths) if packed.read is None else None
+        table = packed.spans(len(packed.lengths) + 2, len(packed.tokens)).to(self._device)
+        return PromptSpans(packed.lengths, table, max(packed.lengths), self._capacity)
 
     def _forward_prefill(
-        self, inputs: torch.Tensor, wanted: torch.Tensor, read: torch.Tensor | None, ends: torch.Tensor | None
+        self, inputs: torch.Tensor, wanted: torch.Tensor, read: torch.Tensor | None, spans: PromptSpans | None
     ) -> torch.Tensor:
         """One pass on device tensors, see `PrefillGraphs`."""
         tokens, positions, cells, prompts = inputs
         window = self.cache.window
-        window.cells, window.kv_len = cells, None
+        window.cells, window.kv_len, window.whole = cells, None, spans is not None
         window.read, seen, whose = (None, positions, prompts) if read is None else read
         mask, more = None, {}
-        if ends is None:
+        if spans is None:
             hidden = (prompts[:, None] != whose) | (positions[:, None] < seen)
             mask = torch.zeros(hidden.shape, dtype=self._dtype, device=self._device)
             mask = mask.masked_fill_(hidden, float("-inf"))[None, None]  # [1, 1, T, T or S], additive
         else:
-            more = {PROMPT_SPANS: PromptSpans([], ends, len(tokens))}
+            more = {PROMPT_SPANS: spans}
         output = self._module(
             input_ids=tokens[None],  # [1, T]
             position_ids=positions[None],  # [1, T]

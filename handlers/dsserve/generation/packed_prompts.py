@@ -6,6 +6,8 @@ prompt. Makes index and mask tensors on the CPU; the pass itself is `model_runne
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 
 from dsserve.generation.plan import Admission
@@ -25,12 +27,12 @@ class PackedPrompts:
         positions: `[T]`, of each token in its own prompt.
         cells: `[n]` where the n real tokens' keys and values go.
         lengths: of the prompts, and of the padding; where nothing is read of the cache, each sees itself alone.
-        ends: `[n + 2]`, int32: 0, where each of n prompts ends, then T.
+        longest: of the prompts' parts, in tokens.
         prompts: `[T]`, the number of each token's prompt, -1 for padding.
         wanted: the tokens whose logits are computed.
         wants_all: some prompt wants the logits of all its tokens.
-        read: `[S]` cells that attention reads, or None where the pass's own tokens are all there is.
-        read_positions, read_prompts: `[S]`, of what is read, which else are the tokens themselves.
+        read: `[3, S]`, the cells that attention reads under a mask, their positions and prompts, or None where the
+            pass's own tokens are all there is.
     """
 
     def __init__(self, prompts: tuple[Admission, ...], first_row: int, capacity: int) -> None:
@@ -45,30 +47,39 @@ class PackedPrompts:
         self.cells = rows.repeat_interleave(lengths) + positions
         self.wanted = _wanted(prompts)
         self.lengths = [*lengths.tolist(), *([padding] if padding else [])]
-        ends = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
-        self.ends = _pad(ends, 1, len(self.tokens)).to(torch.int32)
+        self.longest = int(lengths.max())
+        self._ends = lengths.cumsum(0)
         self.wants_all = any(prompt.all_logits for prompt in prompts)
         self.prompts = _pad(torch.arange(len(prompts)).repeat_interleave(lengths), padding, PADDING)
-        self.read: torch.Tensor | None = None
-        self.read_positions, self.read_prompts = self.positions, self.prompts
-        if bool(shared.any()):
-            self._read_whole(rows, lengths + shared)
-        self._is_causal = len(prompts) == 1 and self.read is None
+        self._firsts, self._seen = rows, lengths + shared
+        self._reads = bool(shared.any())
 
-    def _read_whole(self, rows: torch.Tensor, lengths: torch.Tensor) -> None:
-        total = int(lengths.sum())
+    @cached_property
+    def read(self) -> torch.Tensor | None:
+        """See above; only passes under a mask need it."""
+        if not self._reads:
+            return None
+        total = int(self._seen.sum())
         padding = prefill_bucket(total + 1) - total
-        positions = torch.cat([torch.arange(length) for length in lengths.tolist()])
-        self.read = _pad(rows.repeat_interleave(lengths) + positions, padding, 0)
-        self.read_positions = _pad(positions, padding, 0)
-        self.read_prompts = _pad(torch.arange(len(rows)).repeat_interleave(lengths), padding, PADDING)
+        positions = torch.cat([torch.arange(length) for length in self._seen.tolist()])
+        cells = self._firsts.repeat_interleave(self._seen) + positions
+        prompts = torch.arange(len(self._seen)).repeat_interleave(self._seen)
+        return torch.stack([_pad(cells, padding, 0), _pad(positions, padding, 0), _pad(prompts, padding, PADDING)])
+
+    def spans(self, columns: int, length: int) -> torch.Tensor:
+        """`PromptSpans.table`, `[3, columns]`, of a pass padded to `length` tokens: padding sees nothing."""
+        behind = columns - len(self._ends)
+        rows = (_pad(self._ends, behind - 1, length), _pad(self._firsts, behind, 0), _pad(self._seen, behind, 0))
+        return torch.stack([torch.nn.functional.pad(rows[0], (1, 0)), *rows[1:]]).to(torch.int32)
 
     def mask(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor | None:
         """`[1, 1, T, S]`, additive. One prompt alone needs none: attention is causal, padding lies behind."""
-        if self._is_causal:
+        if len(self._ends) == 1 and self.read is None:
             return None
         prompts, positions = self.prompts.to(device), self.positions.to(device)
-        read_prompts, read_positions = self.read_prompts.to(device), self.read_positions.to(device)
+        read_prompts, read_positions = prompts, positions
+        if self.read is not None:
+            _, read_positions, read_prompts = self.read.to(device)
         visible = (prompts[:, None] == read_prompts) & (positions[:, None] >= read_positions)
         mask = torch.zeros(visible.shape, dtype=dtype, device=device)
         return mask.masked_fill_(~visible, float("-inf"))[None, None]

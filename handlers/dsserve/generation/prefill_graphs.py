@@ -1,13 +1,14 @@
 """Prefill as CUDA graphs: a pass of up to some thousand tokens is bound by launches, not by arithmetic.
 
-A graph is captured for every padded length, and for some lengths of what a pass reads of the cache. Where attention
-knows the prompts' spans (`prompt_attention`) they are one of its inputs; else its mask is made within it from positions
-and prompt numbers, which pays for short passes alone. Covers passes that want the logits of each prompt's last token;
-`model_runner` runs all others.
+A graph is captured for every padded length. Where attention finds the prompts' keys by their spans
+(`prompt_attention`) these are one of its inputs; else its mask is made within it from positions and prompt numbers,
+which pays for short passes alone, and for some lengths of what a pass reads of the cache. Covers passes that want the
+logits of each prompt's last token; `model_runner` runs all others.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,22 +16,48 @@ import torch
 
 from dsserve.generation.cuda_graphs import buckets, capture
 from dsserve.generation.packed_prompts import PADDING, PREFILL_BUCKETS, PackedPrompts, prefill_bucket
+from dsserve.generation.prompt_attention import PromptSpans
 
 # Under a mask. Measured on an H200, 6.7 billion parameters: 128 tokens take 5.4 ms in a graph and 18 without, 500 take
 # 25 and 19, since attention under a mask does not run in torch's flash kernel.
 _LONGEST = 256
 # With spans. The same shape's eager pass of 1024 tokens takes 57 ms on an H100 with TP=2, of which most is the host's.
 _MORE_LENGTHS = (768, 1024, 1536, 2048, 3072, 4096)
-# Passes that read the cache are padded to one of these: each is captured for all lengths of what they read.
+# Passes that read the cache under a mask are padded to one of these: each is captured for all lengths of what is read.
 _PARTS = (64, 128, 256)
 # Those lengths double from the first to the last; passes that read more run eagerly: a graph holds its mask and a copy
 # of a layer's keys and values, which would be gigabytes for the longest contexts.
 _SHORTEST_READ, _LONGEST_READ = 512, 4096
 
+# With spans a graph is captured for this many prompts too, and for many that are short: the flash kernel has a block
+# for each prompt and each of its possible tokens, whether there are any or not.
+_FEW, _SHARE_OF_SHORT, _WORTH_A_GRAPH = 8, 8, 1024
+
 # (tokens, positions, cells and prompt numbers [4, T]; wanted [W]; cells, positions and prompt numbers [3, S] of what is
-# read of the cache, or None; 0 and the ends of the prompts' spans [N], int32, or None) -> logits [W, V], all on the
-# device
-Forward = Callable[[torch.Tensor, torch.Tensor, "torch.Tensor | None", "torch.Tensor | None"], torch.Tensor]
+# read of the cache under a mask, or None; the prompts' spans, or None) -> logits [W, V], all on the device
+Forward = Callable[[torch.Tensor, torch.Tensor, "torch.Tensor | None", "PromptSpans | None"], torch.Tensor]
+
+
+@dataclass(frozen=True, order=True)
+class Shape:
+    """What a graph has room for.
+
+    Attributes:
+        tokens: T, of the pass.
+        prompts: their number.
+        longest: of their parts in the pass, in tokens; with spans.
+        read: S, what is read of the cache under a mask; 0 = nothing.
+    """
+
+    tokens: int
+    prompts: int
+    longest: int
+    read: int = 0
+
+    def holds(self, other: Shape) -> bool:
+        """Whether a pass of the other shape fits."""
+        fits = other.tokens <= self.tokens and other.prompts <= self.prompts and other.longest <= self.longest
+        return fits and other.read <= self.read and (self.read == 0) == (other.read == 0)
 
 
 @dataclass(frozen=True)
@@ -41,7 +68,7 @@ class _Captured:
     inputs: torch.Tensor  # [4, T], int64
     wanted: torch.Tensor  # [W], int64
     read: torch.Tensor | None  # [3, S], int64
-    ends: torch.Tensor | None  # [N], int32
+    spans: PromptSpans | None
     logits: torch.Tensor  # [W, V]
 
 
@@ -52,72 +79,88 @@ class PrefillGraphs:
         forward: one pass on device tensors, without a word to the host; writes nothing to negative cells.
         most: most prompts of a pass.
         longest: longest prompt, in tokens.
-        by_prompt: attention takes the prompts' spans, where nothing is read of the cache.
+        by_prompt: attention takes the prompts' spans.
     """
 
     def __init__(
         self, forward: Forward, most: int, longest: int, device: torch.device, by_prompt: bool = False
     ) -> None:
         self._forward = forward
-        self._most = most
         self._device = device
         self._by_prompt = by_prompt
-        possible = (*PREFILL_BUCKETS, *_MORE_LENGTHS) if by_prompt else PREFILL_BUCKETS
-        largest = min(prefill_bucket(most * longest), _MORE_LENGTHS[-1] if by_prompt else _LONGEST)
-        self._lengths = [length for length in possible if length <= largest]
-        self._parts = [length for length in _PARTS if length in self._lengths]
-        most_read = min(prefill_bucket(longest + 1), _LONGEST_READ)
-        self._reads = buckets(_SHORTEST_READ, max(_SHORTEST_READ, most_read))
-        self._captured: dict[tuple[int, int], _Captured] = {}  # (T, S); S is 0 where nothing is read
+        self._longest = longest
+        self.shapes = sorted(_span_shapes(most, longest) if by_prompt else _mask_shapes(most, longest))
+        self._captured: dict[Shape, _Captured] = {}
 
     @torch.inference_mode()
     def capture(self, pool: object) -> None:
-        """Captures every length, the longest first; `pool` as `DecodeGraphs.capture` takes it.
+        """Captures every shape, the largest first; `pool` as `DecodeGraphs.capture` takes it.
 
         Raises:
             LoadError: see `cuda_graphs.capture`.
         """
-        for read in reversed([0, *self._reads]):
-            for length in reversed(self._parts if read else self._lengths):
-                self._captured[length, read] = self._capture_one(length, read, pool)
+        for shape in reversed(self.shapes):
+            self._captured[shape] = self._capture_one(shape, pool)
 
-    def _capture_one(self, length: int, read_length: int, pool: object) -> _Captured:
-        inputs = torch.zeros(4, length, dtype=torch.int64, device=self._device)
+    def _capture_one(self, shape: Shape, pool: object) -> _Captured:
+        inputs = torch.zeros(4, shape.tokens, dtype=torch.int64, device=self._device)
         inputs[2] = -1
-        wanted = torch.zeros(min(self._most, length), dtype=torch.int64, device=self._device)
-        read = torch.zeros(3, read_length, dtype=torch.int64, device=self._device) if read_length else None
-        ends = None
-        if self._by_prompt and read is None:  # the prompts' and the padding's
-            ends = torch.full((len(wanted) + 2,), length, dtype=torch.int32, device=self._device)
-            ends[0] = 0
-        graph, logits = capture(lambda: self._forward(inputs, wanted, read, ends), pool, self._device)
-        return _Captured(graph, inputs, wanted, read, ends, logits)
+        wanted = torch.zeros(shape.prompts, dtype=torch.int64, device=self._device)
+        read = torch.zeros(3, shape.read, dtype=torch.int64, device=self._device) if shape.read else None
+        spans = None
+        if self._by_prompt:  # the prompts' and the padding's
+            table = torch.zeros(3, shape.prompts + 2, dtype=torch.int32, device=self._device)
+            table[0, 1:] = shape.tokens
+            spans = PromptSpans([], table, shape.longest, self._longest + 1)
+        graph, logits = capture(lambda: self._forward(inputs, wanted, read, spans), pool, self._device)
+        return _Captured(graph, inputs, wanted, read, spans, logits)
 
     def run(self, packed: PackedPrompts) -> torch.Tensor | None:
         """Logits `[n, V]` of the last tokens of n prompts, or None for a pass that was not captured."""
-        captured = self._find(packed)
-        count = len(packed.wanted)
-        if captured is None or packed.wants_all or count > len(captured.wanted):
+        captured = self.find(packed)
+        if captured is None:
             return None
+        count, length = len(packed.wanted), captured.inputs.shape[1]
         rows = [(packed.tokens, 0), (packed.positions, 0), (packed.cells, -1), (packed.prompts, PADDING)]
-        captured.inputs.copy_(_stack(rows, captured.inputs.shape[1]))
+        captured.inputs.copy_(_stack(rows, length))
         captured.wanted[:count].copy_(packed.wanted)
-        if captured.read is not None and packed.read is not None:
-            rows = [(packed.read, 0), (packed.read_positions, 0), (packed.read_prompts, PADDING)]
+        if captured.spans is not None and captured.spans.table is not None:
+            captured.spans.table.copy_(packed.spans(captured.spans.table.shape[1], length))
+        elif captured.read is not None and packed.read is not None:
+            cells, positions, prompts = packed.read
+            rows = [(cells, 0), (positions, 0), (prompts, PADDING)]
             captured.read.copy_(_stack(rows, captured.read.shape[1]))
-        if captured.ends is not None:
-            # Those of the prompts; the rest ends where the graph does.
-            captured.ends.copy_(_filled(packed.ends[:-1], len(captured.ends), captured.inputs.shape[1]))
         captured.graph.replay()
         return captured.logits[:count].clone()  # the next replay overwrites what the graph wrote
 
-    def _find(self, packed: PackedPrompts) -> _Captured | None:
-        if packed.read is None:
-            length = next((length for length in self._lengths if length >= len(packed.tokens)), -1)
-            return self._captured.get((length, 0))
-        length = next((length for length in self._parts if length >= len(packed.tokens)), -1)
-        read = next((read for read in self._reads if read >= len(packed.read)), -1)
-        return self._captured.get((length, read))
+    def find(self, packed: PackedPrompts) -> _Captured | None:
+        """The smallest graph that has room for a pass."""
+        if packed.wants_all:
+            return None
+        read = 0 if self._by_prompt or packed.read is None else packed.read.shape[1]
+        needed = Shape(len(packed.tokens), len(packed.wanted), packed.longest, read)
+        return next((self._captured[shape] for shape in self.shapes if shape.holds(needed)), None)
+
+
+def _span_shapes(most: int, longest: int) -> set[Shape]:
+    """Of passes in which attention takes the prompts' spans: few prompts, many, and of long passes many short ones."""
+    largest = min(prefill_bucket(most * longest), _MORE_LENGTHS[-1])
+    shapes = set()
+    for tokens in (length for length in (*PREFILL_BUCKETS, *_MORE_LENGTHS) if length <= largest):
+        shapes |= {Shape(tokens, min(count, tokens), tokens) for count in (min(_FEW, most), most)}
+        if tokens >= _WORTH_A_GRAPH and most > _FEW:
+            shapes.add(Shape(tokens, most, tokens // _SHARE_OF_SHORT))
+    return shapes
+
+
+def _mask_shapes(most: int, longest: int) -> set[Shape]:
+    """Of passes under a mask."""
+    lengths = [length for length in PREFILL_BUCKETS if length <= min(prefill_bucket(most * longest), _LONGEST)]
+    most_read = min(prefill_bucket(longest + 1), _LONGEST_READ)
+    reads = buckets(_SHORTEST_READ, max(_SHORTEST_READ, most_read))
+    parts = [length for length in _PARTS if length in lengths]
+    pairs = [(length, 0) for length in lengths] + list(itertools.product(parts, reads))
+    return {Shape(length, min(most, length), length, read) for length, read in pairs}
 
 
 def _stack(rows: list[tuple[torch.Tensor, int]], length: int) -> torch.Tensor:

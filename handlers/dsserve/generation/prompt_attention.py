@@ -1,9 +1,10 @@
 """Attention of a prefill pass that holds several prompts one behind the other: each prompt alone, causally.
 
 torch's flash kernel knows no mask but the causal one, and a pass of n prompts under a mask takes a slower kernel, which
-reads n times what it needs. On a GPU in half precision all prompts go through the flash kernel in one call, whose spans
-are a tensor, so that a CUDA graph can hold it; else prompt by prompt, those of one length in a row together. Covers
-passes that read nothing of the cache, without position biases.
+reads n times what it needs. On a GPU in half precision all prompts go through the flash kernel in one call, which finds
+their keys in the KV cache by spans that are a tensor: a CUDA graph can hold it, and what was computed before is read
+where it lies. Else prompt by prompt, those of one length in a row together, if nothing is read of the cache. Knows no
+position biases.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from itertools import groupby
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -28,16 +30,19 @@ class PromptSpans:
     """Where the prompts of one pass of T tokens lie.
 
     Attributes:
-        lengths: of the prompts, in order; their sum is T. Not read where `ends` is there.
-        ends: `[n + 1]`, int32, on the device: 0, then each prompt's end; the last ones may all be T. None: there is no
-            flash kernel for these prompts.
-        longest: no prompt is longer, with `ends`.
+        lengths: of the prompts, in order; their sum is T. Not read where there is a table.
+        table: `[3, n + 1]`, int32, on the device: 0, then each prompt's end in the pass, the last ones may all be T;
+            the first cell of each prompt's keys; how many they are, its own tokens the last of them. None: attention
+            gets the pass's own keys.
+        longest: no prompt brings more tokens; with a table.
+        most: no prompt sees more keys; with a table.
         seen: how many layers have attended by these spans.
     """
 
     lengths: list[int]
-    ends: torch.Tensor | None = None
+    table: torch.Tensor | None = None
     longest: int = 0
+    most: int = 0
     seen: int = 0
 
 
@@ -50,10 +55,11 @@ def attend_by_prompt(
     prompt_spans: PromptSpans,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' attention interface, without a mask: `[1, H, T, D]` and keys `[1, KV, T, D]` -> `[1, T, H, D]`."""
+    """transformers' attention interface, without a mask: `[1, H, T, D]` and keys `[1, KV, T, D]`, with a table those of
+    all cells of the cache, -> `[1, T, H, D]`."""
     prompt_spans.seen += 1
-    if prompt_spans.ends is not None:
-        return flash(query, key, value, scaling, prompt_spans.ends, prompt_spans.longest), None
+    if prompt_spans.table is not None:
+        return flash(query, key, value, scaling, prompt_spans), None
     runs = [(length, len(list(run))) for length, run in groupby(prompt_spans.lengths)]
     sizes = [length * count for length, count in runs]
     pieces = zip(*(tensor.split(sizes, dim=2) for tensor in (query, key, value)), strict=True)
@@ -66,36 +72,46 @@ def attend_by_prompt(
 
 
 def flash(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None, ends: torch.Tensor, longest: int
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None, spans: PromptSpans
 ) -> torch.Tensor:
-    """torch's flash kernel over spans; shapes as of `attend_by_prompt`, half precision, on a GPU."""
-    rows = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]  # [T, heads, D]
+    """torch's flash kernel over a table of spans; shapes as of `attend_by_prompt`, half precision, on a GPU.
+
+    Its causal mask lets a prompt's last token see all of its keys (flash-attention from 2.1 on).
+    """
+    assert spans.table is not None
+    ends, firsts, counts = spans.table
+    rows = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]  # [T or cells, heads, D]
     found = torch.ops.aten._flash_attention_forward(
-        *rows, ends, ends, longest, longest, 0.0, True, False, scale=scaling
+        *rows, ends, firsts, spans.longest, spans.most, 0.0, True, False, scale=scaling, seqused_k=counts[:-1]
     )
     return found[0][None]
 
 
 @cache
 def has_flash(dtype: torch.dtype, head_dim: int, device: torch.device) -> bool:
-    """Whether `flash` gives the same numbers as prompt by prompt, tried on random ones."""
+    """Whether `flash` gives the numbers of attention under a mask, tried on random ones: three prompts, of which two
+    find a part of their keys in the cache, and padding."""
     if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
         return False
-    lengths = [5, 12, 20]
+    lengths, firsts, counts = [5, 12, 20, 3], [40, 0, 64, 0], [5, 15, 28, 0]
     generator = torch.Generator().manual_seed(0)
     query, key, value = (
-        torch.randn(1, heads, 37, head_dim, generator=generator).to(device, dtype) for heads in (4, 2, 2)
+        torch.randn(1, heads, tokens, head_dim, generator=generator).to(device, dtype)
+        for heads, tokens in ((4, sum(lengths)), (2, 96), (2, 96))
     )
-    groups = nn.Module()
-    groups.num_key_value_groups = 2  # type: ignore[assignment]  # read where keys must be repeated
+    table = torch.tensor([[0, 5, 17, 37, 40], [*firsts, 0], [*counts, 0]], dtype=torch.int32, device=device)
+    expected = []
+    for part, first, count in zip(query.split(lengths, dim=2), firsts, counts, strict=True):
+        seen = torch.ones(part.shape[2], count, dtype=torch.bool, device=device).tril(count - part.shape[2])
+        keys, values = (tensor[:, :, first : first + count] for tensor in (key, value))
+        out = F.scaled_dot_product_attention(part, keys, values, seen, enable_gqa=True) if count else part * 0
+        expected.append(out.transpose(1, 2))
     try:
         with torch.inference_mode():
-            expected, _ = attend_by_prompt(groups, query, key, value, None, PromptSpans(lengths))
-            ends = torch.tensor([0, 5, 17, 37, 37], dtype=torch.int32, device=device)
-            found = flash(query, key, value, None, ends, 37)
+            found = flash(query, key, value, None, PromptSpans(lengths, table, 40, 32))
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, AttributeError, TypeError):  # another torch, another card, a head size without a kernel
         return False
     places = _PLACES * torch.finfo(dtype).eps
-    return found.shape == expected.shape and torch.allclose(found, expected, rtol=places, atol=places)
+    return torch.allclose(found, torch.cat(expected, dim=1), rtol=places, atol=places)

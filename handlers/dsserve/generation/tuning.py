@@ -1,0 +1,50 @@
+"""Replaces what runs faster otherwise, in a sharded model: matmuls, the operations between them, layers, attention.
+
+Each replacement gives the same numbers, or is not made; the engine's self-check looks at all of them together. Does not
+shard (`ds_engine`) and captures nothing (`cuda_graphs`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from dsserve.config import YAML_FILE, HandlerConfig
+from dsserve.distributed import RankInfo
+from dsserve.errors import LoadError
+from dsserve.fused_layers import can_fuse_layers, use_fused_layers
+from dsserve.fused_ops import load_ops, use_fused_ops
+from dsserve.generation.decode_attention import use_decode_attention
+from dsserve.packing import can_pack, pack_weights
+from dsserve.rank_sum import make_rank_sums
+
+
+def tune(module: Any, config: HandlerConfig, rank: RankInfo, device: torch.device) -> str:
+    """Replaces in place what can be; returns what, for the log. All ranks must call it.
+
+    Raises:
+        LoadError: an option that is set to true is not possible here.
+    """
+    lacks = "it needs a torch with oneDNN's packed linear"
+    packed = _apply("pack_weights", config.pack_weights, can_pack(module), lambda: pack_weights(module), lacks)
+    ops = load_ops(device) if config.compiled_ops else None
+    lacks = "a CPU needs g++ and ninja, a GPU Triton (see the log above)"
+    fused = _apply("compiled_ops", config.compiled_ops, ops is not None, lambda: use_fused_ops(module, ops), lacks)
+    said = f"{packed} packed matmuls, {fused} fused operations"
+    if ops is None or device.type != "cuda":
+        return f"{said}, plain attention"
+    if can_fuse_layers(module):
+        sums = make_rank_sums(module, rank, config.max_running)
+        said += f", {use_fused_layers(module, sums)} fused layers that sum {sums[0].way}"
+    return f"{said}, {'split' if use_decode_attention(module) else 'plain'} attention"
+
+
+def _apply(key: str, wanted: bool | str, possible: bool, apply: Callable[[], int], lacks: str) -> int:
+    """Carries out an option; `auto` = where it is possible. Returns how much was replaced."""
+    if wanted is not False and possible:
+        return apply()
+    if wanted is True:
+        raise LoadError(f"{YAML_FILE}: handler.{key}: true is not possible: {lacks}; set it to auto")
+    return 0

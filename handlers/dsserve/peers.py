@@ -1,0 +1,95 @@
+"""GPU memory that all ranks of a host can read: where they lay their parts of a sum for each other (`rank_sum`).
+
+torch's symmetric memory (torch 2.11), without multicast. Does not compute, and is not there where GPUs cannot reach
+each other's memory.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dsserve.distributed import RankInfo, agree_on_least
+
+logger = logging.getLogger(__name__)
+
+# Every rank reads all parts, so a sum moves (ranks - 1) times its size to each: beyond these bytes of a part, by the
+# number of ranks, NCCL's ring moves less. Two ranks move the same either way.
+_MOST_BYTES = {2: 2**62, 4: 512 * 2**10, 8: 256 * 2**10}
+
+
+@dataclass(frozen=True)
+class Peers:
+    """One place for a sum's parts on all ranks.
+
+    Attributes:
+        own: `[rows, H]`, this rank's part.
+        places: `[ranks]`, int64, the addresses of all parts.
+        flags: `[ranks]`, int64, the addresses of the ranks' flags, `[rows, ranks]` in int32: how many sums of a row
+            each rank has begun, written by that rank.
+        epochs: `[rows]`, int32, how many sums of a row this rank has begun.
+        late: `[1]`, int32, not 0 after a sum that did not wait for all ranks.
+        held: what the addresses point into.
+    """
+
+    rank: int
+    world_size: int
+    own: torch.Tensor
+    places: torch.Tensor
+    flags: torch.Tensor
+    epochs: torch.Tensor
+    late: torch.Tensor
+    held: tuple[Any, ...]
+
+
+def share_memory(rank: RankInfo, rows: int, width: int, dtype: torch.dtype, device: torch.device) -> list[Peers]:
+    """Two places for parts `[rows, width]`, or none where the ranks cannot read each other's memory. All ranks call it.
+
+    A rank may write its next part to the other place while its peers still read the last one; when it comes to the
+    first place again all have told of their sum in between, so nobody reads there any more.
+    """
+    limit = next((size for ranks, size in _MOST_BYTES.items() if ranks >= rank.world_size), 0)
+    rows = min(rows, limit // (width * dtype.itemsize))
+    reason = "rows too large" if rows < 1 else _why_out_of_reach(rank, device)
+    if not agree_on_least(int(not reason), rank):
+        if rank.is_leader:
+            logger.info("[dsserve] all-reduces over NCCL: %s", reason or "another rank's GPU is out of reach")
+        return []
+    from torch.distributed import _symmetric_memory as symmetric_memory
+
+    values = symmetric_memory.empty(2, rows, width, dtype=dtype, device=device)
+    flags = symmetric_memory.empty(rows, rank.world_size, dtype=torch.int32, device=device)
+    values.zero_(), flags.zero_()
+    group: Any = torch.distributed.group.WORLD
+    handles = [symmetric_memory.rendezvous(tensor, group) for tensor in (values, flags)]
+    torch.cuda.synchronize(device)
+    torch.distributed.barrier()
+    ranks, held = range(rank.world_size), (values, flags, *handles)
+    of_values, of_flags = (
+        [handle.get_buffer(peer, tensor.shape, tensor.dtype).data_ptr() for peer in ranks]
+        for handle, tensor in zip(handles, (values, flags), strict=True)
+    )
+    place_bytes = values[0].numel() * values.element_size()
+    addresses = [[address + place * place_bytes for address in of_values] for place in range(2)]
+    flag_addresses = torch.tensor(of_flags, device=device)
+    epochs, late = (torch.zeros(size, dtype=torch.int32, device=device) for size in (rows, 1))
+    return [
+        Peers(rank.rank, rank.world_size, own, torch.tensor(places, device=device), flag_addresses, epochs, late, held)
+        for own, places in zip(values, addresses, strict=True)
+    ]
+
+
+def _why_out_of_reach(rank: RankInfo, device: torch.device) -> str:
+    """Why the ranks cannot read each other's memory; empty where they can."""
+    if rank.local_world_size != rank.world_size:
+        return "the ranks are on several hosts"
+    if device.type != "cuda":
+        return "no GPU"
+    pairs = itertools.permutations(range(rank.world_size), 2)
+    if not all(torch.cuda.can_device_access_peer(*pair) for pair in pairs):
+        return "the GPUs cannot read each other's memory"
+    return ""

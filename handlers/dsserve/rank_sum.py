@@ -1,0 +1,106 @@
+"""The sum of a row-parallel layer over the ranks, the addition to the residual, and the norm that follows, in one step.
+
+Apart they are an all-reduce and two small operations, three launches for a few kilobytes. Where GPUs read each other's
+memory (`peers`) one kernel does all of it; elsewhere, and for more rows than decode steps have, NCCL sums and one
+kernel adds and norms. One rank alone sums nothing. Does not know layers (`fused_layers`).
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+
+from dsserve.distributed import RankInfo, agree_on_least, all_reduce
+from dsserve.errors import LoadError
+from dsserve.peers import Peers, share_memory
+
+logger = logging.getLogger(__name__)
+
+# How often a sum that is tried at load looks for the other ranks' parts: about a second.
+_TRIED_SPINS = 1_000_000
+
+
+class RankSum:
+    """Sums of all layers that lie at the same place of theirs: a step must not use it twice without another in between.
+
+    Args:
+        world_size: number of ranks.
+        peers: where the ranks read each other's parts; None = NCCL.
+    """
+
+    def __init__(self, world_size: int, peers: Peers | None) -> None:
+        self._world_size = world_size
+        self._peers = peers
+        self._taken: torch.Tensor | None = None
+
+    @property
+    def way(self) -> str:
+        """How, for the log."""
+        if self._world_size == 1:
+            return "nothing"
+        return "over NCCL" if self._peers is None else f"up to {self._peers.own.shape[0]} rows in the ranks' memory"
+
+    def take(self, rows: int) -> torch.Tensor | None:
+        """The memory `[rows, H]` to write this rank's part to; None = any will do."""
+        fits = self._peers is not None and rows <= self._peers.own.shape[0]
+        self._taken = self._peers.own[:rows] if fits and self._peers is not None else None
+        return self._taken
+
+    def add_norm(
+        self, part: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`residual` + the ranks' sum of `part`, and the norm of that, `[..., H]` each.
+
+        Raises:
+            LoadError: the part is not what was written to the memory that `take` gave.
+        """
+        from dsserve.rank_sum_kernel import add_norm
+
+        taken, self._taken = self._taken, None
+        if taken is not None and taken.data_ptr() != part.data_ptr():
+            raise LoadError("the model changes a row-parallel layer's result; set handler.compiled_ops: false")
+        if taken is None and self._world_size > 1:
+            all_reduce(part)
+        width = residual.shape[-1]
+        peers = None if taken is None else self._peers
+        total, normed = add_norm(part.reshape(-1, width), residual.reshape(-1, width), weight, eps, peers)
+        return total.view(residual.shape), normed.view(residual.shape)
+
+    def is_exact(self) -> bool:
+        """Whether the peers' memory gives NCCL's sum of random parts, within the dtype's rounding; True without peers.
+
+        All ranks must call it. Waits a second for the others at most.
+        """
+        from dsserve.rank_sum_kernel import add_norm
+
+        peers = self._peers
+        if peers is None:
+            return True
+        generator = torch.Generator().manual_seed(peers.rank)
+        part = torch.randn(peers.own.shape, generator=generator).to(peers.own)
+        residual, weight = torch.zeros_like(part), torch.ones_like(part[0])
+        peers.own.copy_(part)
+        found, _ = add_norm(peers.own, residual, weight, 1e-6, peers, spins=_TRIED_SPINS)
+        all_reduce(part)
+        close = torch.allclose(found, part, rtol=4 * torch.finfo(part.dtype).eps, atol=4 * torch.finfo(part.dtype).eps)
+        return close and not peers.late.item()
+
+
+def make_rank_sums(module: Any, rank: RankInfo, rows: int) -> tuple[RankSum, RankSum]:
+    """The two sums of each layer of a sharded model, over peers' memory where it gives NCCL's sums; all ranks call it.
+
+    Args:
+        rows: most rows of a decode step.
+    """
+    like = next(module.parameters())
+    width = module.config.get_text_config().hidden_size
+    peers: list[Peers] = share_memory(rank, rows, width, like.dtype, like.device) if rank.world_size > 1 else []
+    sums = [RankSum(rank.world_size, peer) for peer in peers]
+    exact = [rank_sum.is_exact() for rank_sum in sums]
+    if sums and not agree_on_least(int(all(exact)), rank):
+        logger.warning("[dsserve] the ranks' memory does not give NCCL's sums: all-reduces over NCCL")
+        sums = []
+    first, second = sums or [RankSum(rank.world_size, None) for _ in range(2)]
+    return first, second

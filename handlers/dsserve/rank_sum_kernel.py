@@ -1,0 +1,95 @@
+"""The Triton kernel of `rank_sum`: sum over the ranks, addition to the residual, norm. Importing this needs Triton."""
+
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from dsserve import early_launch
+from dsserve.early_launch import wait_for_inputs
+from dsserve.gpu_kernels import warps
+from dsserve.peers import Peers
+
+
+@triton.jit
+def _wait_for_ranks(flag_places_ptr, epochs_ptr, late_ptr, row, spins, RANK: tl.constexpr, WORLD: tl.constexpr):
+    """Tells all ranks that this one's part of the row is there, and waits for theirs.
+
+    Each rank counts its sums. A flag holds another rank's count, which it writes over NVLink; a count may wrap.
+    """
+    epoch = tl.load(epochs_ptr + row) + 1
+    for peer in tl.static_range(WORLD):
+        if peer != RANK:
+            flags = tl.load(flag_places_ptr + peer).to(tl.pointer_type(tl.int32))
+            tl.atomic_xchg(flags + row * WORLD + RANK, epoch, sem="release", scope="sys")
+    tl.store(epochs_ptr + row, epoch)
+    own = tl.load(flag_places_ptr + RANK).to(tl.pointer_type(tl.int32)) + row * WORLD
+    for peer in tl.static_range(WORLD):
+        if peer != RANK:
+            left = spins
+            seen = tl.atomic_add(own + peer, 0, sem="acquire", scope="sys")
+            while (seen - epoch < 0) & (left != 0):
+                seen = tl.atomic_add(own + peer, 0, sem="acquire", scope="sys")
+                left -= 1
+            if seen - epoch < 0:
+                tl.store(late_ptr, 1)
+
+
+@triton.jit
+def _add_norm(
+    part_ptr, places_ptr, flag_places_ptr, epochs_ptr, late_ptr, residual_ptr, weight_ptr, sum_ptr, out_ptr,
+    part_row, residual_row, eps, spins,
+    RANK: tl.constexpr, WORLD: tl.constexpr, SIZE: tl.constexpr, PAD: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    row, at = tl.program_id(0).to(tl.int64), tl.arange(0, PAD)
+    inside = at < SIZE
+    kind = out_ptr.dtype.element_ty
+    weight = tl.load(weight_ptr + at, mask=inside, other=0.0)
+    wait_for_inputs(EARLY)
+    if WORLD > 1:
+        _wait_for_ranks(flag_places_ptr, epochs_ptr, late_ptr, row, spins, RANK, WORLD)
+        part = tl.zeros([PAD], tl.float32)
+        for peer in tl.static_range(WORLD):  # in the order of ranks, so that all of them get the same sum
+            source = tl.load(places_ptr + peer).to(tl.pointer_type(kind)) + row * SIZE
+            part += tl.load(source + at, mask=inside, other=0.0).to(tl.float32)
+    else:
+        part = tl.load(part_ptr + row * part_row + at, mask=inside, other=0.0).to(tl.float32)
+    # Rounded where torch would: after the ranks' sum, the addition, and before the weight is applied.
+    residual = tl.load(residual_ptr + row * residual_row + at, mask=inside, other=0.0).to(tl.float32)
+    total = (part.to(kind).to(tl.float32) + residual).to(kind)
+    tl.store(sum_ptr + row * SIZE + at, total, mask=inside)
+    x = total.to(tl.float32)
+    scaled = (x * tl.rsqrt(tl.sum(x * x, 0) / SIZE + eps)).to(kind)
+    tl.store(out_ptr + row * SIZE + at, weight * scaled, mask=inside)
+
+
+def add_norm(
+    part: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    peers: Peers | None = None,
+    spins: int = -1,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`part + residual` and its norm, `[n, H]` each; with `peers` the parts of all ranks are summed before.
+
+    Args:
+        part: `[n, H]`; with `peers` this rank's own in their memory.
+        peers: where the ranks' parts lie.
+        spins: how often a program looks for another rank's part before it goes on without; -1 = for ever.
+    """
+    rows, size = residual.shape
+    total, out = (torch.empty(rows, size, dtype=residual.dtype, device=residual.device) for _ in range(2))
+    pad = triton.next_power_of_2(size)
+    if peers is None:
+        rank, world, shared = 0, 1, (part,) * 4  # the kernel does not look at them
+    else:
+        rank, world, shared = peers.rank, peers.world_size, (peers.places, peers.flags, peers.epochs, peers.late)
+    _add_norm[(rows,)](
+        part, *shared, residual, weight, total, out, part.stride(0), residual.stride(0), eps, spins,
+        RANK=rank, WORLD=world, SIZE=size, PAD=pad, num_warps=warps(pad), **early_launch.options(part.device),
+    )  # fmt: skip
+    return total, out

@@ -1,0 +1,63 @@
+"""The Triton matmuls of a few rows against fp64, on shapes that no block divides, and in a chain in a graph."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dsserve import gpu_ops
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is visible")
+# ||out - ref|| / ||ref||: the result's rounding.
+LIMIT = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
+
+
+@pytest.fixture(autouse=True)
+def _ops() -> None:
+    assert gpu_ops.load_gpu_ops()
+
+
+@pytest.mark.parametrize("dtype", LIMIT)
+@pytest.mark.parametrize("rows", [1, 2, 7, 16, 17, 32, 33])
+@pytest.mark.parametrize(("outputs", "size"), [(4096, 4096), (1000, 2731), (33, 70), (1, 1024), (6144, 5504)])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_as_in_fp64(rows: int, outputs: int, size: int, has_bias: bool, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(1, rows, size, dtype=dtype, device="cuda")
+    weight = torch.randn(outputs, size, dtype=dtype, device="cuda")
+    bias = torch.randn(outputs, dtype=dtype, device="cuda") if has_bias else None
+    memory = torch.full((rows, outputs), float("nan"), dtype=dtype, device="cuda")
+    expected = x.double() @ weight.double().t() + (0 if bias is None else bias.double())
+    for out in (None, memory):
+        found = gpu_ops.multiply(x, weight, bias, out)
+        assert found.shape == (1, rows, outputs)
+        assert (found.double() - expected).norm() <= LIMIT[dtype] * expected.norm()
+    assert torch.equal(memory[None], found)
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+def test_a_chain_of_them_waits_for_each_other(rows: int) -> None:
+    """Kernels that begin before their input is there would read the last replay's."""
+    torch.manual_seed(0)
+    weights = [torch.randn(2048, 2048, dtype=torch.float16, device="cuda") / 2048**0.5 for _ in range(6)]
+    x = torch.zeros(rows, 2048, dtype=torch.float16, device="cuda")
+
+    def run() -> torch.Tensor:
+        y = x
+        for weight in weights:
+            y = gpu_ops.multiply(gpu_ops.gated_silu(y, y), weight, None)
+        return y
+
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = run()
+    for seed in range(20):
+        x.copy_(3 * torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)))
+        graph.replay()
+        torch.cuda.synchronize()
+        replayed = found.clone()
+        y = x.double()
+        for weight in weights:
+            y = (torch.nn.functional.silu(y) * y) @ weight.double().t()
+        assert (replayed.double() - y).norm() <= 2e-2 * y.norm()
