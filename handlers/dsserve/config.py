@@ -77,6 +77,9 @@ class HandlerConfig(BaseModel):
         "auto", description="norm, rotary, KV writes (GPU: gated MLP, decode attention too) as fused operations"
     )
     cuda_graphs: bool = Field(True, description="decode steps as CUDA graphs (GPU only)")
+    launch_ahead: bool = Field(
+        True, description="a step starts before the tokens of the one before are read (GPU with AutoTP only)"
+    )
     num_threads: int | None = Field(None, ge=1, description="CPU threads of a rank; default: cores // ranks")
     warmup: bool = Field(True, description="run every prefill and decode shape once at load")
     collective_timeout: float = Field(

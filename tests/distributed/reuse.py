@@ -7,11 +7,11 @@ from typing import Any
 import torch
 
 from dsserve.distributed import RankInfo, select_device
+from dsserve.generation.choice import HostChoice
 from dsserve.generation.device_sampler import DeviceSampler
 from dsserve.generation.engine import Engine
 from dsserve.generation.model_runner import ModelRunner
 from dsserve.generation.request import GenerationRequest, SamplingParams
-from dsserve.generation.sampler import choose
 from tests.distributed.steps import make_engine
 from tests.streams import Numbers, more
 
@@ -38,7 +38,7 @@ def requests(sampled: bool, vocabulary: int) -> list[GenerationRequest]:
 
 def texts(path: str, device_type: str = "cpu") -> dict[str, Any]:
     """Tokens of each request in fp32: alone, without reuse and chosen on the host, and all arriving one by one, with
-    reuse and chosen on the device. GPUs use graphs."""
+    reuse, chosen on the device and launched ahead. GPUs use graphs."""
     rank = RankInfo.from_env()
     device = select_device(device_type, rank)
     module = make_engine(path, "fp32", device_type).module
@@ -60,8 +60,10 @@ def make_engine_of(module: Any, rank: RankInfo, device: torch.device, kept: int)
     if device.type == "cuda":
         runner.capture_graphs(rank.is_leader)
         sampler.capture(runner.graph_pool)
-    choose_tokens = sampler.choose if kept else choose
-    return Engine(runner, rank, lambda _: Numbers(), frozenset(), choose=choose_tokens)  # type: ignore[arg-type, return-value]
+    launch = sampler.launch if kept else HostChoice
+    return Engine(  # type: ignore[arg-type, return-value]
+        runner, rank, lambda _: Numbers(), frozenset(), launch=launch, launch_ahead=bool(kept)
+    )
 
 
 def run(engine: Engine, rank: RankInfo, arrivals: list[GenerationRequest]) -> tuple[dict[str, str], int]:

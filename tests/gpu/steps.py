@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from dsserve.config import HandlerConfig
 from dsserve.distributed import RankInfo, all_reduce, init_process_group, select_device
 from dsserve.ds_engine import get_ds_engine
+from dsserve.generation.device_sampler import DeviceSampler
 from dsserve.generation.engine import Engine
 from dsserve.generation.model_runner import ModelRunner
 from dsserve.generation.request import GenerationRequest
@@ -38,7 +39,8 @@ def generate(path: str, dtype: str, step: str) -> dict[str, Any]:
     engine's error against the unsharded model.
 
     Args:
-        step: `eager`, `graphs`, or `fused`: graphs with fused matmuls and operations and our own attention.
+        step: `eager`, `graphs`, or `fused`: graphs with fused matmuls and operations and our own attention. With
+            graphs steps are launched ahead.
     """
     rank = RankInfo.from_env()
     device = select_device("gpu", rank)
@@ -53,7 +55,9 @@ def generate(path: str, dtype: str, step: str) -> dict[str, Any]:
     if step != "eager":
         runner.capture_graphs(rank.is_leader, prefill=step == "fused")
     error = verify_runner(runner, ds_engine.self_check)
-    engine = Engine(runner, rank, lambda _: Numbers(), frozenset())  # type: ignore[arg-type, return-value]
+    sampler = DeviceSampler(runner.slots, runner.vocabulary, device)
+    ahead: dict[str, Any] = {} if step == "eager" else {"launch": sampler.launch, "launch_ahead": True}
+    engine = Engine(runner, rank, lambda _: Numbers(), frozenset(), **ahead)  # type: ignore[arg-type, return-value]
     requests = [
         GenerationRequest(str(index), ids, NEW_TOKENS)
         for index, ids in enumerate(prompts(ds_engine.module.config.vocab_size))

@@ -60,16 +60,17 @@ def test_every_number_of_rows(samplers: dict, row: SamplingParams, count: int) -
 
 
 @pytest.mark.parametrize("row", [SamplingParams(0.9), RULES], ids=["free", "all"])
-def test_a_step_waits_for_the_device_once(samplers: dict, row: SamplingParams) -> None:
-    """Beside the edits: torch warns of every wait, and the tokens' way back is the only one."""
+def test_a_step_waits_for_nothing_but_its_own_tokens(samplers: dict, row: SamplingParams) -> None:
+    """Beside the edits: torch fails at every wait for all that is queued."""
     captured, _ = samplers[128_256]
-    states = states_of([replace(row, repetition_penalty=1.0)] * SLOTS)
+    rows = [replace(row, repetition_penalty=1.0, seed=index) for index in range(SLOTS)]
     logits = make_logits(1, SLOTS, 128_256, 8.0, torch.bfloat16, "plain").to("cuda")
-    captured.choose(logits, states)
-    torch.cuda.set_sync_debug_mode("warn")
+    expected, states = captured.choose(logits, states_of(rows)), states_of(rows)
+    torch.cuda.set_sync_debug_mode("error")
     try:
-        with pytest.warns(UserWarning, match="synchronizing") as waits:
-            captured.choose(logits, states)
+        found = captured.launch(logits, states)
+        tokens = found._found.read()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert len([warning for warning in waits if "synchronizing" in str(warning.message)]) == 1
+    assert torch.equal(found.tokens.cpu(), torch.tensor(tokens).clamp(min=0))
+    assert all(token in (-1, wanted) for token, wanted in zip(tokens, expected, strict=True))

@@ -11,8 +11,8 @@ import torch
 
 from dsserve.distributed import RankInfo
 from dsserve.generation.engine import Engine
-from dsserve.generation.model_runner import StepLogits
 from dsserve.generation.plan import Plan
+from dsserve.generation.runner import StepLogits
 from dsserve.metrics import Metrics
 from scripts import bench_metrics
 from scripts.bench_metrics import NEW_TOKENS, Calls, NoText, Switch, compare, count_alone, table, turn

@@ -11,10 +11,10 @@ from dsserve.distributed import RankInfo
 from dsserve.generation import engine as engine_module
 from dsserve.generation.call_length import CallLength
 from dsserve.generation.engine import Engine
-from dsserve.generation.model_runner import StepLogits
-from dsserve.generation.plan import Plan
+from dsserve.generation.plan import Plan, PlanChannel
 from dsserve.generation.prefix_cache import PrefixCache
 from dsserve.generation.request import GenerationRequest
+from dsserve.generation.runner import StepLogits
 from dsserve.generation.scheduler import Scheduler
 from tests.unit.test_metrics import FakeRunner, Letters
 
@@ -63,13 +63,15 @@ class Runner(FakeRunner):
         return super().execute(plan)
 
 
-class Wire:
-    """In the channel's place: what the other ranks are told."""
+class Wire(PlanChannel):
+    """A channel that keeps what the other ranks are told."""
 
     def __init__(self) -> None:
+        super().__init__(0, 1)
         self.sent: list[Plan] = []
 
     def send(self, plan: Plan) -> None:
+        super().send(plan)
         self.sent.append(plan)
 
 
@@ -82,7 +84,7 @@ def runner(monkeypatch: pytest.MonkeyPatch) -> Runner:
 def engine(runner: Runner) -> Engine:
     scheduler = Scheduler(runner.slots, PrefixCache(runner.slots, 0), 20)
     made = Engine(runner, RankInfo(0, 0, 1, 1), lambda _: Letters(), frozenset({7}), scheduler=scheduler)  # type: ignore[arg-type, return-value]
-    made._channel = Wire()  # type: ignore[assignment]
+    made._channel = Wire()
     return made
 
 

@@ -7,10 +7,10 @@ import torch
 
 from dsserve.distributed import RankInfo
 from dsserve.generation.engine import MOST_MEMORY_FAILURES, Engine
-from dsserve.generation.model_runner import StepLogits
 from dsserve.generation.plan import Plan
 from dsserve.generation.prefix_cache import PrefixCache
 from dsserve.generation.request import GenerationRequest, TokenEvent
+from dsserve.generation.runner import StepLogits
 from dsserve.generation.scheduler import Scheduler
 from tests.unit.test_metrics import FakeRunner, Letters
 

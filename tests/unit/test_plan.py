@@ -20,6 +20,8 @@ plans = st.builds(
         max_size=4,
     ).map(tuple),
     last=st.booleans(),
+    ahead=st.booleans(),
+    rewind=st.booleans(),
 )
 
 

@@ -32,10 +32,10 @@ from dsserve.generation.sampler import (
     draw_from_all,
     edit,
     report_logprobs,
-    uniforms,
 )
 from dsserve.generation.temperature import scale, scaled
 from dsserve.generation.token_history import TokenCounts
+from dsserve.generation.uniforms import Uniforms
 
 LOGITS = torch.randn(200, generator=torch.Generator().manual_seed(7)) * 4
 PROMPT = (3, 4, 5, 3)
@@ -204,8 +204,8 @@ def test_a_seed_repeats_and_another_differs() -> None:
 
 
 def test_texts_of_one_request_have_streams_of_their_own() -> None:
-    streams = [[next(uniforms(5, index)) for _ in range(3)] for index in (0, 1)]
-    numbers = [next(stream) for stream in [uniforms(-5, 0)] for _ in range(200)]
+    streams = [[next(Uniforms(5, index)) for _ in range(3)] for index in (0, 1)]
+    numbers = [next(stream) for stream in [Uniforms(-5, 0)] for _ in range(200)]
     assert streams[0] != streams[1] and len(set(numbers)) == 200 and all(0 <= number < 1 for number in numbers)
 
 

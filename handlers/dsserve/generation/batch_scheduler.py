@@ -6,7 +6,7 @@ a batch to gather. Rows that end leave the book at once; what becomes of them in
 
 from __future__ import annotations
 
-from dsserve.generation.plan import Admission
+from dsserve.generation.plan import Admission, Plan
 from dsserve.generation.prefix_cache import PrefixCache
 from dsserve.generation.scheduler import Scheduler
 from dsserve.generation.sequence import Sequence
@@ -23,6 +23,10 @@ class BatchScheduler(Scheduler):
     def __init__(self, slots: int, max_tokens: int) -> None:
         super().__init__(slots, PrefixCache(slots, 0))
         self._max_tokens = max_tokens
+
+    def plan_ahead(self, last: bool) -> Plan | None:
+        """None: the kernels take their tokens from the host."""
+        return None
 
     def _admit(self, most: int) -> tuple[Admission, ...]:
         """The next batch: the first sequence that waits, and those behind it that fit beside it.

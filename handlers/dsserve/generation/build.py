@@ -16,6 +16,7 @@ from dsserve.config import YAML_FILE, HandlerConfig
 from dsserve.distributed import RankInfo, agree_on_least
 from dsserve.errors import LoadError
 from dsserve.generation.batch_scheduler import BatchScheduler
+from dsserve.generation.choice import HostChoice, Launch
 from dsserve.generation.decode_attention import uses_decode_attention
 from dsserve.generation.detokenizer import TextStream
 from dsserve.generation.device_sampler import DeviceSampler
@@ -28,7 +29,6 @@ from dsserve.generation.observer import Observer
 from dsserve.generation.prefix_cache import PrefixCache
 from dsserve.generation.request import Limits
 from dsserve.generation.runner import Runner
-from dsserve.generation.sampler import Choose, choose
 from dsserve.generation.scheduler import Scheduler
 from dsserve.generation.tuning import tune
 from dsserve.generation.warmup import verify_runner, warm_up, warm_up_batches
@@ -107,8 +107,10 @@ def build_engine(
         return TextStream(loaded.tokenizer, request.stop.strings)
 
     grammars = GrammarCompiler(loaded.tokenizer, runner.vocabulary, loaded.eos_ids)
-    choose_tokens = _sampler(runner, config, rank, device, clock)
-    engine = Engine(runner, rank, make_text, loaded.eos_ids, grammars, observer, scheduler, choose_tokens)
+    launch = _sampler(runner, config, rank, device, clock)
+    # On a CPU the host computes the steps themselves: nothing would run beside it.
+    ahead = config.launch_ahead and device.type == "cuda"
+    engine = Engine(runner, rank, make_text, loaded.eos_ids, grammars, observer, scheduler, launch, ahead)
     return engine, limits, grammars
 
 
@@ -157,16 +159,16 @@ def _kernel_runner(
     return runner, BatchScheduler(size.rows, size.tokens)
 
 
-def _sampler(runner: Runner, config: HandlerConfig, rank: RankInfo, device: torch.device, clock: LoadClock) -> Choose:
+def _sampler(runner: Runner, config: HandlerConfig, rank: RankInfo, device: torch.device, clock: LoadClock) -> Launch:
     """On a GPU rank 0 samples there; on a CPU numpy is faster. The other ranks do not sample."""
     if device.type != "cuda" or not rank.is_leader:
-        return choose
+        return HostChoice
     sampler = DeviceSampler(runner.slots, runner.vocabulary, device)
     if config.cuda_graphs:
         with clock.phase("warm-up"):
             # The model's graphs and the sampler's never run at the same time.
             sampler.capture(runner.graph_pool or torch.cuda.graph_pool_handle())
-    return sampler.choose
+    return sampler.launch
 
 
 def _warm_up(runner: ModelRunner, module: Any, config: HandlerConfig, rank: RankInfo, device: torch.device) -> None:

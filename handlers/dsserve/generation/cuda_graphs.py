@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from dsserve.errors import LoadError
+from dsserve.generation.pinned import stage
 
 logger = logging.getLogger(__name__)
 
@@ -76,17 +77,21 @@ class DecodeGraphs:
         graph, logits = capture(lambda: self._forward(inputs[0], inputs[1], length), pool, self._device)
         return _Captured(graph, inputs, logits)
 
-    def decode(self, tokens: tuple[int, ...], positions: list[int]) -> torch.Tensor:
-        """Logits `[n, V]` of one step for the rows 0 to n-1.
+    def decode(self, tokens: tuple[int, ...], positions: list[int], known: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits `[n, V]` of one step for the rows 0 to n-1. Does not wait for the device.
 
         Args:
             positions: where the next token of each live row goes; of more than n rows where prompts are not complete.
+            known: in the place of `tokens`, `[n]`, int64, where they are on the device already.
         """
         decoded = len(tokens)
         rows = next(bucket for bucket in self._rows if bucket >= decoded)
         length = next(bucket for bucket in self._lengths if bucket > max(positions[:decoded]))
         captured = self._captured[rows, length]
-        captured.inputs.copy_(torch.tensor(pad_rows(tokens, positions, rows)))
+        inputs = stage(pad_rows(tokens, positions, rows), torch.int64, self._device)
+        captured.inputs.copy_(inputs, non_blocking=True)
+        if known is not None:
+            captured.inputs[0, :decoded].copy_(known)
         captured.graph.replay()
         # The next replay overwrites what the graph wrote.
         return captured.logits[:decoded].clone()

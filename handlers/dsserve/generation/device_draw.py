@@ -33,6 +33,11 @@ def row_numbers(params: SamplingParams) -> tuple[float, ...]:
     return (kind, temperature, *(float(column[0]) for column in columns))
 
 
+def may_find(params: SamplingParams) -> bool:
+    """Whether `draw` finds the tokens of such a row, but for rare ones: it never sees more than `FIRST` candidates."""
+    return params.temperature < GREEDY_BELOW or params.top_k is None or params.top_k < FIRST
+
+
 def is_ruled(numbers: tuple[float, ...]) -> bool:
     """Whether a row with these `row_numbers` needs `draw`'s rules."""
     return numbers[0] == _RULED

@@ -10,22 +10,25 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 
 from dsserve.distributed import RankInfo
+from dsserve.generation.answers import Answers
+from dsserve.generation.choice import HostChoice, Launch
 from dsserve.generation.detokenizer import TextStream
+from dsserve.generation.flight import Flight
 from dsserve.generation.grammar import GrammarCompiler
-from dsserve.generation.model_runner import StepLogits
-from dsserve.generation.observer import Observer, Outcome, Step
+from dsserve.generation.observer import Observer
 from dsserve.generation.packed_prompts import PREFILL_BUCKETS
 from dsserve.generation.plan import Plan, PlanChannel
 from dsserve.generation.prefix_cache import PrefixCache
-from dsserve.generation.request import GenerationRequest, Origin, TokenEvent, TokenLogprob
+from dsserve.generation.request import GenerationRequest, Origin, TokenEvent
 from dsserve.generation.runner import Runner
-from dsserve.generation.sampler import Choose, SamplingState, choose, report_logprobs
+from dsserve.generation.sampler import SamplingState
 from dsserve.generation.scheduler import Scheduler
 from dsserve.generation.sequence import Sequence, ending_ids
 
@@ -36,6 +39,9 @@ logger = logging.getLogger(__name__)
 # free, and a new worker helps. A prompt that is simply too long, or wants all its logits, does not count, or one client
 # could end the worker.
 MOST_MEMORY_FAILURES = 3
+# A step that is void costs a whole step, launching one ahead saves a tenth of one: where rules reach beyond what the
+# device sees of a distribution, they do so again soon.
+STEPS_AFTER_VOID = 16
 
 
 class Engine:
@@ -48,7 +54,9 @@ class Engine:
         grammars: for requests with structured output.
         observer: hears of rank 0's steps and sequences.
         scheduler: default: continuous batching over the runner's slots.
-        choose: gives the next token of each row on rank 0; default: the sampler's.
+        launch: chooses the next token of each row on rank 0; default: the sampler, on the host.
+        launch_ahead: a step is launched before the tokens of the one before are read, where that changes no text.
+            `launch` must leave tokens on the device.
     """
 
     def __init__(
@@ -60,17 +68,22 @@ class Engine:
         grammars: GrammarCompiler | None = None,
         observer: Observer | None = None,
         scheduler: Scheduler | None = None,
-        choose: Choose = choose,
+        launch: Launch = HostChoice,
+        launch_ahead: bool = False,
     ) -> None:
         self._runner = runner
         self._channel = PlanChannel(rank.rank, rank.world_size)
         self._scheduler = scheduler or Scheduler(runner.slots, PrefixCache(runner.slots, runner.kept))
-        self._choose = choose
+        self._launch_choice = launch
+        self._may_launch_ahead = launch_ahead
         self._make_text = make_text
         self._eos_ids = eos_ids
         self._grammars = grammars
         self._observer = observer or Observer()
-        self._ended: list[tuple[Sequence, TokenEvent]] = []  # in the present step
+        self._answers = Answers(self._scheduler, self._observer)
+        self._flights: deque[Flight] = deque()  # two at most; one between calls
+        self._rewind = False  # the last step that the ranks executed is void
+        self._patience = 0  # steps before one may be launched ahead again
         self._memory_failures = 0
         self._step_s = 0.0  # of the last step
 
@@ -95,31 +108,28 @@ class Engine:
     def evict(self, request_id: str) -> None:
         """Drops a request, wherever it is; its slots are free from the next step on."""
         for sequence in self._scheduler.cancel(request_id):
-            self._end(sequence, "abort", time.monotonic())
+            self._answers.end(sequence, "abort")
 
     def run(self, max_steps: int, limit_s: float = math.inf) -> list[TokenEvent]:
         """Rank 0's part of one handler call: one step at least, then more as long as another one fits into both limits.
 
         A call ends early when a prompt was read to its end (its first token should leave), when a text ended (so should
-        its last, and its slot is free), or when nothing is left to do. Text that ends nothing is made at its end.
+        its last, and its slot is free), or when nothing is left to do. Text that ends nothing is made at its end. A
+        step that was launched ahead may be left in flight: the next call begins with its tokens.
         """
         events: list[TokenEvent] = []
         begun = started = time.monotonic()
         for step in range(1, max_steps + 1):
             is_late = started - begun + 2 * self._step_s > limit_s  # after this step another one would not fit
-            plan = self._scheduler.plan(step == max_steps or is_late or not self._scheduler.has_work)
-            if any(admission.complete for admission in plan.admit):
-                plan = replace(plan, last=True)
-            answered = self._step(plan)
+            last = step == max_steps or is_late or not self._scheduler.has_work
+            answered = self._step(last)
             events += answered
             ended = time.monotonic()
             self._step_s, started = ended - started, ended
-            if plan.last:
+            if last or not self._channel.is_open or any(event.is_last for event in answered):
                 break
-            if any(event.is_last for event in answered):
-                self._channel.send(Plan(last=True))  # the others know a plan by its beginning only
-                break
-        events += self._speak()
+        self._channel.end_call()  # the others know a plan by its beginning only
+        events += self._answers.speak()
         self._observer.called(self.running, self.waiting)
         return events
 
@@ -131,19 +141,73 @@ class Engine:
             if plan.last:
                 return
 
-    def _step(self, plan: Plan) -> list[TokenEvent]:
+    def _step(self, last: bool) -> list[TokenEvent]:
+        """The tokens of one step; the one after it is in flight then, where that need not wait for them.
+
+        Where the step in flight cannot be followed so, its tokens come first, and then those of the next one, unless
+        there is a text's last one among them, which should leave.
+        """
+        events: list[TokenEvent] = []
+        if self._flights and not self._launch_ahead(self._plan_ahead(last)):
+            events = self._read()
+            if any(event.is_last for event in events):
+                return events
+        if not self._flights:
+            events += self._launch(last)
+        return events + self._read()
+
+    def _launch(self, last: bool) -> list[TokenEvent]:
+        """Launches the next step while none is in flight, and the one after it where that need not wait; returns what
+        failed. The call's last plan may be either; a prompt that is read to its end ends the call, too."""
         started = time.monotonic()
+        plan = replace(self._scheduler.plan(last), rewind=self._rewind)
+        self._rewind, self._patience = False, max(0, self._patience - 1)
+        last = last or any(admission.complete for admission in plan.admit)
+        ahead = self._plan_ahead(last)
+        plan = replace(plan, last=last and ahead is None)
         self._channel.send(plan)
+        rows = self._scheduler.rows(plan)
         logits = self._runner.execute(plan)
-        if logits is None:
-            return []
-        if not logits.admitted:
-            failed = self._take_back(plan)
-            plan = replace(plan, admit=())
-            return failed + self._answer(plan, logits, started) if plan.tokens else failed
-        if plan.admit:
+        failed: list[TokenEvent] = []
+        if logits is not None and not logits.admitted:
+            failed, ahead = self._take_back(plan), None
+            plan, rows = replace(plan, admit=()), rows[: len(plan.tokens)]
+        elif plan.admit:
             self._memory_failures = 0
-        return self._answer(plan, logits, started)
+        if logits is not None and rows:
+            states = [sequence.state for sequence in rows if sequence.is_prefilled]
+            choice = self._launch_choice(logits.next[: len(states)], states)
+            self._flights.append(Flight(plan, rows, logits, choice, started))
+            self._launch_ahead(ahead)
+        return failed
+
+    def _plan_ahead(self, last: bool) -> Plan | None:
+        return self._scheduler.plan_ahead(last) if self._may_launch_ahead and not self._patience else None
+
+    def _launch_ahead(self, plan: Plan | None) -> bool:
+        """Launches the step after the one in flight, whose tokens it takes from the device; False where there is no
+        such plan."""
+        if plan is None:
+            return False
+        started, before = time.monotonic(), self._flights[-1]
+        self._channel.send(plan)
+        logits = self._runner.execute(plan, before.choice.tokens)
+        assert logits is not None, "a step of live rows has logits"
+        choice = self._launch_choice(logits.next, [sequence.state for sequence in before.rows])
+        self._flights.append(Flight(plan, before.rows, logits, choice, started))
+        return True
+
+    def _read(self) -> list[TokenEvent]:
+        """The tokens of the older step in flight, if there is one. Where they are not those that the younger one was
+        launched with, that one is void: it is forgotten here, and on all ranks with the next plan."""
+        if not self._flights:
+            return []
+        flight = self._flights.popleft()
+        events = self._answers.of(flight)
+        if flight.choice.revised and self._flights:
+            self._flights.pop().choice.take_back()
+            self._rewind, self._patience = True, STEPS_AFTER_VOID
+        return events
 
     def _take_back(self, plan: Plan) -> list[TokenEvent]:
         """After a prefill that did not fit into memory: its prompts wait again, or the only one fails."""
@@ -157,106 +221,5 @@ class Engine:
             self._memory_failures += 1
         if self._memory_failures >= MOST_MEMORY_FAILURES:
             raise torch.OutOfMemoryError("passes that fitted at load fail one after the other")
-        self._end(sequence, "error", time.monotonic())
+        self._answers.end(sequence, "error")
         return [sequence.out_of_memory()]
-
-    def _answer(self, plan: Plan, logits: StepLogits, started: float) -> list[TokenEvent]:
-        rows = self._scheduler.rows(plan)
-        read = rows[len(plan.tokens) :]
-        for sequence in read:
-            sequence.timeline.admitted = sequence.timeline.admitted or started
-        asking = [sequence for sequence in read if sequence.request.prompt_logprobs]
-        prompts = dict(zip(asking, logits.prompts, strict=True))
-        sequences = [sequence for sequence in rows if sequence.is_prefilled]  # all, or all but the last
-        states = [sequence.state for sequence in sequences]
-        tokens = self._choose(logits.next[: len(sequences)], states) if sequences else []
-        chosen = time.monotonic()
-        logprobs = _logprobs(logits, sequences, tokens)
-        given = zip(sequences, tokens, logprobs, strict=True)
-        events: list[TokenEvent] = []
-        for sequence, token, logprob in given:
-            told = self._enter(sequence, sequence.speak) if sequence.state.failed else []
-            if not any(event.is_last for event in told):
-                told += self._accept(sequence, token, logprob, prompts.get(sequence))
-            events += told
-        if len(rows) > len(sequences) and rows[-1] in prompts:
-            part, logits_of_part = rows[-1], prompts[rows[-1]]  # there is an event only if that fails
-            events += self._enter(part, lambda: part.report_prompt(logits_of_part))
-        self._tell(plan, sequences, started, chosen)
-        return events
-
-    def _tell(self, plan: Plan, sequences: list[Sequence], started: float, chosen: float) -> None:
-        """Tells of the step that gave these sequences a token each, those of `plan.tokens` not their first one."""
-        now = time.monotonic()
-        admitted = sequences[len(plan.tokens) :]
-        for sequence in admitted:
-            sequence.timeline.first_token = now
-        # One that failed, or wanted no new token, got none.
-        without = {sequence for sequence, event in self._ended if event.failed or not event.completion_tokens}
-        read = sum(len(admission.tokens) for admission in plan.admit)
-        generated = len(set(sequences) - without)
-        self._observer.stepped(Step(started, now, len(plan.tokens), admitted, read, generated))
-        self._tell_ended(chosen, now)
-
-    def _tell_ended(self, chosen: float, now: float) -> None:
-        for sequence, event in self._ended:
-            sequence.timeline.last_token = chosen
-            self._end(sequence, event.finish_reason or "error", now)
-        self._ended.clear()
-
-    def _end(self, sequence: Sequence, outcome: Outcome, at: float) -> None:
-        sequence.timeline.ended = at
-        self._observer.ended(sequence, outcome)
-
-    def _accept(
-        self, sequence: Sequence, token: int, logprob: TokenLogprob | None, prompt: torch.Tensor | None
-    ) -> list[TokenEvent]:
-        """Enters a sequence's next token, and its prompt's logits where they were wanted. Nothing where the text is
-        told at the end of the call."""
-
-        def enter() -> TokenEvent | None:
-            if prompt is not None:
-                sequence.report_prompt(prompt)
-            if sequence.request.max_new_tokens == 0:
-                return sequence.finish_empty()
-            return sequence.accept(token, logprob, may_wait=prompt is None)
-
-        return self._enter(sequence, enter)
-
-    def _speak(self) -> list[TokenEvent]:
-        """The texts that waited for the end of the call: made once for all its tokens, while no row waits for them."""
-        events = [event for sequence in self._scheduler.live for event in self._enter(sequence, sequence.speak)]
-        now = time.monotonic()
-        self._tell_ended(now, now)  # those whose text could not be made
-        return events
-
-    def _enter(self, sequence: Sequence, enter: Callable[[], TokenEvent | None]) -> list[TokenEvent]:
-        """The event that `enter` gives, if any; after a last one the row is freed in the next step.
-
-        An exception is the sequence's failure: it must not keep rank 0 from sending the plan that the others wait for.
-        """
-        try:
-            event = enter()
-        except torch.OutOfMemoryError:
-            event = sequence.out_of_memory()
-        except Exception as error:
-            logger.error("[dsserve] %s: %s while decoding text", sequence.name, type(error).__name__)
-            event = sequence.failure()
-        if event is None:
-            return []
-        if event.is_last:
-            self._scheduler.end(sequence)
-            self._ended.append((sequence, event))
-        return [event]
-
-
-def _logprobs(logits: StepLogits, sequences: list[Sequence], tokens: list[int]) -> list[TokenLogprob | None]:
-    """What each row's client wants to know of its token, None where nothing."""
-    found: list[TokenLogprob | None] = [None] * len(sequences)
-    rows = [row for row, sequence in enumerate(sequences) if sequence.request.sampling.logprobs is not None]
-    if rows:
-        counts = [sequences[row].request.sampling.logprobs or 0 for row in rows]
-        reported = report_logprobs(logits.next[rows], [tokens[row] for row in rows], counts)
-        for row, logprob in zip(rows, reported, strict=True):
-            found[row] = logprob
-    return found

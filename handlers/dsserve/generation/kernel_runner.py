@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from dsserve.distributed import RankInfo
-from dsserve.generation.model_runner import StepLogits
 from dsserve.generation.plan import Admission, Plan
 from dsserve.generation.prefill_memory import PrefillMemory
+from dsserve.generation.runner import StepLogits
 from dsserve.injection.batch import KernelBatch
 from dsserve.injection.workspace import WorkspaceSize
 
@@ -53,12 +53,15 @@ class KernelRunner:
         return len(self._rows)
 
     @torch.inference_mode()
-    def execute(self, plan: Plan) -> StepLogits | None:
+    def execute(self, plan: Plan, chosen: torch.Tensor | None = None) -> StepLogits | None:
         """Evict, then decode or prefill. None where the plan computes nothing.
 
         Raises:
-            RuntimeError: a plan that the kernels cannot follow: prompts beside live rows, or rows to keep.
+            RuntimeError: a plan that the kernels cannot follow: prompts beside live rows, rows to keep, or tokens that
+                the host does not know.
         """
+        if plan.ahead or plan.rewind:
+            raise RuntimeError("the kernels take their tokens from the host, and no step of theirs is taken back")
         for row in plan.evict:
             final = self._rows.pop()
             if row < self.live:

@@ -6,7 +6,6 @@ Every rank holds one and executes the same plans in the same order. Does not cho
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,30 +15,16 @@ from dsserve.generation.cuda_graphs import DecodeGraphs
 from dsserve.generation.decode_attention import uses_decode_attention
 from dsserve.generation.kv_cache import SlotCache
 from dsserve.generation.packed_prompts import PackedPrompts
+from dsserve.generation.pinned import stage
 from dsserve.generation.plan import Admission, Plan, moves
 from dsserve.generation.prefill_graphs import PrefillGraphs
 from dsserve.generation.prefill_memory import PrefillMemory
 from dsserve.generation.prompt_attention import PROMPT_SPANS, PromptSpans, has_flash
+from dsserve.generation.runner import StepLogits
 from dsserve.sharding.heads import head_size
 
 # Attention reads up to the longest live row, rounded up to this.
 KV_STEP = 16
-
-
-@dataclass(frozen=True)
-class StepLogits:
-    """What one step gave, the same on all ranks.
-
-    Attributes:
-        next: `[n, V]`, of the decoded rows, then of the last token of each admitted prompt, complete or not.
-        prompts: `[T, V]` for each part of a prompt whose logits were all wanted, in the order of admission.
-        admitted: False where the admitted prompts did not fit into memory: they hold no rows, `next` is of the decoded
-            rows alone.
-    """
-
-    next: torch.Tensor
-    prompts: tuple[torch.Tensor, ...] = ()
-    admitted: bool = True
 
 
 class ModelRunner:
@@ -73,6 +58,7 @@ class ModelRunner:
         self.kept = kept
         self.max_model_len = max_model_len
         self.vocabulary = module.config.get_text_config().vocab_size
+        self._world_size = RankInfo.from_env().world_size
         self._memory = memory or PrefillMemory(device, RankInfo.from_env(), self.vocabulary)
         text_config = module.config.get_text_config()
         self._num_layers = text_config.num_hidden_layers
@@ -100,13 +86,15 @@ class ModelRunner:
         return len(self._lengths)
 
     @torch.inference_mode()
-    def execute(self, plan: Plan) -> StepLogits | None:
-        """Keep, evict, decode, prefill, in this order. None where the plan computes nothing."""
+    def execute(self, plan: Plan, chosen: torch.Tensor | None = None) -> StepLogits | None:
+        """See `Runner`. An `ahead` plan does not wait for the device."""
+        if plan.rewind:
+            self._lengths = [length - 1 for length in self._lengths]
         for row, copy in plan.keep:
             self.cache.copy(row, copy, self._lengths[row])
         for row in plan.evict:
             self._evict(row)
-        decoded = self._decode(plan.tokens) if plan.tokens else None
+        decoded = self._decode(plan, chosen) if plan.tokens else None
         if not plan.admit:
             return None if decoded is None else StepLogits(decoded)
         logits = self._prefill_if_it_fits(plan.admit)
@@ -224,17 +212,26 @@ class ModelRunner:
             passes.capture(pool)
             self._prefill_graphs = passes
 
-    def _decode(self, tokens: tuple[int, ...]) -> torch.Tensor:
+    def _decode(self, plan: Plan, chosen: torch.Tensor | None) -> torch.Tensor:
+        tokens = plan.tokens
+        known = self._share(len(tokens), chosen) if plan.ahead else None
         if self._graphs is not None:
-            logits = self._graphs.decode(tokens, self._lengths)
+            logits = self._graphs.decode(tokens, self._lengths, known)
         else:
             lengths = self._lengths[: len(tokens)]
             kv_len = min(-(-(max(lengths) + 1) // KV_STEP) * KV_STEP, self._capacity)
-            inputs = torch.tensor([tokens, lengths], device=self._device)
-            logits = self._forward_decode(inputs[0], inputs[1], kv_len)
+            inputs = stage([tokens, lengths], torch.int64, self._device).to(self._device, non_blocking=True)
+            logits = self._forward_decode(inputs[0] if known is None else known, inputs[1], kv_len)
         for row in range(len(tokens)):
             self._lengths[row] += 1
         return logits
+
+    def _share(self, count: int, chosen: torch.Tensor | None) -> torch.Tensor:
+        """Rank 0's tokens `[count]` on this rank's device; zeros where rank 0 has none, to warm up."""
+        tokens = torch.zeros(count, dtype=torch.int64, device=self._device) if chosen is None else chosen
+        if self._world_size > 1:
+            torch.distributed.broadcast(tokens, src=0)
+        return tokens
 
     def _forward_decode(self, tokens: torch.Tensor, positions: torch.Tensor, kv_len: int) -> torch.Tensor:
         """One step of the first n rows: tokens and positions `[n]` on the device -> logits `[n, V]`."""

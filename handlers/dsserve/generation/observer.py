@@ -41,7 +41,8 @@ class Step:
     """One step of the engine; times in seconds of the monotonic clock.
 
     Attributes:
-        started, ended: from the plan to its tokens; the text of those that end nothing is made at the call's end.
+        started, ended: from the plan, or the tokens of the step before where that came later, to its tokens; the text
+            of those that end nothing is made at the call's end.
         decoded: rows that had a token before and got the next one.
         admitted: the sequences whose prompts were read to their end, which gave their first token.
         read: tokens of prompts that were computed, of whole ones and of parts.

@@ -49,8 +49,11 @@ class Plan:
         keep: live rows whose keys and values are copied to a row of the prefix cache, (row, copy), before evictions.
         evict: rows to free, in this order; other rows move as `moves` says.
         tokens: the input token of each row to decode after the evictions; empty = no decode in this step.
+        ahead: the input tokens are those that the step before chose for its rows, on rank 0's device; `tokens` holds
+            as many zeros. All live rows are decoded; there are no evictions and no prompts.
         admit: the prompts to prefill; each takes the next free row, or goes on in the last one.
         last: the handler's call ends after this step.
+        rewind: the step before, which was launched ahead, is void: each live row is one token shorter again.
     """
 
     keep: tuple[tuple[int, int], ...] = ()
@@ -58,10 +61,12 @@ class Plan:
     tokens: tuple[int, ...] = ()
     admit: tuple[Admission, ...] = ()
     last: bool = False
+    ahead: bool = False
+    rewind: bool = False
 
     def encode(self) -> list[int]:
         """Length-prefixed integers, each below 2**24, so that fp32 holds them exactly."""
-        numbers = [int(self.last), 2 * len(self.keep)]
+        numbers = [self.last + 2 * self.ahead + 4 * self.rewind, 2 * len(self.keep)]
         for pair in self.keep:
             numbers += pair
         numbers += [len(self.evict), *self.evict, len(self.tokens), *self.tokens, len(self.admit)]
@@ -78,12 +83,13 @@ class Plan:
         def take() -> tuple[int, ...]:
             return tuple(islice(values, next(values)))
 
-        last, keep, evict, tokens = bool(next(values)), take(), take(), take()
+        flags, keep, evict, tokens = next(values), take(), take(), take()
         admit = []
         for _ in range(next(values)):
-            source, shared, flags = next(values), next(values), next(values)
-            admit.append(Admission(take(), source, shared, bool(flags & 1), bool(flags & 2), bool(flags & 4)))
-        return cls(tuple(zip(keep[::2], keep[1::2], strict=True)), evict, tokens, tuple(admit), last)
+            source, shared, kind = next(values), next(values), next(values)
+            admit.append(Admission(take(), source, shared, bool(kind & 1), bool(kind & 2), bool(kind & 4)))
+        pairs = tuple(zip(keep[::2], keep[1::2], strict=True))
+        return cls(pairs, evict, tokens, tuple(admit), bool(flags & 1), bool(flags & 2), bool(flags & 4))
 
 
 def moves(row: int, live: int, has_part: bool) -> list[tuple[int, int]]:
@@ -101,15 +107,20 @@ class PlanChannel:
     """Carries plans from rank 0 to all others. One rank alone needs no channel and gets one that does nothing.
 
     Shared memory where DeepSpeed's all-reduce is loaded (rank 0 gives the numbers, the others zeros), else gloo.
+
+    Attributes:
+        is_open: rank 0: the handler's call did not end for the others yet.
     """
 
     def __init__(self, rank: int, world_size: int) -> None:
         self._rank = rank
         self._alone = world_size == 1
         self._shared = not self._alone and distributed.uses_shared_memory()
+        self.is_open = True
 
     def send(self, plan: Plan) -> None:
         """Rank 0: hands `plan` to all ranks."""
+        self.is_open = not plan.last
         if self._alone:
             return
         numbers = plan.encode()
@@ -117,6 +128,12 @@ class PlanChannel:
         self._exchange(head + [0] * (FRAME - len(head)))
         if len(numbers) >= FRAME:
             self._exchange(numbers[FRAME - 1 :])
+
+    def end_call(self) -> None:
+        """Rank 0: ends the call for all ranks, unless its last plan did; the next plan begins another one."""
+        if self.is_open:
+            self.send(Plan(last=True))
+        self.is_open = True
 
     def receive(self) -> Plan:
         """Other ranks: waits for the next plan."""

@@ -2,10 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
-from dsserve.generation.model_runner import StepLogits
+import torch
+
 from dsserve.generation.plan import Plan
+
+
+@dataclass(frozen=True)
+class StepLogits:
+    """What one step gave, the same on all ranks.
+
+    Attributes:
+        next: `[n, V]`, of the decoded rows, then of the last token of each admitted prompt, complete or not.
+        prompts: `[T, V]` for each part of a prompt whose logits were all wanted, in the order of admission.
+        admitted: False where the admitted prompts did not fit into memory: they hold no rows, `next` is of the decoded
+            rows alone.
+    """
+
+    next: torch.Tensor
+    prompts: tuple[torch.Tensor, ...] = ()
+    admitted: bool = True
 
 
 class Runner(Protocol):
@@ -29,5 +47,9 @@ class Runner(Protocol):
     def live(self) -> int:
         """Number of live rows."""
 
-    def execute(self, plan: Plan) -> StepLogits | None:
-        """Keep, evict, decode, prefill, in this order. None where the plan computes nothing."""
+    def execute(self, plan: Plan, chosen: torch.Tensor | None = None) -> StepLogits | None:
+        """Rewind, keep, evict, decode, prefill, in this order. None where the plan computes nothing.
+
+        Args:
+            chosen: rank 0's, where the plan is `ahead`: its input tokens `[n]`, int64, on the device.
+        """

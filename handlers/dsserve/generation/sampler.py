@@ -8,22 +8,19 @@ the vocabulary `candidates`'.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
-import numpy as np
 import torch
 
 from dsserve.generation.blocks import find_places, sum_blocks, weigh
 from dsserve.generation.candidates import find_candidates, find_top, has_rules
-from dsserve.generation.device_draw import row_numbers
+from dsserve.generation.device_draw import may_find, row_numbers
 from dsserve.generation.grammar import Grammar, GrammarError
 from dsserve.generation.logits_edits import edit_logits, mask_logits
 from dsserve.generation.request import GenerationRequest, TokenLogprob
 from dsserve.generation.temperature import GREEDY_BELOW, scale
 from dsserve.generation.token_history import TokenHistory
-
-_DRAWN_AT_ONCE = 64
-
+from dsserve.generation.uniforms import Uniforms
 
 # (logits [n, V], the state of each row) -> tokens
 Choose = Callable[[torch.Tensor, "list[SamplingState]"], "list[int]"]
@@ -48,7 +45,7 @@ class SamplingState:
         self.grammar = grammar
         self.failed = False
         seed = secrets.randbits(63) if self.params.seed is None else self.params.seed
-        self.uniforms = uniforms(seed, request.index)
+        self.uniforms = Uniforms(seed, request.index)
         self.numbers = row_numbers(self.params)
 
     @property
@@ -58,20 +55,23 @@ class SamplingState:
     @property
     def is_plain(self) -> bool:
         """Whether the next token is simply the likeliest one."""
-        return self.is_greedy and self.grammar is None and self.history.is_plain
+        return self.is_greedy and self.is_unedited
+
+    @property
+    def is_unedited(self) -> bool:
+        """Whether the next token is chosen from the model's own logits, and so are all after it."""
+        return self.grammar is None and self.history.is_plain
+
+    @property
+    def is_chainable(self) -> bool:
+        """Whether a device can choose the token after the next one without the host's word on the next one."""
+        return self.is_unedited and may_find(self.params)
 
     def accept(self, token: int) -> None:
         """Enters the chosen token."""
         self.history.add(token)
         if self.grammar is not None:
             self.grammar.accept(token)
-
-
-def uniforms(seed: int, index: int) -> Iterator[float]:
-    """Uniform numbers in [0, 1), one for each position of sequence `index` of a request. Philox, counter-based."""
-    generator = np.random.Generator(np.random.Philox(key=np.array([seed % 2**64, index], dtype=np.uint64)))
-    while True:
-        yield from generator.random(_DRAWN_AT_ONCE).tolist()
 
 
 def next_uniforms(states: list[SamplingState]) -> list[float]:

@@ -71,6 +71,10 @@ class Scheduler:
         """Queues a sequence for the next free row."""
         self._waiting.append(sequence)
 
+    def is_live(self, sequence: Sequence) -> bool:
+        """Whether a sequence that has a row goes on."""
+        return sequence not in self._leaving
+
     def cancel(self, request_id: str) -> list[Sequence]:
         """Forgets a request's sequences and returns those that had not ended; their rows are freed in the next step.
         Unknown ids are fine: it may have ended already."""
@@ -92,6 +96,22 @@ class Scheduler:
         tokens = tuple(sequence.last_token for sequence in decoded)
         admit = self._admit(self._prefill_tokens if decoded else self._idle_tokens)
         return Plan(keep, evict, tokens, admit, last)
+
+    def plan_ahead(self, last: bool) -> Plan | None:
+        """The step after the one whose tokens are still unknown, with all its rows; None where it has to wait for them.
+
+        A row whose text turns out to have ended is decoded once more: that is worth it while others surely go on, and
+        nobody waits who could take its place. `last` as in `plan`.
+        """
+        if self._leaving or self._part is not None:
+            return None
+        ending = sum(sequence.generated + 1 >= sequence.request.max_new_tokens for sequence in self._running)
+        has_room = ending > 0 or len(self._running) < self._slots
+        if ending == len(self._running) or (self._waiting and has_room):
+            return None
+        if not all(sequence.is_chainable for sequence in self._running):
+            return None
+        return Plan(tokens=(0,) * len(self._running), last=last, ahead=True)
 
     @property
     def _part(self) -> Sequence | None:

@@ -71,6 +71,14 @@ class Sequence:
         """Whether its whole prompt has been read, so that it can be decoded."""
         return self.prefilled == len(self.request.prompt_ids)
 
+    @property
+    def is_chainable(self) -> bool:
+        """Whether a step may decode it whose input token only the device knows: nobody asks for more than tokens, and
+        the row has room for one more, should the text have ended."""
+        request = self.request
+        wants = request.prompt_logprobs or request.sampling.logprobs is not None
+        return not wants and request.max_new_tokens > 0 and self.state.is_chainable
+
     def accept(self, token: int, logprob: TokenLogprob | None, may_wait: bool = False) -> TokenEvent | None:
         """Takes the next token and says what it means to the client.
 

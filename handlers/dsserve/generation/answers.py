@@ -1,0 +1,143 @@
+"""What a step's tokens mean to its sequences: their texts go on or end, and the observer hears of it. Rank 0's alone.
+
+Does not plan, launch or choose (`engine`).
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+import torch
+
+from dsserve.generation.flight import Flight
+from dsserve.generation.observer import Observer, Outcome, Step
+from dsserve.generation.request import TokenEvent, TokenLogprob
+from dsserve.generation.sampler import report_logprobs
+from dsserve.generation.scheduler import Scheduler
+from dsserve.generation.sequence import Sequence
+
+logger = logging.getLogger(__name__)
+
+
+class Answers:
+    """Enters tokens into the sequences of one engine and gives the events for their clients.
+
+    Args:
+        scheduler: hears which rows end.
+        observer: hears of steps and of sequences that end.
+    """
+
+    def __init__(self, scheduler: Scheduler, observer: Observer) -> None:
+        self._scheduler = scheduler
+        self._observer = observer
+        self._ended: list[tuple[Sequence, TokenEvent]] = []  # in the present step
+        self._step_ended = 0.0
+
+    def of(self, flight: Flight) -> list[TokenEvent]:
+        """Waits for a step's tokens and enters them. Rows that have ended since its launch get nothing."""
+        decoded = len(flight.plan.tokens)
+        read = flight.rows[decoded:]
+        for sequence in read:
+            sequence.timeline.admitted = sequence.timeline.admitted or flight.started
+        asking = [sequence for sequence in read if sequence.request.prompt_logprobs]
+        prompts = dict(zip(asking, flight.logits.prompts, strict=True))
+        complete = [sequence for sequence in flight.rows if sequence.is_prefilled]
+        going = [(row, sequence) for row, sequence in enumerate(complete) if self._scheduler.is_live(sequence)]
+        if not going and not read:
+            return []
+        tokens = flight.choice.read() if going else []
+        chosen = time.monotonic()
+        logprobs = _logprobs(flight, going, tokens)
+        events: list[TokenEvent] = []
+        for row, sequence in going:
+            told = self._enter(sequence, sequence.speak) if sequence.state.failed else []
+            if not any(event.is_last for event in told):
+                told += self._accept(sequence, tokens[row], logprobs.get(row), prompts.get(sequence))
+            events += told
+        if len(flight.rows) > len(complete) and flight.rows[-1] in prompts:
+            part, logits_of_part = flight.rows[-1], prompts[flight.rows[-1]]  # there is an event only if that fails
+            events += self._enter(part, lambda: part.report_prompt(logits_of_part))
+        self._tell(flight, going, chosen)
+        return events
+
+    def speak(self) -> list[TokenEvent]:
+        """The texts that waited for the end of the call: made once for all its tokens, while no row waits for them."""
+        events = [event for sequence in self._scheduler.live for event in self._enter(sequence, sequence.speak)]
+        now = time.monotonic()
+        self._tell_ended(now, now)  # those whose text could not be made
+        return events
+
+    def end(self, sequence: Sequence, outcome: Outcome) -> None:
+        """Tells of a sequence that ends without a token."""
+        self._end(sequence, outcome, time.monotonic())
+
+    def _tell(self, flight: Flight, going: list[tuple[int, Sequence]], chosen: float) -> None:
+        """Tells of the step that gave these rows a token each."""
+        now = time.monotonic()
+        admitted = [sequence for row, sequence in going if row >= len(flight.plan.tokens)]
+        for sequence in admitted:
+            sequence.timeline.first_token = now
+        # One that failed, or wanted no new token, got none.
+        without = {sequence for sequence, event in self._ended if event.failed or not event.completion_tokens}
+        read = sum(len(admission.tokens) for admission in flight.plan.admit)
+        generated = len({sequence for _, sequence in going} - without)
+        started = max(flight.started, self._step_ended)  # one that was launched ahead waited for the one before
+        self._observer.stepped(Step(started, now, len(going) - len(admitted), admitted, read, generated))
+        self._step_ended = now
+        self._tell_ended(chosen, now)
+
+    def _tell_ended(self, chosen: float, now: float) -> None:
+        for sequence, event in self._ended:
+            sequence.timeline.last_token = chosen
+            self._end(sequence, event.finish_reason or "error", now)
+        self._ended.clear()
+
+    def _end(self, sequence: Sequence, outcome: Outcome, at: float) -> None:
+        sequence.timeline.ended = at
+        self._observer.ended(sequence, outcome)
+
+    def _accept(
+        self, sequence: Sequence, token: int, logprob: TokenLogprob | None, prompt: torch.Tensor | None
+    ) -> list[TokenEvent]:
+        """Enters a sequence's next token, and its prompt's logits where they were wanted. Nothing where the text is
+        told at the end of the call."""
+
+        def enter() -> TokenEvent | None:
+            if prompt is not None:
+                sequence.report_prompt(prompt)
+            if sequence.request.max_new_tokens == 0:
+                return sequence.finish_empty()
+            return sequence.accept(token, logprob, may_wait=prompt is None)
+
+        return self._enter(sequence, enter)
+
+    def _enter(self, sequence: Sequence, enter: Callable[[], TokenEvent | None]) -> list[TokenEvent]:
+        """The event that `enter` gives, if any; after a last one the row is freed in the next step.
+
+        An exception is the sequence's failure: it must not keep rank 0 from sending the plan that the others wait for.
+        """
+        try:
+            event = enter()
+        except torch.OutOfMemoryError:
+            event = sequence.out_of_memory()
+        except Exception as error:
+            logger.error("[dsserve] %s: %s while decoding text", sequence.name, type(error).__name__)
+            event = sequence.failure()
+        if event is None:
+            return []
+        if event.is_last:
+            self._scheduler.end(sequence)
+            self._ended.append((sequence, event))
+        return [event]
+
+
+def _logprobs(flight: Flight, going: list[tuple[int, Sequence]], tokens: list[int]) -> dict[int, TokenLogprob]:
+    """What clients want to know of their rows' tokens, by row."""
+    counts = {row: count for row, sequence in going if (count := sequence.request.sampling.logprobs) is not None}
+    if not counts:
+        return {}
+    rows = list(counts)
+    reported = report_logprobs(flight.logits.next[rows], [tokens[row] for row in rows], list(counts.values()))
+    return dict(zip(rows, reported, strict=True))

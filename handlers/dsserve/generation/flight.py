@@ -1,0 +1,29 @@
+"""A step in flight: launched on all ranks, its tokens not read by the host yet."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dsserve.generation.choice import Choice
+from dsserve.generation.plan import Plan
+from dsserve.generation.runner import StepLogits
+from dsserve.generation.sequence import Sequence
+
+
+@dataclass(frozen=True)
+class Flight:
+    """One step of rank 0's.
+
+    Attributes:
+        plan: what it computes; of its admissions only those that fitted into memory.
+        rows: the sequences of its rows when it was launched: those it decodes, then those it admits. Some may have
+            ended since.
+        choice: of the rows whose prompts are complete: all, or all but the last.
+        started: the plan was made; s of the monotonic clock.
+    """
+
+    plan: Plan
+    rows: list[Sequence]
+    logits: StepLogits
+    choice: Choice
+    started: float
