@@ -12,6 +12,7 @@ from dsserve import early_launch
 from dsserve.early_launch import wait_for_inputs
 
 _WIDTH = 1024  # elements of the gated product that a program computes
+_FEW_TOKENS = 32
 
 
 @triton.jit
@@ -44,26 +45,31 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 def _rotate(
     q_ptr, k_ptr, cos_ptr, sin_ptr, q_out_ptr, k_out_ptr,
     q_batch, q_head, q_token, k_batch, k_head, k_token, turn_batch, tokens, q_heads, k_heads,
-    DIM: tl.constexpr, PAD: tl.constexpr, EARLY: tl.constexpr,
+    DIM: tl.constexpr, PAD: tl.constexpr, HEADS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    place, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    """One token, some of its heads."""
+    place, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
     wait_for_inputs(EARLY)
     batch, token = place // tokens, place % tokens
-    if head < q_heads:
-        source = q_ptr + batch * q_batch + head * q_head + token * q_token
-        target = q_out_ptr + (place * q_heads + head) * DIM
+    q_groups = tl.cdiv(q_heads, HEADS)
+    if group < q_groups:
+        head, heads = group * HEADS + tl.arange(0, HEADS), q_heads
+        source = q_ptr + batch * q_batch + head[:, None] * q_head + token * q_token
+        target = q_out_ptr + (place * q_heads + head[:, None]) * DIM
     else:
-        source = k_ptr + batch * k_batch + (head - q_heads) * k_head + token * k_token
-        target = k_out_ptr + (place * k_heads + head - q_heads) * DIM
+        head, heads = (group - q_groups) * HEADS + tl.arange(0, HEADS), k_heads
+        source = k_ptr + batch * k_batch + head[:, None] * k_head + token * k_token
+        target = k_out_ptr + (place * k_heads + head[:, None]) * DIM
     half = tl.arange(0, PAD)
-    inside = half < DIM // 2
+    is_half = half < DIM // 2
+    turn = batch * turn_batch + token * DIM + half
+    low_cos = tl.load(cos_ptr + turn, mask=is_half, other=0.0).to(tl.float32)[None, :]
+    low_sin = tl.load(sin_ptr + turn, mask=is_half, other=0.0).to(tl.float32)[None, :]
+    high_cos = tl.load(cos_ptr + turn + DIM // 2, mask=is_half, other=0.0).to(tl.float32)[None, :]
+    high_sin = tl.load(sin_ptr + turn + DIM // 2, mask=is_half, other=0.0).to(tl.float32)[None, :]
+    inside, half = (head < heads)[:, None] & is_half[None, :], half[None, :]
     low = tl.load(source + half, mask=inside, other=0.0).to(tl.float32)
     high = tl.load(source + DIM // 2 + half, mask=inside, other=0.0).to(tl.float32)
-    turn = batch * turn_batch + token * DIM + half
-    low_cos = tl.load(cos_ptr + turn, mask=inside, other=0.0).to(tl.float32)
-    low_sin = tl.load(sin_ptr + turn, mask=inside, other=0.0).to(tl.float32)
-    high_cos = tl.load(cos_ptr + turn + DIM // 2, mask=inside, other=0.0).to(tl.float32)
-    high_sin = tl.load(sin_ptr + turn + DIM // 2, mask=inside, other=0.0).to(tl.float32)
     # Each product is rounded to the tensors' dtype before the sum, as in torch.
     kind = q_out_ptr.dtype.element_ty
     new_low = (low * low_cos).to(kind).to(tl.float32) - (high * low_sin).to(kind).to(tl.float32)
@@ -77,9 +83,11 @@ def rotary(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tenso
     batch, heads, tokens, dim = q.shape
     new_q, new_k = (torch.empty(batch, tokens, x.shape[1], dim, dtype=q.dtype, device=q.device) for x in (q, k))
     turn_batch = cos.stride(0) if cos.shape[0] > 1 else 0
-    _rotate[batch * tokens, heads + k.shape[1]](
+    # Few tokens want all heads at once, many want few programs.
+    size = 1 if batch * tokens <= _FEW_TOKENS else 8
+    _rotate[batch * tokens, triton.cdiv(heads, size) + triton.cdiv(k.shape[1], size)](
         q, k, cos, sin, new_q, new_k, *q.stride()[:3], *k.stride()[:3], turn_batch, tokens, heads, k.shape[1],
-        DIM=dim, PAD=triton.next_power_of_2(dim // 2), num_warps=1, **early_launch.options(q.device),
+        DIM=dim, PAD=triton.next_power_of_2(dim // 2), HEADS=size, num_warps=1, **early_launch.options(q.device),
     )  # fmt: skip
     return new_q.transpose(1, 2), new_k.transpose(1, 2)
 

@@ -106,7 +106,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 def use_graphs(runner: ModelRunner, sampler: DeviceSampler) -> None:
     runner.execute(Plan(admit=(Admission((0,)),)))  # makes the cache's tensors
     runner.execute(Plan(evict=(0,)))
-    runner._graphs = DecodeGraphs(runner._forward_decode, SLOTS, CONTEXT, CPU)
+    runner._graphs = DecodeGraphs(runner.forward.decode, SLOTS, CONTEXT, CPU)
     runner._graphs.capture(False, None)
     sampler.capture(None)
 

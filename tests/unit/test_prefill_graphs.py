@@ -78,9 +78,9 @@ def runners(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     by_prompt = request.param == "spans"
     if by_prompt:
         AttentionInterface.register("in_spans", attend_in_spans)
-        captured._module = copy.deepcopy(model)
-        captured._module.config._attn_implementation = "in_spans"
-    graphs = PrefillGraphs(captured._forward_prefill, SLOTS, CONTEXT - 1, CPU, by_prompt)
+        captured.forward._module = copy.deepcopy(model)
+        captured.forward._module.config._attn_implementation = "in_spans"
+    graphs = PrefillGraphs(captured.forward.prefill, SLOTS, CONTEXT - 1, CPU, by_prompt)
     graphs.capture(None)
     captured._prefill_graphs = graphs
     Again.replays = 0
@@ -158,4 +158,4 @@ def test_passes_that_were_not_captured_run_eagerly(runners: tuple[ModelRunner, M
         assert expected is not None and found is not None
         assert (expected.next - found.next).abs().max() < 1e-4
     # With spans only logits of all tokens are wanted in vain; under a mask all passes are too long.
-    assert Again.replays == (2 if runners[1]._prefill_graphs._by_prompt else 0)  # type: ignore[union-attr]
+    assert Again.replays == (2 if runners[1]._prefill_graphs.by_prompt else 0)  # type: ignore[union-attr]

@@ -11,7 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
 from transformers.masking_utils import sdpa_mask
 
-from dsserve.generation import decode_attention, model_runner, prompt_attention
+from dsserve.generation import decode_attention, forward_pass, prompt_attention
 from dsserve.generation.model_runner import ModelRunner
 from dsserve.generation.plan import Admission, Plan
 from dsserve.generation.prompt_attention import PromptSpans
@@ -94,7 +94,7 @@ def test_logits_are_those_under_a_mask(
     AttentionMaskInterface.register(decode_attention.NAME, sdpa_mask)
     module.config._attn_implementation = decode_attention.NAME
     monkeypatch.setattr(prompt_attention, "flash", in_spans)
-    monkeypatch.setattr(model_runner, "has_flash", lambda *_: way == "flash")
+    monkeypatch.setattr(forward_pass, "has_flash", lambda *_: way == "flash")
     assert torch.allclose(logits(), masked, atol=1e-5)
     assert seen == [[*LENGTHS, 3]] * 2 + [[13, 1, 2]] * 2 * (way == "flash")
 
@@ -110,7 +110,7 @@ def test_a_model_that_keeps_the_spans_to_itself_attends_under_the_mask(seen: lis
     runner = ModelRunner(module, 3, 64, torch.device("cpu"))
     together = runner.execute(Plan(admit=(Admission((5, 6, 7)), Admission((8, 9)))))
     alone = runner.execute(Plan(evict=(1, 0), admit=(Admission((8, 9)),)))
-    assert together is not None and alone is not None and seen == [] and runner._by_prompt is False
+    assert together is not None and alone is not None and seen == [] and runner.forward._by_prompt is False
     assert torch.allclose(together.next[1], alone.next[0], atol=1e-5)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -50,9 +52,14 @@ class Book(Scheduler):
 
 
 def scheduler(
-    slots: int = 4, kept: int = 0, prefill_tokens: int = PREFILL_TOKENS_A_STEP, idle_tokens: int | None = None
+    slots: int = 4,
+    kept: int = 0,
+    prefill_tokens: int = PREFILL_TOKENS_A_STEP,
+    idle_tokens: int | None = None,
+    ratio: float = math.inf,
+    by_span: bool = False,
 ) -> Book:
-    return Book(slots, PrefixCache(slots, kept), prefill_tokens, idle_tokens)
+    return Book(slots, PrefixCache(slots, kept), prefill_tokens, idle_tokens, ratio, by_span)
 
 
 def step(book: Book, token: int = 65) -> list[TokenEvent]:
@@ -215,12 +222,16 @@ operations = st.lists(st.tuples(st.sampled_from(["add", "cancel", "step"]), st.i
 
 
 @settings(max_examples=200)
-@given(operations, st.sampled_from([1, 7, 20, 512]), st.sampled_from([0, 2]), st.sampled_from([None, 60, 200]))
+@given(
+    operations, st.sampled_from([1, 7, 20, 512]), st.sampled_from([0, 2]), st.sampled_from([None, 60, 200]),
+    st.sampled_from([1.2, math.inf]), st.booleans(),
+)  # fmt: skip
 def test_rows_hold_their_own_tokens_and_every_request_ends_once_or_was_cancelled(
-    script: list[tuple[str, int]], prefill_tokens: int, kept: int, idle_tokens: int | None
+    script: list[tuple[str, int]], prefill_tokens: int, kept: int, idle_tokens: int | None, ratio: float, by_span: bool
 ) -> None:
     """Prompts of up to 90 tokens, whose first 40 are the same for two of three."""
-    book, cells, names, cancelled, ended = scheduler(4, kept, prefill_tokens, idle_tokens), Cells(), [], set(), []
+    book = scheduler(4, kept, prefill_tokens, idle_tokens, ratio, by_span)
+    cells, names, cancelled, ended = Cells(), [], set(), []
     for action, number in [*script, *[("step", 0)] * (80 * 100 if prefill_tokens == 1 else 1600)]:
         if action == "add":
             names.append(f"r{len(names)}")
@@ -231,13 +242,15 @@ def test_rows_hold_their_own_tokens_and_every_request_ends_once_or_was_cancelled
             cancelled.add(names[number % len(names)])
             book.cancel(names[number % len(names)])
         elif book.has_work:
+            waiting = book.waiting
             plan = book.plan(last=False)
             cells.execute(plan)
             rows = book.rows(plan)
             assert len(rows) == len(cells.rows) == book.running <= 4
             for sequence, row in zip(rows, cells.rows, strict=True):
                 assert row == [*sequence.request.prompt_ids[: sequence.prefilled], *sequence._generated]
-            most = prefill_tokens if plan.tokens else max(prefill_tokens, idle_tokens or 0)
+            few = len(plan.tokens) * ratio <= waiting if plan.tokens else True
+            most = max(prefill_tokens, idle_tokens or 0) if few else prefill_tokens
             assert sum(len(admission.tokens) for admission in plan.admit) <= most
             ready = [sequence for sequence in rows if sequence.is_prefilled]
             assert len(ready) == len(plan.tokens) + sum(admission.complete for admission in plan.admit)
@@ -258,6 +271,40 @@ def test_a_step_that_nobody_waits_for_reads_more() -> None:
         book.enter(sequence, 65)
     beside = book.plan(last=False)  # two streams run now
     assert len(beside.tokens) == 2 and [len(admission.tokens) for admission in beside.admit] == [32]
+
+
+def test_a_burst_that_outnumbers_what_runs_is_read_as_if_nobody_waited() -> None:
+    book = scheduler(slots=9, prefill_tokens=32, idle_tokens=100, ratio=1.5)
+    for name in ("a", "b"):
+        book.put(name, prompt=5, new=9)
+    step(book)
+    for name in range(3):
+        book.put(str(name), prompt=30, new=9)
+    plan = book.plan(last=False)
+    assert len(plan.tokens) == 2 and [len(admission.tokens) for admission in plan.admit] == [30] * 3
+    for sequence in book.rows(plan):
+        book.enter(sequence, 65)
+    for name in range(3, 6):
+        book.put(str(name), prompt=30, new=9)  # fewer than run
+    assert len(book.plan(last=False).admit) == 1
+
+
+def test_decoded_rows_count_in_a_pass_that_they_are_part_of() -> None:
+    sizes = {}
+    for by_span in (False, True):
+        book = scheduler(slots=9, prefill_tokens=40, by_span=by_span)
+        for name in range(8):
+            book.put(str(name), prompt=5, new=9)
+        step(book)
+        book.put("long", prompt=200)
+        sizes[by_span] = [len(book.plan(last=False).admit[0].tokens) for _ in range(2)]
+    assert sizes == {False: [40, 40], True: [32, 32]}
+    crowd = scheduler(slots=40, prefill_tokens=40, by_span=True)
+    for name in range(39):
+        crowd.put(str(name), prompt=1, new=9)
+    step(crowd)
+    crowd.put("long", prompt=200)
+    assert len(crowd.plan(last=False).admit[0].tokens) == 20  # half is left for prompts, however many run
 
 
 def test_a_prompt_that_goes_on_while_nobody_waits_is_read_in_larger_parts() -> None:
@@ -281,15 +328,18 @@ def test_text_that_can_wait_is_told_with_the_texts_end_or_when_it_is_asked_for()
     assert last is not None and (last.text, last.finish_reason) == ("CDE", "length") and sequence.speak() is None
 
 
-def test_prompts_that_read_the_cache_together_stay_within_a_busy_step() -> None:
-    book = scheduler(slots=6, kept=2, prefill_tokens=32, idle_tokens=1000)
+@pytest.mark.parametrize(("by_span", "together"), [(False, 2), (True, 5)])
+def test_under_a_mask_prompts_that_read_the_cache_together_stay_within_a_busy_step(
+    by_span: bool, together: int
+) -> None:
+    book = scheduler(slots=6, kept=2, prefill_tokens=32, idle_tokens=1000, by_span=by_span)
     first = tuple(range(200))
     book.put("first", prompt=first, new=1)
     step(book)
     for name in range(5):
         book.put(str(name), prompt=(*first, *range(1000 * (name + 1), 1000 * (name + 1) + 15)), new=9)
     plan = book.plan(last=False)
-    assert [(admission.shared, len(admission.tokens)) for admission in plan.admit] == [(200, 15)] * 2
+    assert [(admission.shared, len(admission.tokens)) for admission in plan.admit] == [(200, 15)] * together
 
 
 def test_a_large_step_without_memory_is_tried_in_halves_and_then_one_by_one() -> None:

@@ -95,9 +95,7 @@ def build_engine(
     """
     if ds_engine.workspace is None:
         limits = read_limits(config, loaded.max_position, ds_engine.module.config)
-        runner = _autotp_runner(ds_engine, config, limits, rank, device, clock)
-        prefixes = PrefixCache(runner.slots, runner.kept)
-        scheduler = Scheduler(runner.slots, prefixes, config.max_num_batched_tokens, _idle_tokens(config, device))
+        runner, scheduler = _autotp_runner(ds_engine, config, limits, rank, device, clock)
     else:
         size = ds_engine.workspace.size
         limits = read_limits(config, loaded.max_position, ds_engine.module.config, size.tokens)
@@ -124,7 +122,7 @@ def _idle_tokens(config: HandlerConfig, device: torch.device) -> int:
 
 def _autotp_runner(
     ds_engine: Any, config: HandlerConfig, limits: Limits, rank: RankInfo, device: torch.device, clock: LoadClock
-) -> Runner:
+) -> tuple[Runner, Scheduler]:
     module = ds_engine.module
     dtype = next(module.parameters()).dtype
     kept, needed = plan_kv_rows(module.config, config, limits, dtype, rank, device)
@@ -142,7 +140,11 @@ def _autotp_runner(
             "[dsserve] %d slots of %d tokens and %d kept rows, KV cache up to %.2f GiB a rank, %s, %d thread(s) a rank",
             runner.slots, limits.max_model_len, kept, needed / 2**30, replaced, torch.get_num_threads(),
         )  # fmt: skip
-    return runner
+    scheduler = Scheduler(
+        runner.slots, PrefixCache(runner.slots, kept), config.max_num_batched_tokens, _idle_tokens(config, device),
+        config.waiting_served_ratio, runner.forward.reads_by_span,
+    )  # fmt: skip
+    return runner, scheduler
 
 
 def _kernel_runner(

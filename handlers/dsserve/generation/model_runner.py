@@ -1,27 +1,23 @@
-"""Runs the sharded model on this rank: prefill of new prompts in one pass, one decode step of all live rows.
+"""Runs the sharded model on this rank by plans: prefill of new prompts, one decode step of all live rows.
 
 Every rank holds one and executes the same plans in the same order. Does not choose tokens or requests.
 """
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
 
-from dsserve.distributed import RankInfo, agree_on_least
+from dsserve.distributed import RankInfo
 from dsserve.generation.cuda_graphs import DecodeGraphs
-from dsserve.generation.decode_attention import uses_decode_attention
-from dsserve.generation.kv_cache import SlotCache
+from dsserve.generation.forward_pass import ForwardPass
 from dsserve.generation.packed_prompts import PackedPrompts
 from dsserve.generation.pinned import stage
 from dsserve.generation.plan import Admission, Plan, moves
 from dsserve.generation.prefill_graphs import PrefillGraphs
 from dsserve.generation.prefill_memory import PrefillMemory
-from dsserve.generation.prompt_attention import PROMPT_SPANS, PromptSpans, has_flash
 from dsserve.generation.runner import StepLogits
-from dsserve.sharding.heads import head_size
 
 # Attention reads up to the longest live row, rounded up to this.
 KV_STEP = 16
@@ -39,6 +35,7 @@ class ModelRunner:
         memory: refuses prefills that do not fit; default: this rank's device.
 
     Attributes:
+        forward: the model's passes, and its cache.
         graph_pool: the memory of the captured graphs, for others that never run at the same time; None before.
     """
 
@@ -51,33 +48,21 @@ class ModelRunner:
         kept: int = 0,
         memory: PrefillMemory | None = None,
     ) -> None:
-        self._module = module
         self._device = device
-        self._dtype = next(module.parameters()).dtype
         self.slots = slots
         self.kept = kept
         self.max_model_len = max_model_len
         self.vocabulary = module.config.get_text_config().vocab_size
         self._world_size = RankInfo.from_env().world_size
         self._memory = memory or PrefillMemory(device, RankInfo.from_env(), self.vocabulary)
-        text_config = module.config.get_text_config()
-        self._num_layers = text_config.num_hidden_layers
-        self._has_flash = has_flash(self._dtype, head_size(text_config), device)
-        if device.type == "cuda":  # ranks of one step must pad alike
-            self._has_flash = bool(agree_on_least(int(self._has_flash), RankInfo.from_env()))
-        # Whether each prompt of a pass attends to itself alone; None before a pass has shown that the model hands
-        # the spans on.
-        self._by_prompt = None if _takes_keywords(module) else False
-        capacity = -(-max_model_len // KV_STEP) * KV_STEP
-        self.cache = SlotCache(self._num_layers, slots + kept, capacity)
-        self._capacity = capacity
+        self._capacity = -(-max_model_len // KV_STEP) * KV_STEP
+        self.forward = ForwardPass(module, slots + kept, self._capacity, device)
+        self.cache = self.forward.cache
         self._lengths: list[int] = []
         self._has_part = False  # the last row's prompt is not complete
         self.graph_pool: object | None = None
         self._graphs: DecodeGraphs | None = None
         self._prefill_graphs: PrefillGraphs | None = None
-        self._first_cells = torch.arange(slots, device=device) * capacity
-        self._columns = torch.arange(capacity, device=device)
         self._no_logits = torch.empty(0, self.vocabulary, device=device)
 
     @property
@@ -94,6 +79,8 @@ class ModelRunner:
             self.cache.copy(row, copy, self._lengths[row])
         for row in plan.evict:
             self._evict(row)
+        if plan.admit and (together := self._run_together(plan)) is not None:
+            return StepLogits(together)
         decoded = self._decode(plan, chosen) if plan.tokens else None
         if not plan.admit:
             return None if decoded is None else StepLogits(decoded)
@@ -114,82 +101,56 @@ class ModelRunner:
             self._has_part = False
         self._lengths.pop()
 
+    def _run_together(self, plan: Plan) -> torch.Tensor | None:
+        """Logits `[n, V]` of the decoded rows and the prompts from one captured pass, which reads the weights once and
+        has its memory already; None where there is no such graph. A decoded row is a prompt of one token then, the rest
+        of which lies in the cache."""
+        graphs, decoded = self._prefill_graphs, len(plan.tokens)
+        first = self.live - plan.admit[0].continues
+        if graphs is None or (decoded and not (graphs.by_prompt and decoded == first)):
+            return None
+        lengths = self._lengths[:decoded]
+        rows = [Admission((token,), shared=length) for token, length in zip(plan.tokens, lengths, strict=True)]
+        packed = PackedPrompts((*rows, *plan.admit), first - decoded, self._capacity)
+        graph = graphs.find(packed)
+        if graph is None:
+            return None
+        self._take_over(plan.admit)
+        for row in range(decoded):
+            self._lengths[row] += 1
+        self._enter(plan.admit)
+        return graph.run(packed)
+
     def _prefill_if_it_fits(self, prompts: tuple[Admission, ...]) -> torch.Tensor | None:
-        """What `_prefill` gives, or None on all ranks where one of them has not the memory for it."""
+        """Logits `[n, V]` of the prompts' last tokens, of all tokens where a prompt wants them; None on all ranks where
+        one of them has not the memory for it."""
+
+        def prefill() -> torch.Tensor:
+            first = self.live - prompts[0].continues
+            self._take_over(prompts)
+            packed = PackedPrompts(prompts, first, self._capacity)
+            graph = None if self._prefill_graphs is None else self._prefill_graphs.find(packed)
+            logits = self.forward.prefill_packed(packed) if graph is None else graph.run(packed)
+            self._enter(prompts)
+            return logits
+
         # Tokens that were computed before are only read, which takes less: where memory is short, long prompts are
         # refused as if they were read in one pass, and no pass fails on the way.
         tokens = sum(prompt.shared + len(prompt.tokens) for prompt in prompts)
         logits = sum(len(prompt.tokens) if prompt.all_logits else 1 for prompt in prompts)
-        return self._memory.run(lambda: self._prefill(prompts), tokens, logits)
+        return self._memory.run(prefill, tokens, logits)
 
-    def _prefill(self, prompts: tuple[Admission, ...]) -> torch.Tensor:
-        """Logits `[n, V]` of the prompts' last tokens; of all tokens where a prompt wants them."""
-        first = self.live - prompts[0].continues
-        for row, prompt in enumerate(prompts, start=first):
+    def _take_over(self, prompts: tuple[Admission, ...]) -> None:
+        """Copies the beginnings that lie in other rows to those that the prompts will have."""
+        for row, prompt in enumerate(prompts, start=self.live - prompts[0].continues):
             if prompt.shared and not prompt.continues:
                 self.cache.copy(prompt.source, row, prompt.shared)
-        packed = PackedPrompts(prompts, first, self._capacity)
-        logits = self._prefill_graphs.run(packed) if self._prefill_graphs is not None else None
-        if logits is None:
-            logits = self._prefill_eagerly(packed)
+
+    def _enter(self, prompts: tuple[Admission, ...]) -> None:
+        """Notes the rows of prompts that were read."""
+        first = self.live - prompts[0].continues
         self._lengths[first:] = [prompt.shared + len(prompt.tokens) for prompt in prompts]
         self._has_part = not prompts[-1].complete
-        return logits
-
-    def _prefill_eagerly(self, packed: PackedPrompts) -> torch.Tensor:
-        window = self.cache.window
-        window.cells, window.kv_len = packed.cells.to(self._device), None
-        spans = self._spans(packed)
-        window.whole = spans is not None and spans.table is not None
-        window.read = None if window.whole or packed.read is None else packed.read[0].to(self._device)
-        mask = None if spans is not None and self._by_prompt else packed.mask(self._dtype, self._device)
-        output = self._module(
-            input_ids=packed.tokens[None].to(self._device),  # [1, T]
-            position_ids=packed.positions[None].to(self._device),  # [1, T]
-            attention_mask=mask,
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=packed.wanted.to(self._device),
-            **({} if spans is None else {PROMPT_SPANS: spans}),
-        )
-        if spans is not None and self._by_prompt is None:
-            self._by_prompt = spans.seen == self._num_layers
-        return output.logits[0]
-
-    def _spans(self, packed: PackedPrompts) -> PromptSpans | None:
-        """What lets attention look at each prompt alone instead of all tokens under a mask; None where it cannot."""
-        if self._by_prompt is False or not uses_decode_attention(self._module):
-            return None
-        if not (self._has_flash and self._by_prompt):
-            return PromptSpans(packed.lengths) if packed.read is None else None
-        table = packed.spans(len(packed.lengths) + 2, len(packed.tokens)).to(self._device)
-        return PromptSpans(packed.lengths, table, max(packed.lengths), self._capacity)
-
-    def _forward_prefill(
-        self, inputs: torch.Tensor, wanted: torch.Tensor, read: torch.Tensor | None, spans: PromptSpans | None
-    ) -> torch.Tensor:
-        """One pass on device tensors, see `PrefillGraphs`."""
-        tokens, positions, cells, prompts = inputs
-        window = self.cache.window
-        window.cells, window.kv_len, window.whole = cells, None, spans is not None
-        window.read, seen, whose = (None, positions, prompts) if read is None else read
-        mask, more = None, {}
-        if spans is None:
-            hidden = (prompts[:, None] != whose) | (positions[:, None] < seen)
-            mask = torch.zeros(hidden.shape, dtype=self._dtype, device=self._device)
-            mask = mask.masked_fill_(hidden, float("-inf"))[None, None]  # [1, 1, T, T or S], additive
-        else:
-            more = {PROMPT_SPANS: spans}
-        output = self._module(
-            input_ids=tokens[None],  # [1, T]
-            position_ids=positions[None],  # [1, T]
-            attention_mask=mask,
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=wanted,
-            **more,
-        )
-        return output.logits[0]
 
     def capture_graphs(self, is_leader: bool, prefill: bool = False) -> None:
         """Decodes in CUDA graphs from now on, and prefills short prompts in them where wanted. No row may be live.
@@ -203,12 +164,12 @@ class ModelRunner:
         self.execute(Plan(admit=(Admission((0,)),)))  # makes the cache's tensors
         self.execute(Plan(evict=(0,)))
         self.graph_pool = pool = torch.cuda.graph_pool_handle()
-        graphs = DecodeGraphs(self._forward_decode, self.slots, self._capacity, self._device)
+        graphs = DecodeGraphs(self.forward.decode, self.slots, self._capacity, self._device)
         graphs.capture(is_leader, pool)
         self._graphs = graphs
         if prefill:
-            by_prompt = self._has_flash and bool(self._by_prompt)
-            passes = PrefillGraphs(self._forward_prefill, self.slots, self.max_model_len - 1, self._device, by_prompt)
+            longest, by_prompt = self.max_model_len - 1, self.forward.reads_by_span
+            passes = PrefillGraphs(self.forward.prefill, self.slots, longest, self._device, by_prompt)
             passes.capture(pool)
             self._prefill_graphs = passes
 
@@ -221,7 +182,7 @@ class ModelRunner:
             lengths = self._lengths[: len(tokens)]
             kv_len = min(-(-(max(lengths) + 1) // KV_STEP) * KV_STEP, self._capacity)
             inputs = stage([tokens, lengths], torch.int64, self._device).to(self._device, non_blocking=True)
-            logits = self._forward_decode(inputs[0] if known is None else known, inputs[1], kv_len)
+            logits = self.forward.decode(inputs[0] if known is None else known, inputs[1], kv_len)
         for row in range(len(tokens)):
             self._lengths[row] += 1
         return logits
@@ -232,24 +193,3 @@ class ModelRunner:
         if self._world_size > 1:
             torch.distributed.broadcast(tokens, src=0)
         return tokens
-
-    def _forward_decode(self, tokens: torch.Tensor, positions: torch.Tensor, kv_len: int) -> torch.Tensor:
-        """One step of the first n rows: tokens and positions `[n]` on the device -> logits `[n, V]`."""
-        live = tokens.shape[0]
-        window = self.cache.window
-        window.cells, window.kv_len = self._first_cells[:live] + positions, kv_len
-        hidden = self._columns[:kv_len] > positions[:, None]
-        mask = torch.zeros(live, kv_len, dtype=self._dtype, device=self._device).masked_fill_(hidden, float("-inf"))
-        output = self._module(
-            input_ids=tokens[:, None],  # [n, 1]
-            position_ids=positions[:, None],  # [n, 1]
-            attention_mask=mask[:, None, None, :],  # [n, 1, 1, kv_len], additive
-            past_key_values=self.cache,
-            use_cache=True,
-        )
-        return output.logits[:, -1]
-
-
-def _takes_keywords(module: Any) -> bool:
-    """Whether the model's forward takes keywords that it does not name, as those take which hand them on."""
-    return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(module.forward).parameters.values())

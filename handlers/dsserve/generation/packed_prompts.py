@@ -41,14 +41,15 @@ class PackedPrompts:
         total = int(lengths.sum())
         padding = prefill_bucket(total) - total
         rows = torch.arange(first_row, first_row + len(prompts)) * capacity
-        positions = torch.cat([torch.arange(p.shared, p.shared + len(p.tokens)) for p in prompts])
+        ends = lengths.cumsum(0)
+        positions = torch.arange(total) + (shared - ends + lengths).repeat_interleave(lengths)
         self.tokens = torch.tensor([token for prompt in prompts for token in prompt.tokens] + [0] * padding)
         self.positions = _pad(positions, padding, 0)
         self.cells = rows.repeat_interleave(lengths) + positions
         self.wanted = _wanted(prompts)
         self.lengths = [*lengths.tolist(), *([padding] if padding else [])]
         self.longest = int(lengths.max())
-        self._ends = lengths.cumsum(0)
+        self._ends = ends
         self.wants_all = any(prompt.all_logits for prompt in prompts)
         self.prompts = _pad(torch.arange(len(prompts)).repeat_interleave(lengths), padding, PADDING)
         self._firsts, self._seen = rows, lengths + shared

@@ -61,8 +61,8 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class _Captured:
-    """One graph with the tensors it reads and writes."""
+class CapturedPass:
+    """One graph with the tensors it reads and writes; `model_runner` fills and runs it."""
 
     graph: torch.cuda.CUDAGraph
     inputs: torch.Tensor  # [4, T], int64
@@ -70,6 +70,21 @@ class _Captured:
     read: torch.Tensor | None  # [3, S], int64
     spans: PromptSpans | None
     logits: torch.Tensor  # [W, V]
+
+    def run(self, packed: PackedPrompts) -> torch.Tensor:
+        """Logits `[n, V]` of the last tokens of n prompts."""
+        count, length = len(packed.wanted), self.inputs.shape[1]
+        rows = [(packed.tokens, 0), (packed.positions, 0), (packed.cells, -1), (packed.prompts, PADDING)]
+        self.inputs.copy_(_stack(rows, length))
+        self.wanted[:count].copy_(packed.wanted)
+        if self.spans is not None and self.spans.table is not None:
+            self.spans.table.copy_(packed.spans(self.spans.table.shape[1], length))
+        elif self.read is not None and packed.read is not None:
+            cells, positions, prompts = packed.read
+            rows = [(cells, 0), (positions, 0), (prompts, PADDING)]
+            self.read.copy_(_stack(rows, self.read.shape[1]))
+        self.graph.replay()
+        return self.logits[:count].clone()  # the next replay overwrites what the graph wrote
 
 
 class PrefillGraphs:
@@ -87,10 +102,10 @@ class PrefillGraphs:
     ) -> None:
         self._forward = forward
         self._device = device
-        self._by_prompt = by_prompt
+        self.by_prompt = by_prompt
         self._longest = longest
         self.shapes = sorted(_span_shapes(most, longest) if by_prompt else _mask_shapes(most, longest))
-        self._captured: dict[Shape, _Captured] = {}
+        self._captured: dict[Shape, CapturedPass] = {}
 
     @torch.inference_mode()
     def capture(self, pool: object) -> None:
@@ -102,42 +117,24 @@ class PrefillGraphs:
         for shape in reversed(self.shapes):
             self._captured[shape] = self._capture_one(shape, pool)
 
-    def _capture_one(self, shape: Shape, pool: object) -> _Captured:
+    def _capture_one(self, shape: Shape, pool: object) -> CapturedPass:
         inputs = torch.zeros(4, shape.tokens, dtype=torch.int64, device=self._device)
         inputs[2] = -1
         wanted = torch.zeros(shape.prompts, dtype=torch.int64, device=self._device)
         read = torch.zeros(3, shape.read, dtype=torch.int64, device=self._device) if shape.read else None
         spans = None
-        if self._by_prompt:  # the prompts' and the padding's
+        if self.by_prompt:  # the prompts' and the padding's
             table = torch.zeros(3, shape.prompts + 2, dtype=torch.int32, device=self._device)
             table[0, 1:] = shape.tokens
             spans = PromptSpans([], table, shape.longest, self._longest + 1)
         graph, logits = capture(lambda: self._forward(inputs, wanted, read, spans), pool, self._device)
-        return _Captured(graph, inputs, wanted, read, spans, logits)
+        return CapturedPass(graph, inputs, wanted, read, spans, logits)
 
-    def run(self, packed: PackedPrompts) -> torch.Tensor | None:
-        """Logits `[n, V]` of the last tokens of n prompts, or None for a pass that was not captured."""
-        captured = self.find(packed)
-        if captured is None:
-            return None
-        count, length = len(packed.wanted), captured.inputs.shape[1]
-        rows = [(packed.tokens, 0), (packed.positions, 0), (packed.cells, -1), (packed.prompts, PADDING)]
-        captured.inputs.copy_(_stack(rows, length))
-        captured.wanted[:count].copy_(packed.wanted)
-        if captured.spans is not None and captured.spans.table is not None:
-            captured.spans.table.copy_(packed.spans(captured.spans.table.shape[1], length))
-        elif captured.read is not None and packed.read is not None:
-            cells, positions, prompts = packed.read
-            rows = [(cells, 0), (positions, 0), (prompts, PADDING)]
-            captured.read.copy_(_stack(rows, captured.read.shape[1]))
-        captured.graph.replay()
-        return captured.logits[:count].clone()  # the next replay overwrites what the graph wrote
-
-    def find(self, packed: PackedPrompts) -> _Captured | None:
-        """The smallest graph that has room for a pass."""
+    def find(self, packed: PackedPrompts) -> CapturedPass | None:
+        """The smallest graph that has room for a pass; None for one that must run eagerly."""
         if packed.wants_all:
             return None
-        read = 0 if self._by_prompt or packed.read is None else packed.read.shape[1]
+        read = 0 if self.by_prompt or packed.read is None else packed.read.shape[1]
         needed = Shape(len(packed.tokens), len(packed.wanted), packed.longest, read)
         return next((self._captured[shape] for shape in self.shapes if shape.holds(needed)), None)
 

@@ -1,13 +1,14 @@
 """Rank 0's book of sequences: who waits, who runs in which row, what the next step does.
 
 A step prefills so many tokens at most: longer prompts are read in parts, one a step, while all rows that run get their
-tokens in between. While none runs nobody waits for a step, and it may be larger. At most one prompt is read in part at
-a time; it has the last row, which is not decoded.
+tokens in between. It may be larger while none runs, so that nobody waits for it, and while many more wait than run. At
+most one prompt is read in part at a time; it has the last row, which is not decoded.
 Pure bookkeeping on token ids: no model, no collective, no HTTP, so it is tested in milliseconds.
 """
 
 from __future__ import annotations
 
+import math
 from collections import deque
 
 import numpy as np
@@ -28,7 +29,10 @@ class Scheduler:
         slots: most running sequences.
         prefixes: the rows that a prompt may take its beginning from.
         prefill_tokens: most tokens of prompts in one step.
-        idle_tokens: the same in a step that decodes no row; default: `prefill_tokens`.
+        idle_tokens: the same in a step that few or no rows wait for; default: `prefill_tokens`.
+        waiting_served_ratio: so many times as many must wait as run for those to be few.
+        by_span: prompts are read by their spans (`prompt_attention`): decoded rows can be part of their pass and count
+            in its tokens, and what is read of the cache costs nothing.
     """
 
     def __init__(
@@ -37,11 +41,15 @@ class Scheduler:
         prefixes: PrefixCache,
         prefill_tokens: int = PREFILL_TOKENS_A_STEP,
         idle_tokens: int | None = None,
+        waiting_served_ratio: float = math.inf,
+        by_span: bool = False,
     ) -> None:
         self._slots = slots
         self._prefixes = prefixes
         self._prefill_tokens = prefill_tokens
         self._idle_tokens = max(prefill_tokens, idle_tokens or 0)
+        self._waiting_served_ratio = waiting_served_ratio
+        self._by_span = by_span
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
         self._leaving: set[Sequence] = set()
@@ -94,8 +102,7 @@ class Scheduler:
         evict = self._evict()
         decoded = self._running[:-1] if self._part is not None else self._running
         tokens = tuple(sequence.last_token for sequence in decoded)
-        admit = self._admit(self._prefill_tokens if decoded else self._idle_tokens)
-        return Plan(keep, evict, tokens, admit, last)
+        return Plan(keep, evict, tokens, self._admit(self._most(len(decoded))), last)
 
     def plan_ahead(self, last: bool) -> Plan | None:
         """The step after the one whose tokens are still unknown, with all its rows; None where it has to wait for them.
@@ -118,6 +125,12 @@ class Scheduler:
         """The sequence whose prompt has been read in part."""
         return self._running[-1] if self._running and not self._running[-1].is_prefilled else None
 
+    def _most(self, decoded: int) -> int:
+        """Most tokens of prompts in a step that decodes so many rows."""
+        if not decoded or len(self._waiting) >= self._waiting_served_ratio * decoded:
+            return self._idle_tokens
+        return max(self._prefill_tokens - decoded, self._prefill_tokens // 2) if self._by_span else self._prefill_tokens
+
     def _keep_prefixes(self) -> tuple[tuple[int, int], ...]:
         pairs = []
         for row, sequence in enumerate(self._running):
@@ -139,22 +152,22 @@ class Scheduler:
     def _admit(self, most: int) -> tuple[Admission, ...]:
         """The prompts, or parts of them, that the next step reads: `most` tokens, if there are several.
 
-        A step that reads the cache attends under a mask of its tokens by all that they see, which grows with the
-        square of its prompts: together they stay within the limit of a busy step.
+        Without spans a step that reads the cache attends under a mask of its tokens by all that they see, which grows
+        with the square of its prompts: together they stay within the limit of a busy step.
         """
         live = [(row, sequence.computed) for row, sequence in enumerate(self._running)] if self._waiting else []
         admitted: list[Admission] = []
         used, reads_cache = 0, False
         if (part := self._part) is not None:
             admitted.append(self._next_part(part, most, continues=True))
-            used, reads_cache = len(admitted[0].tokens), True
+            used, reads_cache = len(admitted[0].tokens), not self._by_span
         while self._waiting and len(self._running) < self._slots and self._part is None:
             sequence = self._waiting[0]
             prompt = sequence.request.prompt_ids
             # The logits of a prompt that is taken over would be missing.
             hit = None if sequence.request.prompt_logprobs else self._prefixes.find(prompt, live)
             shared = 0 if hit is None else hit.length
-            reads_cache = reads_cache or shared > 0
+            reads_cache = not self._by_span and (reads_cache or shared > 0)
             used += len(prompt) - shared
             if admitted and (
                 used > (self._prefill_tokens if reads_cache else most)
