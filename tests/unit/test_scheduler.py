@@ -289,24 +289,6 @@ def test_a_burst_that_outnumbers_what_runs_is_read_as_if_nobody_waited() -> None
     assert len(book.plan(last=False).admit) == 1
 
 
-def test_decoded_rows_count_in_a_pass_that_they_are_part_of() -> None:
-    sizes = {}
-    for by_span in (False, True):
-        book = scheduler(slots=9, prefill_tokens=40, by_span=by_span)
-        for name in range(8):
-            book.put(str(name), prompt=5, new=9)
-        step(book)
-        book.put("long", prompt=200)
-        sizes[by_span] = [len(book.plan(last=False).admit[0].tokens) for _ in range(2)]
-    assert sizes == {False: [40, 40], True: [32, 32]}
-    crowd = scheduler(slots=40, prefill_tokens=40, by_span=True)
-    for name in range(39):
-        crowd.put(str(name), prompt=1, new=9)
-    step(crowd)
-    crowd.put("long", prompt=200)
-    assert len(crowd.plan(last=False).admit[0].tokens) == 20  # half is left for prompts, however many run
-
-
 def test_a_prompt_that_goes_on_while_nobody_waits_is_read_in_larger_parts() -> None:
     book = scheduler(prefill_tokens=32, idle_tokens=100)
     book.put("long", prompt=250)

@@ -23,6 +23,7 @@ class PackedPrompts:
     """The tensors of one prefill pass; T is the padded number of tokens, S that of the cells they read.
 
     Attributes:
+        total: the prompts' tokens, without padding.
         tokens: `[T]`, int64, zeros behind the last prompt.
         positions: `[T]`, of each token in its own prompt.
         cells: `[n]` where the n real tokens' keys and values go.
@@ -38,7 +39,7 @@ class PackedPrompts:
     def __init__(self, prompts: tuple[Admission, ...], first_row: int, capacity: int) -> None:
         lengths = torch.tensor([len(prompt.tokens) for prompt in prompts])
         shared = torch.tensor([prompt.shared for prompt in prompts])
-        total = int(lengths.sum())
+        self.total = total = int(lengths.sum())
         padding = prefill_bucket(total) - total
         rows = torch.arange(first_row, first_row + len(prompts)) * capacity
         ends = lengths.cumsum(0)

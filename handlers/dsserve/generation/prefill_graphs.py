@@ -22,7 +22,8 @@ from dsserve.generation.prompt_attention import PromptSpans
 # 25 and 19, since attention under a mask does not run in torch's flash kernel.
 _LONGEST = 256
 # With spans. The same shape's eager pass of 1024 tokens takes 57 ms on an H100 with TP=2, of which most is the host's.
-_MORE_LENGTHS = (768, 1024, 1536, 2048, 3072, 4096)
+# 320 is a busy step's prompts with the rows that it decodes.
+_MORE_LENGTHS = (320, 768, 1024, 1536, 2048, 3072, 4096)
 # Passes that read the cache under a mask are padded to one of these: each is captured for all lengths of what is read.
 _PARTS = (64, 128, 256)
 # Those lengths double from the first to the last; passes that read more run eagerly: a graph holds its mask and a copy
@@ -135,7 +136,7 @@ class PrefillGraphs:
         if packed.wants_all:
             return None
         read = 0 if self.by_prompt or packed.read is None else packed.read.shape[1]
-        needed = Shape(len(packed.tokens), len(packed.wanted), packed.longest, read)
+        needed = Shape(packed.total, len(packed.wanted), packed.longest, read)
         return next((self._captured[shape] for shape in self.shapes if shape.holds(needed)), None)
 
 
@@ -166,4 +167,5 @@ def _stack(rows: list[tuple[torch.Tensor, int]], length: int) -> torch.Tensor:
 
 
 def _filled(row: torch.Tensor, length: int, value: int) -> torch.Tensor:
+    """A row with more padding, or less."""
     return torch.nn.functional.pad(row, (0, length - len(row)), value=value)

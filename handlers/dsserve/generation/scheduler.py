@@ -31,8 +31,7 @@ class Scheduler:
         prefill_tokens: most tokens of prompts in one step.
         idle_tokens: the same in a step that few or no rows wait for; default: `prefill_tokens`.
         waiting_served_ratio: so many times as many must wait as run for those to be few.
-        by_span: prompts are read by their spans (`prompt_attention`): decoded rows can be part of their pass and count
-            in its tokens, and what is read of the cache costs nothing.
+        by_span: prompts are read by their spans (`prompt_attention`): what they read of the cache needs no mask.
     """
 
     def __init__(
@@ -129,7 +128,7 @@ class Scheduler:
         """Most tokens of prompts in a step that decodes so many rows."""
         if not decoded or len(self._waiting) >= self._waiting_served_ratio * decoded:
             return self._idle_tokens
-        return max(self._prefill_tokens - decoded, self._prefill_tokens // 2) if self._by_span else self._prefill_tokens
+        return self._prefill_tokens
 
     def _keep_prefixes(self) -> tuple[tuple[int, int], ...]:
         pairs = []
