@@ -123,7 +123,7 @@ def test_more_ranks_stop_helping_one_row_where_the_latency_outgrows_the_weights(
 
 def test_the_measured_points_are_those_of_the_file() -> None:
     points = read_points(load(cost_model.MEASUREMENTS))
-    assert len(points) == 32
+    assert len(points) == 28
     assert Point("vLLM 0.20.2", 2, 64, "H200", 4.79) in points and Point("eager step", 1, 8, "H100", 9.2) in points
 
 
