@@ -64,12 +64,12 @@ class HandlerConfig(BaseModel):
     max_batch_prefill_tokens: Literal["auto"] | int = Field(
         "auto",
         ge=16,
-        description="the same while no text runs (AutoTP); auto: 4096 on a GPU, max_num_batched_tokens on a CPU",
+        description="the same while no or few texts run (AutoTP); auto: 4096 on a GPU, max_num_batched_tokens on a CPU",
     )
     waiting_served_ratio: float = Field(
         1.2,
         gt=0,
-        description="so many times as many must wait as run for a step of max_batch_prefill_tokens beside them",
+        description="so many times as many as run must join for a step of max_batch_prefill_tokens beside them",
     )
     num_scheduler_steps: int = Field(32, ge=1, le=1024, description="most steps in one call of the handler")
     max_stream_delay_ms: float = Field(

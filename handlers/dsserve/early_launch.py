@@ -38,17 +38,17 @@ def wait_for_inputs(EARLY: tl.constexpr):
 
 
 @triton.jit
-def prefetch_rows(source, is_row, size, BYTES: tl.constexpr, LINES: tl.constexpr):
-    """Fetches the first LINES cache lines of each row into the L2 cache and waits for nothing.
+def prefetch_rows(weight_ptr, rows, weight_row, size, BYTES: tl.constexpr, LINES: tl.constexpr):
+    """Fetches the first LINES cache lines of rows of a weight into the L2 cache and waits for nothing.
 
     Args:
-        source: pointers `[ROWS, 1]` to the rows' beginnings, to elements of BYTES bytes.
-        is_row: `[ROWS]`, False where a row is not to be fetched.
+        rows: `[ROWS]`, which; all of them in the weight.
+        weight_row: elements from one row to the next, of BYTES bytes each.
         size: elements of a row.
     """
     columns = tl.arange(0, LINES) * (_LINE // BYTES)
-    inside = is_row[:, None] & (columns < size)[None, :]
-    lines = (source + tl.where(inside, columns[None, :], 0)).to(tl.int64)
+    columns = tl.where(columns < size, columns, 0)
+    lines = (weight_ptr + rows[:, None].to(tl.int64) * weight_row + columns[None, :]).to(tl.int64)
     tl.inline_asm_elementwise(
         "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [lines], dtype=tl.int32, is_pure=False, pack=1
     )

@@ -36,6 +36,11 @@ class FusedLayer(nn.Module):
         for linear, rank_sum in zip((layer.self_attn.o_proj, layer.mlp.down_proj), sums, strict=True):
             linear.leave_sum_to(rank_sum)
 
+    @property
+    def sums_in_memory(self) -> int:
+        """How many of the layer's sums go through the ranks' memory, where `count_all_reduces` does not see them."""
+        return sum(rank_sum.in_memory for rank_sum in self._sums)
+
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """`[B, T, H]` -> `[B, T, H]`; the next norm has its result already."""
         (after_attention, after_mlp), (next_norm,) = self._sums, self._next_norm
@@ -47,11 +52,14 @@ class FusedLayer(nn.Module):
         return hidden
 
 
-def can_fuse_layers(module: Any) -> bool:
-    """Whether all layers of a sharded causal language model, after packing and fused operations, can be replaced."""
+def can_fuse_layers(module: Any, world_size: int) -> bool:
+    """Whether all layers of a causal language model that is sharded over so many ranks can be replaced, after packing
+    and fused operations."""
     decoder = getattr(module, "model", None)
     layers, last_norm = getattr(decoder, "layers", None), getattr(decoder, "norm", None)
-    return isinstance(layers, nn.ModuleList) and isinstance(last_norm, FusedRMSNorm) and all(map(_can_fuse, layers))
+    if not isinstance(layers, nn.ModuleList) or not isinstance(last_norm, FusedRMSNorm):
+        return False
+    return all(_can_fuse(layer, world_size) for layer in layers)
 
 
 def use_fused_layers(module: Any, sums: tuple[RankSum, RankSum]) -> int:
@@ -63,13 +71,13 @@ def use_fused_layers(module: Any, sums: tuple[RankSum, RankSum]) -> int:
     return len(layers)
 
 
-def _can_fuse(layer: Any) -> bool:
+def _can_fuse(layer: Any, world_size: int) -> bool:
     if _code(layer) != _code(LlamaDecoderLayer):
         return False
     norms = (layer.input_layernorm, layer.post_attention_layernorm)
     linears = (getattr(layer.self_attn, "o_proj", None), getattr(layer.mlp, "down_proj", None))
     return all(isinstance(norm, FusedRMSNorm) for norm in norms) and all(
-        isinstance(linear, ShardedLinear) and linear.can_leave_sum for linear in linears
+        isinstance(linear, ShardedLinear) and linear.can_leave_sum(world_size) for linear in linears
     )
 
 

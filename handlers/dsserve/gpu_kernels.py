@@ -106,6 +106,8 @@ def _gated_silu(gate_ptr, up_ptr, out_ptr, gate_row, up_row, size, WIDTH: tl.con
 def gated_silu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """See `gpu_ops.gated_silu`."""
     size = gate.shape[-1]
+    if not size:  # a rank without a shard of a narrow layer
+        return torch.empty_like(up)
     gates, ups = gate.reshape(-1, size), up.reshape(-1, size)
     out = torch.empty(gates.shape, dtype=up.dtype, device=up.device)
     grid = (gates.shape[0], triton.cdiv(size, _WIDTH))

@@ -32,7 +32,14 @@ def _multiply_row(
     is_row = rows < outputs
     source = weight_ptr + rows[:, None].to(tl.int64) * weight_row
     if EARLY and LINES > 0:
-        prefetch_rows(source, is_row, size, weight_ptr.dtype.element_ty.primitive_bitwidth // 8, LINES)
+        prefetch_rows(
+            weight_ptr,
+            tl.minimum(rows, outputs - 1),
+            weight_row,
+            size,
+            weight_ptr.dtype.element_ty.primitive_bitwidth // 8,
+            LINES,
+        )
     wait_for_inputs(EARLY)
     sums = tl.zeros([OUTPUTS, WIDTH], tl.float32)
     for start in range(0, size, WIDTH):
@@ -57,7 +64,14 @@ def _multiply_rows(
     is_place, is_row = places < outputs, row < rows
     source = weight_ptr + places[:, None].to(tl.int64) * weight_row
     if EARLY and LINES > 0:
-        prefetch_rows(source, is_place, size, weight_ptr.dtype.element_ty.primitive_bitwidth // 8, LINES)
+        prefetch_rows(
+            weight_ptr,
+            tl.minimum(places, outputs - 1),
+            weight_row,
+            size,
+            weight_ptr.dtype.element_ty.primitive_bitwidth // 8,
+            LINES,
+        )
     wait_for_inputs(EARLY)
     sums = tl.zeros([OUTPUTS, ROWS], tl.float32)
     for start in range(0, size, WIDTH):

@@ -52,22 +52,20 @@ class ShardedLinear(nn.Module):
         self._row_parallel = row_parallel
         self._rank_sum: RankSum | None = None
 
-    @property
-    def can_leave_sum(self) -> bool:
-        """Whether the sum over the ranks is the last thing that the layer does."""
-        return not self._row_parallel or self._bias is None
+    def can_leave_sum(self, world_size: int) -> bool:
+        """Whether a sum over the ranks is the last thing that the layer does; one rank has none to do."""
+        return self._bias is None if self._row_parallel else world_size == 1
 
     def leave_sum_to(self, rank_sum: RankSum) -> None:
-        """From now on the result is this rank's part alone, for `rank_sum`."""
-        if self._row_parallel:
-            self._rank_sum = rank_sum
+        """From now on a row-parallel layer's result is this rank's part alone, for `rank_sum`."""
+        self._rank_sum = rank_sum
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., in]` -> `[..., out]`."""
         if not self._row_parallel:
             return self._multiply(x, self._bias)
         if self._rank_sum is not None:
-            return self._multiply(x, None, self._rank_sum.take(x.numel() // x.shape[-1]))
+            return self._multiply(x, None, self._rank_sum.take(x.shape[:-1].numel()))
         output = all_reduce(self._multiply(x, None))
         return output if self._bias is None else output.add_(self._bias)
 
@@ -75,9 +73,7 @@ class ShardedLinear(nn.Module):
         return weight
 
     def _multiply(self, x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor | None = None) -> torch.Tensor:
-        """Args:
-        out: where the result's rows go, `[n, out]`; None = new memory.
-        """
+        """`x @ weight.T + bias`, in the memory `out`, `[n, out]`, where there is some."""
         if x.is_cuda and gpu_ops.is_loaded() and self._weight.numel():
             return gpu_ops.multiply(x, self._weight, bias, out)
         return copy_into(out, F.linear(x, self._weight, bias))

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from dsserve.distributed import RankInfo, agree_on_least
+from dsserve.errors import LoadError
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +51,11 @@ def share_memory(rank: RankInfo, rows: int, width: int, dtype: torch.dtype, devi
     """Two places for parts `[rows, width]`, or none where the ranks cannot read each other's memory. All ranks call it.
 
     A rank may write its next part to the other place while its peers still read the last one; when it comes to the
-    first place again all have told of their sum in between, so nobody reads there any more.
+    first place again all have told of their sum in between, so nobody reads there any more. That holds while the two
+    are used in turn, and on all ranks for the same rows.
+
+    Raises:
+        LoadError: the ranks can read each other's memory, but torch cannot exchange it.
     """
     limit = next((size for ranks, size in _MOST_BYTES.items() if ranks >= rank.world_size), 0)
     rows = min(rows, limit // (width * dtype.itemsize))
@@ -61,11 +66,19 @@ def share_memory(rank: RankInfo, rows: int, width: int, dtype: torch.dtype, devi
         return []
     from torch.distributed import _symmetric_memory as symmetric_memory
 
-    values = symmetric_memory.empty(2, rows, width, dtype=dtype, device=device)
-    flags = symmetric_memory.empty(rows, rank.world_size, dtype=torch.int32, device=device)
-    values.zero_(), flags.zero_()
     group: Any = torch.distributed.group.WORLD
-    handles = [symmetric_memory.rendezvous(tensor, group) for tensor in (values, flags)]
+    try:
+        values = symmetric_memory.empty(2, rows, width, dtype=dtype, device=device)
+        flags = symmetric_memory.empty(rows, rank.world_size, dtype=torch.int32, device=device)
+        values.zero_(), flags.zero_()
+        handles = [symmetric_memory.rendezvous(tensor, group) for tensor in (values, flags)]
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # the other ranks wait within the exchange: there is no way back to NCCL
+        why = str(error).strip().splitlines()[0]
+        raise LoadError(
+            f"the ranks cannot exchange GPU memory ({why}): set handler.compiled_ops: false, or use one container"
+        ) from None
     torch.cuda.synchronize(device)
     torch.distributed.barrier()
     ranks, held = range(rank.world_size), (values, flags, *handles)

@@ -171,7 +171,7 @@ class QuantizedLinear(ShardedLinear):
         return quantized
 
     def _multiply(self, x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor | None = None) -> torch.Tensor:
-        rows = x.numel() // x.shape[-1]
+        rows = x.shape[:-1].numel()
         if not self._is_direct or rows > _CPU_INT8_ROWS:
             return copy_into(out, F.linear(x, self._weight, bias))
         weight: Any = self._weight

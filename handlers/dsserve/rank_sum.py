@@ -23,7 +23,7 @@ _TRIED_SPINS = 1_000_000
 
 
 class RankSum:
-    """Sums of all layers that lie at the same place of theirs: a step must not use it twice without another in between.
+    """Sums of all layers that lie at the same place of theirs. Two take turns, through all steps (see `peers`).
 
     Args:
         world_size: number of ranks.
@@ -34,6 +34,11 @@ class RankSum:
         self._world_size = world_size
         self._peers = peers
         self._taken: torch.Tensor | None = None
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether decode steps are summed in the ranks' memory."""
+        return self._peers is not None
 
     @property
     def way(self) -> str:

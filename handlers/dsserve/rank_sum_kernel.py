@@ -13,6 +13,8 @@ from dsserve.early_launch import wait_for_inputs
 from dsserve.gpu_kernels import warps
 from dsserve.peers import Peers
 
+_ALIGNMENT = 16  # bytes that a thread reads at once
+
 
 @triton.jit
 def _wait_for_ranks(flag_places_ptr, epochs_ptr, late_ptr, row, spins, RANK: tl.constexpr, WORLD: tl.constexpr):
@@ -25,6 +27,7 @@ def _wait_for_ranks(flag_places_ptr, epochs_ptr, late_ptr, row, spins, RANK: tl.
         if peer != RANK:
             flags = tl.load(flag_places_ptr + peer).to(tl.pointer_type(tl.int32))
             tl.atomic_xchg(flags + row * WORLD + RANK, epoch, sem="release", scope="sys")
+    tl.debug_barrier()  # every thread has read the count before one of them raises it
     tl.store(epochs_ptr + row, epoch)
     own = tl.load(flag_places_ptr + RANK).to(tl.pointer_type(tl.int32)) + row * WORLD
     for peer in tl.static_range(WORLD):
@@ -42,7 +45,8 @@ def _wait_for_ranks(flag_places_ptr, epochs_ptr, late_ptr, row, spins, RANK: tl.
 def _add_norm(
     part_ptr, places_ptr, flag_places_ptr, epochs_ptr, late_ptr, residual_ptr, weight_ptr, sum_ptr, out_ptr,
     part_row, residual_row, eps, spins,
-    RANK: tl.constexpr, WORLD: tl.constexpr, SIZE: tl.constexpr, PAD: tl.constexpr, EARLY: tl.constexpr,
+    RANK: tl.constexpr, WORLD: tl.constexpr, SIZE: tl.constexpr, PAD: tl.constexpr, ALIGN: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     row, at = tl.program_id(0).to(tl.int64), tl.arange(0, PAD)
     inside = at < SIZE
@@ -53,7 +57,7 @@ def _add_norm(
         _wait_for_ranks(flag_places_ptr, epochs_ptr, late_ptr, row, spins, RANK, WORLD)
         part = tl.zeros([PAD], tl.float32)
         for peer in tl.static_range(WORLD):  # in the order of ranks, so that all of them get the same sum
-            source = tl.load(places_ptr + peer).to(tl.pointer_type(kind)) + row * SIZE
+            source = tl.multiple_of(tl.load(places_ptr + peer).to(tl.pointer_type(kind)), ALIGN) + row * SIZE
             part += tl.load(source + at, mask=inside, other=0.0).to(tl.float32)
     else:
         part = tl.load(part_ptr + row * part_row + at, mask=inside, other=0.0).to(tl.float32)
@@ -84,12 +88,15 @@ def add_norm(
     rows, size = residual.shape
     total, out = (torch.empty(rows, size, dtype=residual.dtype, device=residual.device) for _ in range(2))
     pad = triton.next_power_of_2(size)
+    # What Triton cannot know of addresses that lie in memory: without it a thread reads one value at a time.
+    align = _ALIGNMENT if size * part.dtype.itemsize % _ALIGNMENT == 0 else part.dtype.itemsize
     if peers is None:
         rank, world, shared = 0, 1, (part,) * 4  # the kernel does not look at them
     else:
         rank, world, shared = peers.rank, peers.world_size, (peers.places, peers.flags, peers.epochs, peers.late)
+    launch = early_launch.options(part.device)
     _add_norm[(rows,)](
         part, *shared, residual, weight, total, out, part.stride(0), residual.stride(0), eps, spins,
-        RANK=rank, WORLD=world, SIZE=size, PAD=pad, num_warps=warps(pad), **early_launch.options(part.device),
+        RANK=rank, WORLD=world, SIZE=size, PAD=pad, ALIGN=align, num_warps=warps(pad), **launch,
     )  # fmt: skip
     return total, out

@@ -40,7 +40,7 @@ class Kernel:
         cls, part: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, peers: Peers | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         cls.calls += 1
-        total = residual + (part if peers is None else part + peers.places)
+        total = residual + (part if peers is None else part + peers.places[: len(part)])
         return total, rms_norm(total, weight, eps)
 
 
@@ -71,7 +71,7 @@ def test_logits_are_the_same(family: str, kernel: type[Kernel]) -> None:
     model = make_model(family)
     tokens = torch.randint(99, (2, 7), generator=torch.Generator().manual_seed(1))
     expected = model(input_ids=tokens, use_cache=False).logits
-    assert can_fuse_layers(model)
+    assert can_fuse_layers(model, 1)
     assert use_fused_layers(model, (RankSum(1, None), RankSum(1, None))) == 3
     for _ in range(2):
         found = model(input_ids=tokens, use_cache=False).logits
@@ -83,24 +83,41 @@ def test_logits_are_the_same(family: str, kernel: type[Kernel]) -> None:
 @pytest.mark.parametrize("family", ["phi3", "granite", "gemma2", "opt"])
 def test_layers_of_another_form_are_left_alone(family: str) -> None:
     config = AutoConfig.for_model(family, **SHAPE)
-    assert not can_fuse_layers(AutoModelForCausalLM.from_config(config))
+    assert not can_fuse_layers(AutoModelForCausalLM.from_config(config), 1)
 
 
 def test_norms_and_matmuls_must_be_ours() -> None:
-    assert not can_fuse_layers(make_model("llama", fused_norms=False))
+    assert not can_fuse_layers(make_model("llama", fused_norms=False), 1)
     model = make_model("llama")
-    assert can_fuse_layers(model)
+    assert can_fuse_layers(model, 1)
     model.model.layers[1].mlp.down_proj = nn.Linear(48, 32)
-    assert not can_fuse_layers(model)
+    assert not can_fuse_layers(model, 1)
 
 
-def test_a_row_parallel_layer_whose_bias_comes_after_the_sum_is_left_alone() -> None:
+@pytest.mark.parametrize(
+    ("row_parallel", "has_bias", "ranks", "fits"),
+    [
+        (False, True, 1, True), (True, False, 2, True),
+        (True, True, 2, False),  # its bias comes after the sum
+        (False, False, 2, False),  # every rank has the whole layer: nothing is to be summed
+    ],
+)  # fmt: skip
+def test_the_sum_must_be_the_last_thing_that_the_matmuls_do(
+    row_parallel: bool, has_bias: bool, ranks: int, fits: bool
+) -> None:
     model = make_model("llama")
-    weight = torch.zeros(32, 48)
-    model.model.layers[0].mlp.down_proj = ShardedLinear(weight, torch.zeros(32), True)
-    assert not can_fuse_layers(model)
-    model.model.layers[0].mlp.down_proj = ShardedLinear(weight, torch.zeros(32), False)
-    assert can_fuse_layers(model)
+    for layer in model.model.layers:
+        layer.self_attn.o_proj = ShardedLinear(torch.zeros(32, 32), None, ranks > 1)
+        layer.mlp.down_proj = ShardedLinear(torch.zeros(32, 48), torch.zeros(32) if has_bias else None, row_parallel)
+    assert can_fuse_layers(model, ranks) == fits
+
+
+def test_a_rank_without_a_shard_gives_zeros_to_the_sum() -> None:
+    linear, rank = ShardedLinear(torch.zeros(32, 0), None, True), RankSum(2, make_peers(4))
+    linear.leave_sum_to(rank)
+    part = linear(torch.zeros(1, 3, 0))
+    total, _ = rank.add_norm(part, torch.ones(1, 3, 32), torch.ones(32), 1e-6)
+    assert torch.equal(total, torch.ones(1, 3, 32))
 
 
 class Doubled:

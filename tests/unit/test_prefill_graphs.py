@@ -88,7 +88,7 @@ def runners(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_prompts_parts_and_taken_over_beginnings_have_the_logits_of_an_eager_pass(
-    runners: tuple[ModelRunner, ModelRunner],
+    runners: tuple[ModelRunner, ModelRunner], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, long, other = (draw_prompts(512, length, 1)[0] for length in (37, 590, 90))
     plans = [
@@ -100,13 +100,18 @@ def test_prompts_parts_and_taken_over_beginnings_have_the_logits_of_an_eager_pas
         Plan(evict=(0,), tokens=(8,), admit=(Admission(long[500:], shared=500, continues=True), Admission(first))),
         Plan(tokens=(9, 10, 11)),
     ]  # fmt: skip
+    eager, captured = runners
+    decoded: list[Plan] = []  # in a pass of their own
+    original = captured._decode
+    monkeypatch.setattr(captured, "_decode", lambda plan, chosen: decoded.append(plan) or original(plan, chosen))
     for number, plan in enumerate(plans):
         expected, found = (runner.execute(plan) for runner in runners)
         assert expected is not None and found is not None
         assert expected.next.abs().max() > 1
         assert (expected.next - found.next).abs().max() < 1e-4, number
     assert Again.replays == 6
-    eager, captured = runners
+    by_prompt = captured._prefill_graphs is not None and captured._prefill_graphs.by_prompt
+    assert decoded == [plan for plan in plans if plan.tokens and not (plan.admit and by_prompt)]
     assert eager._lengths == captured._lengths == [44, 591, 38]
 
 

@@ -242,14 +242,14 @@ def test_rows_hold_their_own_tokens_and_every_request_ends_once_or_was_cancelled
             cancelled.add(names[number % len(names)])
             book.cancel(names[number % len(names)])
         elif book.has_work:
-            waiting = book.waiting
+            joining = min(book.waiting, 4 - book.running)
             plan = book.plan(last=False)
             cells.execute(plan)
             rows = book.rows(plan)
             assert len(rows) == len(cells.rows) == book.running <= 4
             for sequence, row in zip(rows, cells.rows, strict=True):
                 assert row == [*sequence.request.prompt_ids[: sequence.prefilled], *sequence._generated]
-            few = len(plan.tokens) * ratio <= waiting if plan.tokens else True
+            few = len(plan.tokens) * ratio <= joining if plan.tokens else True
             most = max(prefill_tokens, idle_tokens or 0) if few else prefill_tokens
             assert sum(len(admission.tokens) for admission in plan.admit) <= most
             ready = [sequence for sequence in rows if sequence.is_prefilled]
@@ -287,6 +287,18 @@ def test_a_burst_that_outnumbers_what_runs_is_read_as_if_nobody_waited() -> None
     for name in range(3, 6):
         book.put(str(name), prompt=30, new=9)  # fewer than run
     assert len(book.plan(last=False).admit) == 1
+
+
+def test_those_who_wait_for_a_row_do_not_make_a_step_larger() -> None:
+    book = scheduler(slots=4, prefill_tokens=32, idle_tokens=100, ratio=1.2)
+    for name in range(4):
+        book.put(str(name), prompt=5, new=2 + name)
+    step(book)
+    for name in range(9):
+        book.put(f"late{name}", prompt=90, new=9)
+    step(book)  # the first ends
+    plan = book.plan(last=False)
+    assert len(plan.tokens) == 3 and [len(admission.tokens) for admission in plan.admit] == [32]
 
 
 def test_a_prompt_that_goes_on_while_nobody_waits_is_read_in_larger_parts() -> None:

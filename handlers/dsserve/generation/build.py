@@ -15,6 +15,7 @@ import torch
 from dsserve.config import YAML_FILE, HandlerConfig
 from dsserve.distributed import RankInfo, agree_on_least
 from dsserve.errors import LoadError
+from dsserve.fused_layers import FusedLayer
 from dsserve.generation.batch_scheduler import BatchScheduler
 from dsserve.generation.choice import HostChoice, Launch
 from dsserve.generation.decode_attention import uses_decode_attention
@@ -176,6 +177,7 @@ def _sampler(runner: Runner, config: HandlerConfig, rank: RankInfo, device: torc
 def _warm_up(runner: ModelRunner, module: Any, config: HandlerConfig, rank: RankInfo, device: torch.device) -> None:
     if config.warmup:
         all_reduces = warm_up(runner, rank.is_leader)
+        all_reduces += sum(part.sums_in_memory for part in module.modules() if isinstance(part, FusedLayer))
         if rank.is_leader:
             layers = module.config.get_text_config().num_hidden_layers
             logger.info("[dsserve] all-reduces in a decode step: %d for %d layers", all_reduces, layers)

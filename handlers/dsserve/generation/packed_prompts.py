@@ -1,7 +1,7 @@
 """Several prompts as one pass: one behind the other, each seeing its own tokens only.
 
 A prompt whose beginning lies in the cache already brings only the rest; its tokens then see the cells of the whole
-prompt. Makes index and mask tensors on the CPU; the pass itself is `model_runner`'s.
+prompt. Makes index and mask tensors on the CPU; the pass itself is `forward_pass`'s.
 """
 
 from __future__ import annotations

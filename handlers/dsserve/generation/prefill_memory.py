@@ -2,7 +2,8 @@
 
 Weights, KV cache and the decode steps' buffers are taken at load; what can run out later is a prefill, whose
 activations grow with its prompts. A rank that failed in the middle of one would leave the others in an all-reduce
-without end. Covers prefill only: memory that runs out in a decode step ends the worker.
+without end. Covers prefill that is not captured: a graph has its memory, and where that of the logits it hands out runs
+out, as in a decode step, the worker ends.
 """
 
 from __future__ import annotations

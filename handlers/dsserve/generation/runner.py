@@ -48,7 +48,8 @@ class Runner(Protocol):
         """Number of live rows."""
 
     def execute(self, plan: Plan, chosen: torch.Tensor | None = None) -> StepLogits | None:
-        """Rewind, keep, evict, decode, prefill, in this order. None where the plan computes nothing.
+        """Rewind, keep, evict, in this order, then decode and prefill, in either order or in one pass. None where the
+        plan computes nothing.
 
         Args:
             chosen: rank 0's, where the plan is `ahead`: its input tokens `[n]`, int64, on the device.

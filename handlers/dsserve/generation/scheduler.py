@@ -1,7 +1,7 @@
 """Rank 0's book of sequences: who waits, who runs in which row, what the next step does.
 
 A step prefills so many tokens at most: longer prompts are read in parts, one a step, while all rows that run get their
-tokens in between. It may be larger while none runs, so that nobody waits for it, and while many more wait than run. At
+tokens in between. It may be larger while none runs, so that nobody waits for it, and while many more join than run. At
 most one prompt is read in part at a time; it has the last row, which is not decoded.
 Pure bookkeeping on token ids: no model, no collective, no HTTP, so it is tested in milliseconds.
 """
@@ -30,7 +30,7 @@ class Scheduler:
         prefixes: the rows that a prompt may take its beginning from.
         prefill_tokens: most tokens of prompts in one step.
         idle_tokens: the same in a step that few or no rows wait for; default: `prefill_tokens`.
-        waiting_served_ratio: so many times as many must wait as run for those to be few.
+        waiting_served_ratio: so many times as many as run must wait, and find a free row, for those to be few.
         by_span: prompts are read by their spans (`prompt_attention`): what they read of the cache needs no mask.
     """
 
@@ -126,7 +126,8 @@ class Scheduler:
 
     def _most(self, decoded: int) -> int:
         """Most tokens of prompts in a step that decodes so many rows."""
-        if not decoded or len(self._waiting) >= self._waiting_served_ratio * decoded:
+        joining = min(len(self._waiting), self._slots - len(self._running))  # others wait for a row, not for a step
+        if not decoded or joining >= self._waiting_served_ratio * decoded:
             return self._idle_tokens
         return self._prefill_tokens
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from dsserve.config import YAML_FILE, HandlerConfig
-from dsserve.distributed import RankInfo
+from dsserve.distributed import RankInfo, agree_on_least
 from dsserve.errors import LoadError
 from dsserve.fused_layers import can_fuse_layers, use_fused_layers
 from dsserve.fused_ops import load_ops, use_fused_ops
@@ -33,12 +33,14 @@ def tune(module: Any, config: HandlerConfig, rank: RankInfo, device: torch.devic
     lacks = "a CPU needs g++ and ninja, a GPU Triton (see the log above)"
     fused = _apply("compiled_ops", config.compiled_ops, ops is not None, lambda: use_fused_ops(module, ops), lacks)
     said = f"{packed} packed matmuls, {fused} fused operations"
-    if ops is None or device.type != "cuda":
+    if device.type != "cuda":
         return f"{said}, plain attention"
-    if can_fuse_layers(module):
+    can_fuse = ops is not None and can_fuse_layers(module, rank.world_size)
+    if agree_on_least(int(can_fuse), rank):
         sums = make_rank_sums(module, rank, config.max_running)
         said += f", {use_fused_layers(module, sums)} fused layers that sum {sums[0].way}"
-    return f"{said}, {'split' if use_decode_attention(module) else 'plain'} attention"
+    is_split = ops is not None and use_decode_attention(module)
+    return f"{said}, {'split' if is_split else 'plain'} attention"
 
 
 def _apply(key: str, wanted: bool | str, possible: bool, apply: Callable[[], int], lacks: str) -> int:
