@@ -154,7 +154,9 @@ def test_a_round_is_measured_by_the_clock() -> None:
     assert 1 < result.tokens_per_s <= 15 / 0.25
     assert len(result.first_token_ms) == 3
     assert all(50 <= value < 5000 for value in result.first_token_ms)
-    assert all(45 <= value < 5000 for value in result.token_ms)
+    # A busy machine may read a first piece late, and the last one is never early: five pieces take 250 ms at least.
+    for first, token in zip(result.first_token_ms, result.token_ms, strict=True):
+        assert 245 <= first + 4 * token < 5000
 
 
 @pytest.mark.parametrize(
