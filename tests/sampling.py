@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from hypothesis import strategies as st
 
+from dsserve.generation.choice import Launch
 from dsserve.generation.request import GenerationRequest, SamplingParams
-from dsserve.generation.sampler import Choose, SamplingState
+from dsserve.generation.sampler import SamplingState
 
 KINDS = ["plain", "plain", "ties", "equal", "few", "holes", "broken"]
 
@@ -46,11 +47,11 @@ def make_logits(seed: int, rows: int, width: int, spread: float, dtype: torch.dt
     return logits.to(dtype)
 
 
-def assert_same(ways: list[Choose], logits: torch.Tensor, rows: list[SamplingParams], steps: int) -> None:
+def assert_same(ways: list[Launch], logits: torch.Tensor, rows: list[SamplingParams], steps: int) -> None:
     """All ways choose the same tokens over some steps, each with streams and histories of its own."""
     states = [states_of(rows) for _ in ways]
     for _ in range(steps):
-        tokens, *others = (way(logits, own) for way, own in zip(ways, states, strict=True))
+        tokens, *others = (way(logits, own).read() for way, own in zip(ways, states, strict=True))
         assert all(other == tokens for other in others)
         failed, *also_failed = ([state.failed for state in own] for own in states)
         assert all(other == failed for other in also_failed)

@@ -38,15 +38,15 @@ def wait_for_inputs(EARLY: tl.constexpr):
 
 
 @triton.jit
-def prefetch_rows(weight_ptr, rows, weight_row, size, BYTES: tl.constexpr, LINES: tl.constexpr):
+def prefetch_rows(weight_ptr, rows, weight_row, size, LINES: tl.constexpr):
     """Fetches the first LINES cache lines of rows of a weight into the L2 cache and waits for nothing.
 
     Args:
         rows: `[ROWS]`, which; all of them in the weight.
-        weight_row: elements from one row to the next, of BYTES bytes each.
+        weight_row: elements from one row to the next.
         size: elements of a row.
     """
-    columns = tl.arange(0, LINES) * (_LINE // BYTES)
+    columns = tl.arange(0, LINES) * (8 * _LINE // weight_ptr.dtype.element_ty.primitive_bitwidth)
     columns = tl.where(columns < size, columns, 0)
     lines = (weight_ptr + rows[:, None].to(tl.int64) * weight_row + columns[None, :]).to(tl.int64)
     tl.inline_asm_elementwise(

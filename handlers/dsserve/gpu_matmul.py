@@ -24,23 +24,24 @@ _ROWS_OUTPUTS, _ROWS_COLUMNS, _ROWS_WARPS, _ROWS_STAGES, _ROWS_LINES = 64, 256, 
 
 
 @triton.jit
+def _begin(weight_ptr, places, outputs, size, weight_row, LINES: tl.constexpr, EARLY: tl.constexpr):
+    """Pointers `[OUTPUTS, 1]` to the weight's rows at `places`, those from `outputs` on not to be read; the beginnings
+    of the rows are fetched while the input is waited for, which is there then."""
+    source = weight_ptr + places[:, None].to(tl.int64) * weight_row
+    if EARLY and LINES > 0:
+        prefetch_rows(weight_ptr, tl.minimum(places, outputs - 1), weight_row, size, LINES)
+    wait_for_inputs(EARLY)
+    return source
+
+
+@triton.jit
 def _multiply_row(
     x_ptr, weight_ptr, bias_ptr, out_ptr, outputs, size, weight_row,
     OUTPUTS: tl.constexpr, WIDTH: tl.constexpr, HAS_BIAS: tl.constexpr, LINES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     rows, at = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS), tl.arange(0, WIDTH)
     is_row = rows < outputs
-    source = weight_ptr + rows[:, None].to(tl.int64) * weight_row
-    if EARLY and LINES > 0:
-        prefetch_rows(
-            weight_ptr,
-            tl.minimum(rows, outputs - 1),
-            weight_row,
-            size,
-            weight_ptr.dtype.element_ty.primitive_bitwidth // 8,
-            LINES,
-        )
-    wait_for_inputs(EARLY)
+    source = _begin(weight_ptr, rows, outputs, size, weight_row, LINES, EARLY)
     sums = tl.zeros([OUTPUTS, WIDTH], tl.float32)
     for start in range(0, size, WIDTH):
         columns = start + at
@@ -62,17 +63,7 @@ def _multiply_rows(
 ):  # fmt: skip
     places, row, at = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS), tl.arange(0, ROWS), tl.arange(0, WIDTH)
     is_place, is_row = places < outputs, row < rows
-    source = weight_ptr + places[:, None].to(tl.int64) * weight_row
-    if EARLY and LINES > 0:
-        prefetch_rows(
-            weight_ptr,
-            tl.minimum(places, outputs - 1),
-            weight_row,
-            size,
-            weight_ptr.dtype.element_ty.primitive_bitwidth // 8,
-            LINES,
-        )
-    wait_for_inputs(EARLY)
+    source = _begin(weight_ptr, places, outputs, size, weight_row, LINES, EARLY)
     sums = tl.zeros([OUTPUTS, ROWS], tl.float32)
     for start in range(0, size, WIDTH):
         columns = start + at

@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dsserve.generation.choice import HostChoice
 from dsserve.generation.device_sampler import DeviceSampler
 from dsserve.generation.request import SamplingParams
-from dsserve.generation.sampler import choose
 from tests.sampling import KINDS, assert_same, make_logits, params, states_of
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is visible")
@@ -33,7 +33,7 @@ def samplers() -> dict[int, tuple[DeviceSampler, DeviceSampler]]:
 def assert_all_same(
     pair: tuple[DeviceSampler, DeviceSampler], logits: torch.Tensor, rows: list[SamplingParams]
 ) -> None:
-    assert_same([choose, *(sampler.choose for sampler in pair)], logits.to("cuda"), rows, steps=3)
+    assert_same([HostChoice, *(sampler.launch for sampler in pair)], logits.to("cuda"), rows, steps=3)
 
 
 @settings(max_examples=200, deadline=None)
@@ -65,7 +65,7 @@ def test_a_step_waits_for_nothing_but_its_own_tokens(samplers: dict, row: Sampli
     captured, _ = samplers[128_256]
     rows = [replace(row, repetition_penalty=1.0, seed=index) for index in range(SLOTS)]
     logits = make_logits(1, SLOTS, 128_256, 8.0, torch.bfloat16, "plain").to("cuda")
-    expected, states = captured.choose(logits, states_of(rows)), states_of(rows)
+    expected, states = captured.launch(logits, states_of(rows)).read(), states_of(rows)
     torch.cuda.set_sync_debug_mode("error")
     try:
         found = captured.launch(logits, states)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from dsserve.generation.choice import HostChoice
 from dsserve.generation.device_draw import ROW_NUMBERS, draw, row_numbers
 from dsserve.generation.device_sampler import DeviceSampler
 from dsserve.generation.request import SamplingParams
@@ -25,7 +26,7 @@ WIDTHS = [3, 100, 128, 200, 20_000, 4 * 128 * 64, 33_001, 49_152]
 def assert_device_samples_the_same(logits: torch.Tensor, rows: list[SamplingParams], steps: int = 2) -> None:
     """Both samplers; the logits stay as they are."""
     before = logits.clone()
-    assert_same([choose, DeviceSampler(len(rows), logits.shape[1], CPU).choose], logits, rows, steps)
+    assert_same([HostChoice, DeviceSampler(len(rows), logits.shape[1], CPU).launch], logits, rows, steps)
     assert torch.equal(logits.nan_to_num(), before.nan_to_num())
 
 
@@ -108,7 +109,7 @@ def test_another_devices_rounding_changes_no_token(
     sampler = DeviceSampler(len(rows), width, CPU)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("dsserve.generation.device_sampler.draw", _draw_rounding_otherwise)
-        assert sampler.choose(logits, states_of(rows)) == expected
+        assert sampler.launch(logits, states_of(rows)).read() == expected
 
 
 def _draw_rounding_otherwise(logits: torch.Tensor, numbers: torch.Tensor, with_rules: bool) -> torch.Tensor:

@@ -105,13 +105,10 @@ class DeviceSampler:
         grown = (torch.cuda.memory_reserved(self._device) - reserved) / 2**30
         logger.info("[dsserve] CUDA graphs of the sampler: %d, %.2f GiB", len(self._captured), grown)
 
-    def choose(self, logits: torch.Tensor, states: list[SamplingState]) -> list[int]:
-        """The next token of each row of `logits` `[n, V]`, of any float dtype; leaves them as they are."""
-        return self.launch(logits, states).read()
-
     @torch.inference_mode()
     def launch(self, logits: torch.Tensor, states: list[SamplingState]) -> DeviceChoice:
-        """Chooses the next token of each row of `logits` `[n, V]` without waiting for the device.
+        """Chooses the next token of each row of `logits` `[n, V]`, of any float dtype, without waiting for the device;
+        leaves them as they are.
 
         Where some row's logits are edited, the choice must be read before the next one is launched.
         """

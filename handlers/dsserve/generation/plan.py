@@ -43,7 +43,8 @@ class Admission:
 
 @dataclass(frozen=True)
 class Plan:
-    """One step: keep, evict, then decode the live rows whose prompts are complete, then prefill the admitted prompts.
+    """One step: keep, evict, then decode the live rows whose prompts are complete and prefill the admitted prompts, in
+    either order or in one pass.
 
     Attributes:
         keep: live rows whose keys and values are copied to a row of the prefix cache, (row, copy), before evictions.

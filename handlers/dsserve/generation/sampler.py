@@ -8,7 +8,6 @@ the vocabulary `candidates`'.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
 
 import torch
 
@@ -21,9 +20,6 @@ from dsserve.generation.request import GenerationRequest, TokenLogprob
 from dsserve.generation.temperature import GREEDY_BELOW, scale
 from dsserve.generation.token_history import TokenHistory
 from dsserve.generation.uniforms import Uniforms
-
-# (logits [n, V], the state of each row) -> tokens
-Choose = Callable[[torch.Tensor, "list[SamplingState]"], "list[int]"]
 
 
 class SamplingState:
