@@ -79,12 +79,14 @@ class ModelRunner:
             self.cache.copy(row, copy, self._lengths[row])
         for row in plan.evict:
             self._evict(row)
-        if plan.admit and (together := self._run_together(plan)) is not None:
+        if plan.admit and (together := self._run_captured(plan.admit, plan.tokens)) is not None:
             return StepLogits(together)
         decoded = self._decode(plan, chosen) if plan.tokens else None
         if not plan.admit:
             return None if decoded is None else StepLogits(decoded)
-        logits = self._prefill_if_it_fits(plan.admit)
+        logits = self._run_captured(plan.admit) if plan.tokens else None
+        if logits is None:
+            logits = self._prefill_if_it_fits(plan.admit)
         if logits is None:
             return StepLogits(self._no_logits if decoded is None else decoded, admitted=False)
         sizes = [len(admission.tokens) if admission.all_logits else 1 for admission in plan.admit]
@@ -101,24 +103,24 @@ class ModelRunner:
             self._has_part = False
         self._lengths.pop()
 
-    def _run_together(self, plan: Plan) -> torch.Tensor | None:
-        """Logits `[n, V]` of the decoded rows and the prompts from one captured pass, which reads the weights once and
-        has its memory already; None where there is no such graph. A decoded row is a prompt of one token then, the rest
-        of which lies in the cache."""
-        graphs, decoded = self._prefill_graphs, len(plan.tokens)
-        first = self.live - plan.admit[0].continues
+    def _run_captured(self, prompts: tuple[Admission, ...], tokens: tuple[int, ...] = ()) -> torch.Tensor | None:
+        """Logits `[n, V]` of the rows that decode `tokens` and of the prompts from one captured pass, which reads the
+        weights once and has its memory already; None where there is no such graph. A decoded row is a prompt of one
+        token then, the rest of which lies in the cache."""
+        graphs, decoded = self._prefill_graphs, len(tokens)
+        first = self.live - prompts[0].continues
         if graphs is None or (decoded and not (graphs.by_prompt and decoded == first)):
             return None
         lengths = self._lengths[:decoded]
-        rows = [Admission((token,), shared=length) for token, length in zip(plan.tokens, lengths, strict=True)]
-        packed = PackedPrompts((*rows, *plan.admit), first - decoded, self._capacity)
+        rows = [Admission((token,), shared=length) for token, length in zip(tokens, lengths, strict=True)]
+        packed = PackedPrompts((*rows, *prompts), first - decoded, self._capacity)
         graph = graphs.find(packed)
         if graph is None:
             return None
-        self._take_over(plan.admit)
+        self._take_over(prompts)
         for row in range(decoded):
             self._lengths[row] += 1
-        self._enter(plan.admit)
+        self._enter(prompts)
         return graph.run(packed)
 
     def _prefill_if_it_fits(self, prompts: tuple[Admission, ...]) -> torch.Tensor | None:
@@ -126,11 +128,9 @@ class ModelRunner:
         one of them has not the memory for it."""
 
         def prefill() -> torch.Tensor:
-            first = self.live - prompts[0].continues
             self._take_over(prompts)
-            packed = PackedPrompts(prompts, first, self._capacity)
-            graph = None if self._prefill_graphs is None else self._prefill_graphs.find(packed)
-            logits = self.forward.prefill_packed(packed) if graph is None else graph.run(packed)
+            packed = PackedPrompts(prompts, self.live - prompts[0].continues, self._capacity)
+            logits = self.forward.prefill_packed(packed)
             self._enter(prompts)
             return logits
 
