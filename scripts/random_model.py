@@ -7,8 +7,10 @@ nothing, and their tokens are no measure of exactness.
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,7 @@ SHAPES: dict[str, tuple[str, dict[str, int]]] = {
     }),
 }  # fmt: skip
 CONTEXT = 4096
+_WRITERS = 8  # files at once, each of which is one layer in memory
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -87,12 +90,21 @@ def write_checkpoint(folder: Path, config: Any) -> None:
     for name in shapes:
         before, layers, after = name.partition(".layers.")
         groups.setdefault(f"{before}{layers}{after.split('.')[0]}" if layers else "ends", []).append(name)
-    weight_map: dict[str, str] = {}
-    for count, names in enumerate(groups.values(), 1):
-        file = f"model-{count:05d}-of-{len(groups):05d}.safetensors"
+    files = {
+        f"model-{count:05d}-of-{len(groups):05d}.safetensors": names for count, names in enumerate(groups.values(), 1)
+    }
+
+    def write(count: int, file: str) -> None:
+        names = files[file]
         tensors = {name: _random(shapes[name], name.endswith("bias"), config.dtype, count) for name in names}
         save_file(tensors, folder / file, {"format": "pt"})
-        weight_map |= dict.fromkeys(names, file)
+
+    with ThreadPoolExecutor(_WRITERS) as pool:
+        list(
+            pool.map(lambda shape: _drawn(shape, config.dtype), {shape for shape in shapes.values() if len(shape) > 1})
+        )
+        list(pool.map(write, itertools.count(1), files))
+    weight_map = {name: file for file, names in files.items() for name in names}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 

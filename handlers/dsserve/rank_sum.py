@@ -1,8 +1,8 @@
 """The sum of a row-parallel layer over the ranks, the addition to the residual, and the norm that follows, in one step.
 
 Apart they are an all-reduce and two small operations, three launches for a few kilobytes. Where GPUs read each other's
-memory (`peers`) one kernel does all of it; elsewhere, and for more rows than decode steps have, NCCL sums and one
-kernel adds and norms. One rank alone sums nothing. Does not know layers (`fused_layers`).
+memory (`peers`) one kernel does all of it; elsewhere, and for more rows than pay there, NCCL sums and one kernel adds
+and norms. One rank alone sums nothing. Does not know layers (`fused_layers`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 
 from dsserve.distributed import RankInfo, agree_on_least, all_reduce
 from dsserve.errors import LoadError
-from dsserve.peers import Peers, share_memory
+from dsserve.peers import Peers, most_rows, share_memory
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ class RankSum:
 
     @property
     def in_memory(self) -> bool:
-        """Whether decode steps are summed in the ranks' memory."""
+        """Whether the ranks' memory is used, up to some number of rows."""
         return self._peers is not None
 
     @property
@@ -74,7 +74,7 @@ class RankSum:
         return total.view(residual.shape), normed.view(residual.shape)
 
     def is_exact(self) -> bool:
-        """Whether the peers' memory gives NCCL's sum of random parts, within the dtype's rounding; True without peers.
+        """Whether the peers' memory gives the sum of random parts, rounded once; True without peers.
 
         All ranks must call it. Waits a second for the others at most, once all have compiled the kernel.
         """
@@ -92,24 +92,26 @@ class RankSum:
         torch.distributed.barrier()
         peers.late.zero_()
         found, _ = add_norm(peers.own, residual, weight, 1e-6, peers, spins=_TRIED_SPINS)
-        all_reduce(part)
-        close = torch.allclose(found, part, rtol=4 * torch.finfo(part.dtype).eps, atol=4 * torch.finfo(part.dtype).eps)
-        return close and not peers.late.item()
+        total = all_reduce(part.double()).to(part.dtype)  # NCCL rounds after each rank, in the parts' own dtype
+        # The kernel adds in fp32: a part's few ones are rounded there, and so may then be their sum.
+        atol = 8 * peers.world_size * torch.finfo(torch.float32).eps
+        return torch.allclose(found, total, rtol=torch.finfo(part.dtype).eps, atol=atol) and not peers.late.item()
 
 
 def make_rank_sums(module: Any, rank: RankInfo, rows: int) -> tuple[RankSum, RankSum]:
-    """The two sums of each layer of a sharded model, over peers' memory where it gives NCCL's sums; all ranks call it.
+    """The two sums of each layer of a sharded model, over peers' memory where it gives right ones; all ranks call it.
 
     Args:
-        rows: most rows of a decode step.
+        rows: most rows of a pass that is captured.
     """
     like = next(module.parameters())
     width = module.config.get_text_config().hidden_size
+    rows = min(rows, most_rows(rank.world_size, width, like.dtype))
     peers: list[Peers] = share_memory(rank, rows, width, like.dtype, like.device) if rank.world_size > 1 else []
     sums = [RankSum(rank.world_size, peer) for peer in peers]
     exact = [rank_sum.is_exact() for rank_sum in sums]
     if sums and not agree_on_least(int(all(exact)), rank):
-        logger.warning("[dsserve] the ranks' memory does not give NCCL's sums: all-reduces over NCCL")
+        logger.warning("[dsserve] the ranks' memory does not give right sums: all-reduces over NCCL")
         sums = []
     first, second = sums or [RankSum(rank.world_size, None) for _ in range(2)]
     return first, second

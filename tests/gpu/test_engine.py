@@ -29,7 +29,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["tp1", "tp2"])
+@pytest.fixture(scope="module", params=[1, 2, 4], ids=["tp1", "tp2", "tp4"])
 def ranks(request: pytest.FixtureRequest) -> int:
     if torch.cuda.device_count() < request.param:
         pytest.skip(f"{request.param} GPUs are needed, {torch.cuda.device_count()} visible")

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is
 
 
 @pytest.mark.parametrize("share", [0.0, 0.05])
-@pytest.mark.parametrize("ranks", [1, 2], ids=["tp1", "tp2"])
+@pytest.mark.parametrize("ranks", [1, 2, 4], ids=["tp1", "tp2", "tp4"])
 def test_texts_are_those_of_steps_that_wait(tmp_path: Path, ranks: int, share: float) -> None:
     if torch.cuda.device_count() < ranks:
         pytest.skip(f"{ranks} GPUs are needed, {torch.cuda.device_count()} visible")

@@ -24,6 +24,7 @@ _LONGEST = 256
 # With spans. The same shape's eager pass of 1024 tokens takes 57 ms on an H100 with TP=2, of which most is the host's.
 # 320 is a busy step's prompts with the rows that it decodes.
 _MORE_LENGTHS = (320, 768, 1024, 1536, 2048, 3072, 4096)
+MOST_TOKENS = _MORE_LENGTHS[-1]
 # Passes that read the cache under a mask are padded to one of these: each is captured for all lengths of what is read.
 _PARTS = (64, 128, 256)
 # Those lengths double from the first to the last; passes that read more run eagerly: a graph holds its mask and a copy
@@ -142,7 +143,7 @@ class PrefillGraphs:
 
 def _span_shapes(most: int, longest: int) -> set[Shape]:
     """Of passes in which attention takes the prompts' spans: few prompts, many, and of long passes many short ones."""
-    largest = min(prefill_bucket(most * longest), _MORE_LENGTHS[-1])
+    largest = min(prefill_bucket(most * longest), MOST_TOKENS)
     shapes = set()
     for tokens in (length for length in (*PREFILL_BUCKETS, *_MORE_LENGTHS) if length <= largest):
         shapes |= {Shape(tokens, min(count, tokens), tokens) for count in (min(_FEW, most), most)}

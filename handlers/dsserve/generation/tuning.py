@@ -17,6 +17,7 @@ from dsserve.errors import LoadError
 from dsserve.fused_layers import can_fuse_layers, use_fused_layers
 from dsserve.fused_ops import load_ops, use_fused_ops
 from dsserve.generation.decode_attention import use_decode_attention
+from dsserve.generation.prefill_graphs import MOST_TOKENS
 from dsserve.packing import can_pack, pack_weights
 from dsserve.rank_sum import make_rank_sums
 
@@ -37,7 +38,7 @@ def tune(module: Any, config: HandlerConfig, rank: RankInfo, device: torch.devic
         return f"{said}, plain attention"
     can_fuse = ops is not None and can_fuse_layers(module, rank.world_size)
     if agree_on_least(int(can_fuse), rank):
-        sums = make_rank_sums(module, rank, config.max_running)
+        sums = make_rank_sums(module, rank, max(config.max_running, MOST_TOKENS))
         said += f", {use_fused_layers(module, sums)} fused layers that sum {sums[0].way}"
     is_split = ops is not None and use_decode_attention(module)
     return f"{said}, {'split' if is_split else 'plain'} attention"
