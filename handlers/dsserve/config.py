@@ -67,11 +67,11 @@ class HandlerConfig(BaseModel):
         description="the same while no or few texts run (AutoTP); auto: 4096 on a GPU, max_num_batched_tokens on a CPU",
     )
     waiting_served_ratio: float = Field(
-        1.2,
+        0.3,
         gt=0,
-        description="so many times as many as run must join for a step of max_batch_prefill_tokens beside them",
+        description="so many times as many as run, at least two, must join for a step of max_batch_prefill_tokens",
     )
-    num_scheduler_steps: int = Field(32, ge=1, le=1024, description="most steps in one call of the handler")
+    num_scheduler_steps: int = Field(128, ge=1, le=1024, description="most steps in one call of the handler")
     max_stream_delay_ms: float = Field(
         150.0, ge=0, description="longest call while a client streams: its tokens leave at the end of a call"
     )

@@ -1,6 +1,7 @@
 """The matmuls of decode steps as Triton kernels: few rows, so that reading the weight is all that takes time.
 
-cuBLAS reads it at 59 to 91 % of the memory's bandwidth at one row. Importing this needs Triton.
+cuBLAS reads it at 59 to 91 % of the memory's bandwidth at one row. Weights of 8 bits are read as they are, and each
+output is multiplied by the scale of its row. Importing this needs Triton.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -21,6 +22,9 @@ _OUTPUTS, _COLUMNS, _WARPS, _LINES = 2, 1024, 4, 8
 # The same for several rows, on tensor cores: the best of 21 on H100s for 8 and 16 rows. At 64 rows cuBLAS is faster.
 MOST_ROWS = 32
 _ROWS_OUTPUTS, _ROWS_COLUMNS, _ROWS_WARPS, _ROWS_STAGES, _ROWS_LINES = 64, 256, 4, 3, 4
+# Weights of 8 bits: more rows are faster with the weight expanded and cuBLAS.
+MOST_SCALED_ROWS = 64
+_SCALED_COLUMNS, _EXPANDED = 2048, 4096
 
 
 @triton.jit
@@ -36,8 +40,9 @@ def _begin(weight_ptr, places, outputs, size, weight_row, LINES: tl.constexpr, E
 
 @triton.jit
 def _multiply_row(
-    x_ptr, weight_ptr, bias_ptr, out_ptr, outputs, size, weight_row,
-    OUTPUTS: tl.constexpr, WIDTH: tl.constexpr, HAS_BIAS: tl.constexpr, LINES: tl.constexpr, EARLY: tl.constexpr,
+    x_ptr, weight_ptr, scale_ptr, bias_ptr, out_ptr, outputs, size, weight_row,
+    OUTPUTS: tl.constexpr, WIDTH: tl.constexpr, IS_SCALED: tl.constexpr, HAS_BIAS: tl.constexpr, LINES: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     rows, at = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS), tl.arange(0, WIDTH)
     is_row = rows < outputs
@@ -50,6 +55,8 @@ def _multiply_row(
         weight = tl.load(source + columns[None, :], mask=is_row[:, None] & inside[None, :], other=0.0)
         sums += weight.to(tl.float32) * x[None, :]
     result = tl.sum(sums, 1)
+    if IS_SCALED:
+        result *= tl.load(scale_ptr + rows, mask=is_row, other=0.0)
     if HAS_BIAS:
         result += tl.load(bias_ptr + rows, mask=is_row, other=0.0).to(tl.float32)
     tl.store(out_ptr + rows, result.to(out_ptr.dtype.element_ty), mask=is_row)
@@ -57,9 +64,9 @@ def _multiply_row(
 
 @triton.jit
 def _multiply_rows(
-    x_ptr, weight_ptr, bias_ptr, out_ptr, rows, outputs, size, x_row, weight_row, out_row,
-    ROWS: tl.constexpr, OUTPUTS: tl.constexpr, WIDTH: tl.constexpr, HAS_BIAS: tl.constexpr, LINES: tl.constexpr,
-    EARLY: tl.constexpr,
+    x_ptr, weight_ptr, scale_ptr, bias_ptr, out_ptr, rows, outputs, size, x_row, weight_row, out_row,
+    ROWS: tl.constexpr, OUTPUTS: tl.constexpr, WIDTH: tl.constexpr, IS_SCALED: tl.constexpr, HAS_BIAS: tl.constexpr,
+    LINES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     places, row, at = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS), tl.arange(0, ROWS), tl.arange(0, WIDTH)
     is_place, is_row = places < outputs, row < rows
@@ -70,30 +77,67 @@ def _multiply_rows(
         inside = columns < size
         weight = tl.load(source + columns[None, :], mask=is_place[:, None] & inside[None, :], other=0.0)
         x = tl.load(x_ptr + row[None, :] * x_row + columns[:, None], mask=is_row[None, :] & inside[:, None], other=0.0)
-        sums = tl.dot(weight, x, sums)
+        sums = tl.dot(weight.to(x.dtype), x, sums)  # 8 bits are exact in any dtype
+    if IS_SCALED:
+        sums *= tl.load(scale_ptr + places, mask=is_place, other=0.0)[:, None]
     if HAS_BIAS:
         sums += tl.load(bias_ptr + places, mask=is_place, other=0.0).to(tl.float32)[:, None]
     target = out_ptr + row[None, :].to(tl.int64) * out_row + places[:, None]
     tl.store(target, sums.to(out_ptr.dtype.element_ty), mask=is_place[:, None] & is_row[None, :])
 
 
-def multiply_row(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
-    """Writes `x @ weight.T + bias` of one row, `[1, in]`, to `out`, `[1, out]`."""
+@triton.jit
+def _expand(weight_ptr, scale_ptr, out_ptr, size, weight_row, WIDTH: tl.constexpr):
+    row, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    values = tl.load(weight_ptr + row * weight_row + at, mask=at < size, other=0.0).to(tl.float32)
+    result = values * tl.load(scale_ptr + row)
+    tl.store(out_ptr + row * size + at, result.to(out_ptr.dtype.element_ty), mask=at < size)
+
+
+def multiply_row(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    scale: torch.Tensor | None = None,
+) -> None:
+    """Writes `x @ weight.T + bias` of one row, `[1, in]`, to `out`, `[1, out]`.
+
+    Args:
+        weight: `[out, in]`; int8 or fp8 with a scale.
+        scale: `[out]`, fp32, of each row of the weight; None = it is in the dtype of `x`.
+    """
     outputs, size = weight.shape
     _multiply_row[(triton.cdiv(outputs, _OUTPUTS),)](
-        x, weight, weight if bias is None else bias, out, outputs, size, weight.stride(0),
-        OUTPUTS=_OUTPUTS, WIDTH=_COLUMNS, HAS_BIAS=bias is not None, LINES=_LINES, num_warps=_WARPS,
+        x, weight, weight if scale is None else scale, weight if bias is None else bias, out, outputs, size,
+        weight.stride(0), OUTPUTS=_OUTPUTS, WIDTH=_COLUMNS if scale is None else _SCALED_COLUMNS,
+        IS_SCALED=scale is not None, HAS_BIAS=bias is not None, LINES=_LINES, num_warps=_WARPS,
         **early_launch.options(x.device),
     )  # fmt: skip
 
 
-def multiply_rows(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
-    """The same for 1 to MOST_ROWS rows, `[n, in]` -> `[n, out]`, fp16 or bf16; rows of whole elements."""
+def multiply_rows(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    scale: torch.Tensor | None = None,
+) -> None:
+    """The same for 1 to MOST_ROWS rows (with a scale MOST_SCALED_ROWS), `[n, in]` -> `[n, out]`, fp16 or bf16; rows of
+    whole elements."""
     outputs, size = weight.shape
     _multiply_rows[(triton.cdiv(outputs, _ROWS_OUTPUTS),)](
-        x, weight, weight if bias is None else bias, out, x.shape[0], outputs, size,
+        x, weight, weight if scale is None else scale, weight if bias is None else bias, out, x.shape[0], outputs, size,
         x.stride(0), weight.stride(0), out.stride(0),
         ROWS=max(16, triton.next_power_of_2(x.shape[0])), OUTPUTS=_ROWS_OUTPUTS, WIDTH=_ROWS_COLUMNS,
-        HAS_BIAS=bias is not None, LINES=_ROWS_LINES, num_warps=_ROWS_WARPS, num_stages=_ROWS_STAGES,
-        **early_launch.options(x.device),
+        IS_SCALED=scale is not None, HAS_BIAS=bias is not None, LINES=_ROWS_LINES, num_warps=_ROWS_WARPS,
+        num_stages=_ROWS_STAGES, **early_launch.options(x.device),
     )  # fmt: skip
+
+
+def expand(weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`weight * scale`, `[out, in]`, of 8 bits with a scale `[out]` for each row."""
+    outputs, size = weight.shape
+    out = torch.empty(outputs, size, dtype=dtype, device=weight.device)
+    _expand[outputs, triton.cdiv(size, _EXPANDED)](weight, scale, out, size, weight.stride(0), WIDTH=_EXPANDED)
+    return out

@@ -61,22 +61,31 @@ def store(
 
 
 def multiply(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor | None = None
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    out: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`x @ weight.T + bias`, `[..., in]` -> `[..., out]`: a few rows by our kernels, more by cuBLAS.
 
     Args:
+        weight: `[out, in]` in the dtype of `x`, or int8 or fp8 with a scale.
         out: `[n, out]`, memory for the result's rows; None = new memory.
+        scale: `[out]`, fp32, of each row of the weight.
     """
     rows = x.reshape(-1, x.shape[-1])
     if out is None:
         out = torch.empty(rows.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
+    most = _matmul.MOST_ROWS if scale is None else _matmul.MOST_SCALED_ROWS
     if rows.shape[0] == 1:
-        _matmul.multiply_row(rows, weight, bias, out)
-    elif rows.shape[0] <= _matmul.MOST_ROWS and x.dtype != torch.float32:
-        _matmul.multiply_rows(rows, weight, bias, out)
-    elif bias is None:
-        torch.mm(rows, weight.t(), out=out)
+        _matmul.multiply_row(rows, weight, bias, out, scale)
+    elif rows.shape[0] <= most and x.dtype != torch.float32:
+        _matmul.multiply_rows(rows, weight, bias, out, scale)
     else:
-        torch.addmm(bias, rows, weight.t(), out=out)
+        whole = weight if scale is None else _matmul.expand(weight, scale, x.dtype)
+        if bias is None:
+            torch.mm(rows, whole.t(), out=out)
+        else:
+            torch.addmm(bias, rows, whole.t(), out=out)
     return out.view(*x.shape[:-1], weight.shape[0])

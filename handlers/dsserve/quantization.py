@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from dsserve import gpu_ops
 from dsserve.config import YAML_FILE
 from dsserve.distributed import RankInfo, agree_on_least
 from dsserve.errors import LoadError
@@ -156,26 +157,30 @@ class QuantizedLinear(ShardedLinear):
         self.bytes_before, self.bytes = _bytes(weight), _bytes(self._weight)
 
     def _lay_out(self, weight: torch.Tensor) -> torch.Tensor:
-        self._is_direct = False
+        self._scale: torch.Tensor | None = None  # [out], where there is a direct product
         if not weight.numel():
             return weight
         on_cpu = weight.device.type == "cpu"
         if self._mode == "int4":
             _check_int4_shape(weight, _CPU_INT4_STEP if on_cpu else 1)
         quantized = _QUANTIZE[self._mode](weight.contiguous())
-        # torchao expands an int8 weight for every product; torch has a direct one, fast on CPUs in bf16.
-        is_direct = self._mode == "int8" and on_cpu and weight.dtype is torch.bfloat16
-        self._is_direct = is_direct and weight.shape[1] % _CPU_INT8_STEP == 0
-        if self._is_direct:
-            self._scales = quantized.scale.flatten().to(weight.dtype)
+        # torchao expands a weight of 8 bits for every product. Direct ones are ours on GPUs, and torch's on CPUs: int8,
+        # fast in bf16 alone.
+        if not on_cpu and self._mode != "int4":
+            self._scale = quantized.scale.flatten().float()
+        elif self._mode == "int8" and weight.dtype is torch.bfloat16 and weight.shape[1] % _CPU_INT8_STEP == 0:
+            self._scale = quantized.scale.flatten().to(weight.dtype)
         return quantized
 
     def _multiply(self, x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor | None = None) -> torch.Tensor:
         rows = x.shape[:-1].numel()
-        if not self._is_direct or rows > _CPU_INT8_ROWS:
-            return copy_into(out, F.linear(x, self._weight, bias))
         weight: Any = self._weight
-        output = torch._weight_int8pack_mm(x.reshape(rows, -1), weight.qdata, self._scales)
+        scale = self._scale
+        if scale is not None and x.is_cuda and gpu_ops.is_loaded():
+            return gpu_ops.multiply(x, weight.qdata, bias, out, scale)
+        if scale is None or x.is_cuda or rows > _CPU_INT8_ROWS:
+            return copy_into(out, F.linear(x, weight, bias))
+        output = torch._weight_int8pack_mm(x.reshape(rows, -1), weight.qdata, scale)
         output = output.view(*x.shape[:-1], -1)
         return output if bias is None else output.add_(bias)
 

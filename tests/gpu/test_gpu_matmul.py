@@ -35,6 +35,23 @@ def test_as_in_fp64(rows: int, outputs: int, size: int, has_bias: bool, dtype: t
     assert torch.equal(memory[None], found)
 
 
+@pytest.mark.parametrize("dtype", LIMIT)
+@pytest.mark.parametrize("kind", [torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("rows", [1, 7, 33, 64, 65])
+@pytest.mark.parametrize(("outputs", "size"), [(4096, 4096), (1000, 2736), (33, 80)])
+def test_weights_of_8_bits_as_in_fp64(
+    rows: int, outputs: int, size: int, kind: torch.dtype, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(rows, size, dtype=dtype, device="cuda")
+    weight = (40 * torch.randn(outputs, size, device="cuda")).clamp(-127, 127).to(kind)
+    scale = torch.rand(outputs, device="cuda") / 40
+    bias = torch.randn(outputs, dtype=dtype, device="cuda")
+    expected = x.double() @ (weight.double() * scale.double()[:, None]).t() + bias.double()
+    found = gpu_ops.multiply(x, weight, bias, None, scale)
+    assert (found.double() - expected).norm() <= LIMIT[dtype] * expected.norm()
+
+
 @pytest.mark.parametrize("rows", [1, 8])
 def test_a_chain_of_them_waits_for_each_other(rows: int) -> None:
     """Kernels that begin before their input is there would read the last replay's."""

@@ -15,7 +15,7 @@ def read(**section: object) -> HandlerConfig:
 
 def test_defaults() -> None:
     config = read(model_path="m")
-    assert (config.max_new_tokens, config.num_scheduler_steps, config.pack_weights) == (256, 32, "auto")
+    assert (config.max_new_tokens, config.num_scheduler_steps, config.pack_weights) == (256, 128, "auto")
     assert config.trust_remote_code is False
 
 

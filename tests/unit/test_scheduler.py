@@ -224,7 +224,7 @@ operations = st.lists(st.tuples(st.sampled_from(["add", "cancel", "step"]), st.i
 @settings(max_examples=200)
 @given(
     operations, st.sampled_from([1, 7, 20, 512]), st.sampled_from([0, 2]), st.sampled_from([None, 60, 200]),
-    st.sampled_from([1.2, math.inf]), st.booleans(),
+    st.sampled_from([0.3, 1.2, math.inf]), st.booleans(),
 )  # fmt: skip
 def test_rows_hold_their_own_tokens_and_every_request_ends_once_or_was_cancelled(
     script: list[tuple[str, int]], prefill_tokens: int, kept: int, idle_tokens: int | None, ratio: float, by_span: bool
@@ -249,7 +249,7 @@ def test_rows_hold_their_own_tokens_and_every_request_ends_once_or_was_cancelled
             assert len(rows) == len(cells.rows) == book.running <= 4
             for sequence, row in zip(rows, cells.rows, strict=True):
                 assert row == [*sequence.request.prompt_ids[: sequence.prefilled], *sequence._generated]
-            few = len(plan.tokens) * ratio <= joining if plan.tokens else True
+            few = joining > 1 and len(plan.tokens) * ratio <= joining if plan.tokens else True
             most = max(prefill_tokens, idle_tokens or 0) if few else prefill_tokens
             assert sum(len(admission.tokens) for admission in plan.admit) <= most
             ready = [sequence for sequence in rows if sequence.is_prefilled]
@@ -287,6 +287,18 @@ def test_a_burst_that_outnumbers_what_runs_is_read_as_if_nobody_waited() -> None
     for name in range(3, 6):
         book.put(str(name), prompt=30, new=9)  # fewer than run
     assert len(book.plan(last=False).admit) == 1
+
+
+@pytest.mark.parametrize(("running", "joining", "is_large"), [(1, 1, False), (1, 2, True), (6, 2, True), (7, 2, False)])
+def test_a_single_prompt_stops_nobody_and_a_burst_is_read_at_once(running: int, joining: int, is_large: bool) -> None:
+    book = scheduler(slots=12, prefill_tokens=32, idle_tokens=200, ratio=0.3)
+    for row in range(running):
+        book.put(f"running{row}", prompt=5, new=9)
+    step(book)
+    for row in range(joining):
+        book.put(f"joining{row}", prompt=60, new=9)
+    read = [len(admission.tokens) for admission in book.plan(last=False).admit]
+    assert read == ([60] * joining if is_large else [32])
 
 
 def test_those_who_wait_for_a_row_do_not_make_a_step_larger() -> None:

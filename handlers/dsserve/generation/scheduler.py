@@ -30,7 +30,8 @@ class Scheduler:
         prefixes: the rows that a prompt may take its beginning from.
         prefill_tokens: most tokens of prompts in one step.
         idle_tokens: the same in a step that few or no rows wait for; default: `prefill_tokens`.
-        waiting_served_ratio: so many times as many as run must wait, and find a free row, for those to be few.
+        waiting_served_ratio: so many times as many as run, and more than one, must wait and find a free row, for those
+            that run to be few. A single prompt is read in parts beside the others, however few they are.
         by_span: prompts are read by their spans (`prompt_attention`): what they read of the cache needs no mask.
     """
 
@@ -127,7 +128,7 @@ class Scheduler:
     def _most(self, decoded: int) -> int:
         """Most tokens of prompts in a step that decodes so many rows."""
         joining = min(len(self._waiting), self._slots - len(self._running))  # others wait for a row, not for a step
-        if not decoded or joining >= self._waiting_served_ratio * decoded:
+        if not decoded or (joining > 1 and joining >= self._waiting_served_ratio * decoded):
             return self._idle_tokens
         return self._prefill_tokens
 
