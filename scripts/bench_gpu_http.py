@@ -21,6 +21,9 @@ from scripts.run_dir import HOST, RunDir
 
 NAME = "bench-gpu"
 READY_S = 450.0
+# Rounds of short requests before all others: Java compiles what has run some hundred times, until then each request
+# takes the frontend a multiple of its time.
+WARM_UPS, WARM_UP_TOKENS = 10, 4
 
 
 @contextlib.contextmanager
@@ -46,7 +49,8 @@ def measure_http(
     model: Path, choice: Choice, vocabulary: int, prompt: int, batches: list[int], new_tokens: int, repeats: int,
     deadline: float,
 ) -> dict[str, Any]:  # fmt: skip
-    """Rounds of each number of streaming clients, after one that is not counted, until `deadline` (monotonic clock).
+    """Rounds of each number of streaming clients until `deadline` (monotonic clock), each after one that is not counted
+    and all after `WARM_UPS`.
 
     Raises ServerError, PackageError, MachineError, BenchError.
     """
@@ -59,6 +63,9 @@ def measure_http(
     with served(model, choice, handler) as (url, ready_s):
         address = urlsplit(url)
         host, port = address.hostname or HOST, address.port or 80
+        for seed in range(WARM_UPS):
+            shorts = [as_text(ids) for ids in draw_prompts(vocabulary, WARM_UP_TOKENS, max(batches), seed)]
+            run_round(host, port, address.path, shorts, WARM_UP_TOKENS)
         for batch in batches:
             if time.monotonic() > deadline:
                 skipped[str(batch)] = "no time was left for it"

@@ -58,6 +58,7 @@ def main(
     """Measure and print."""
     rank = RankInfo.from_env()
     device = select_device("gpu", rank)
+    torch.cuda.set_device(device)
     init_process_group(rank)
     counts = [int(word) for word in rows.split(",")]
     peers = share_memory(rank, max(counts), width, torch.bfloat16, device)

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from dsserve import cpu_ops, gpu_ops
+from dsserve.packing import FusedPart
 
 _ROTARY = "apply_rotary_pos_emb"  # transformers' modelling files call it by this name, each its own
 # Roundings that may fall differently because sums are taken in another order, in units of the dtype's last place.
@@ -52,7 +53,8 @@ class FusedRMSNorm(nn.Module):
 
 
 class FusedMLP(nn.Module):
-    """`down(silu(gate(x)) * up(x))` with the activation and the product in one call."""
+    """`down(silu(gate(x)) * up(x))` with the activation and the product in one call, of few rows on a GPU with the
+    matmul before them."""
 
     def __init__(self, ops: Any, mlp: Any) -> None:
         super().__init__()
@@ -61,7 +63,8 @@ class FusedMLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., H]` -> `[..., H]`."""
-        return self.down_proj(self._ops.gated_silu(self.gate_proj(x), self.up_proj(x)))
+        gated = self.gate_proj.multiply_gated(x) if isinstance(self.gate_proj, FusedPart) else None
+        return self.down_proj(self._ops.gated_silu(self.gate_proj(x), self.up_proj(x)) if gated is None else gated)
 
 
 def load_ops(device: torch.device) -> Any | None:

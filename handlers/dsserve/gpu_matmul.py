@@ -22,9 +22,10 @@ _OUTPUTS, _COLUMNS, _WARPS, _LINES = 2, 1024, 4, 8
 # The same for several rows, on tensor cores: the best of 21 on H100s for 8 and 16 rows. At 64 rows cuBLAS is faster.
 MOST_ROWS = 32
 _ROWS_OUTPUTS, _ROWS_COLUMNS, _ROWS_WARPS, _ROWS_STAGES, _ROWS_LINES = 64, 256, 4, 3, 4
-# Weights of 8 bits: more rows are faster with the weight expanded and cuBLAS.
+# The same for weights of 8 bits, the best of 36 and of 36 on an H100. More rows take the weight expanded, and cuBLAS.
+_SCALED_OUTPUTS, _SCALED_ROWS_OUTPUTS, _SCALED_ROWS_STAGES = 1, 32, 4
 MOST_SCALED_ROWS = 64
-_SCALED_COLUMNS, _EXPANDED = 2048, 4096
+_EXPANDED = 4096  # values of a row that a program expands
 
 
 @triton.jit
@@ -39,13 +40,33 @@ def _begin(weight_ptr, places, outputs, size, weight_row, LINES: tl.constexpr, E
 
 
 @triton.jit
+def _places(outputs, OUTPUTS: tl.constexpr, IS_GATED: tl.constexpr):
+    """Which rows of the weight this program multiplies, `[OUTPUTS]`, and whether there are such; of a gated MLP each
+    row of the gate's half and then its counterpart of the other half."""
+    at = tl.arange(0, OUTPUTS)
+    if IS_GATED:
+        half = outputs // 2
+        place = tl.program_id(0) * (OUTPUTS // 2) + at // 2
+        return place + at % 2 * half, place < half
+    place = tl.program_id(0) * OUTPUTS + at
+    return place, place < outputs
+
+
+@triton.jit
+def _gate(gate, up, kind: tl.constexpr):
+    """`silu(gate) * up`, rounded where torch would."""
+    gate, up = gate.to(kind).to(tl.float32), up.to(kind)
+    return (gate / (1.0 + tl.exp(-gate))).to(kind) * up
+
+
+@triton.jit
 def _multiply_row(
     x_ptr, weight_ptr, scale_ptr, bias_ptr, out_ptr, outputs, size, weight_row,
-    OUTPUTS: tl.constexpr, WIDTH: tl.constexpr, IS_SCALED: tl.constexpr, HAS_BIAS: tl.constexpr, LINES: tl.constexpr,
-    EARLY: tl.constexpr,
+    OUTPUTS: tl.constexpr, WIDTH: tl.constexpr, IS_SCALED: tl.constexpr, HAS_BIAS: tl.constexpr,
+    IS_GATED: tl.constexpr, LINES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    rows, at = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS), tl.arange(0, WIDTH)
-    is_row = rows < outputs
+    at = tl.arange(0, WIDTH)
+    rows, is_row = _places(outputs, OUTPUTS, IS_GATED)
     source = _begin(weight_ptr, rows, outputs, size, weight_row, LINES, EARLY)
     sums = tl.zeros([OUTPUTS, WIDTH], tl.float32)
     for start in range(0, size, WIDTH):
@@ -59,17 +80,23 @@ def _multiply_row(
         result *= tl.load(scale_ptr + rows, mask=is_row, other=0.0)
     if HAS_BIAS:
         result += tl.load(bias_ptr + rows, mask=is_row, other=0.0).to(tl.float32)
-    tl.store(out_ptr + rows, result.to(out_ptr.dtype.element_ty), mask=is_row)
+    if IS_GATED:
+        gate, up = tl.split(tl.reshape(result, [OUTPUTS // 2, 2]))
+        place = tl.program_id(0) * (OUTPUTS // 2) + tl.arange(0, OUTPUTS // 2)
+        tl.store(out_ptr + place, _gate(gate, up, out_ptr.dtype.element_ty), mask=place < outputs // 2)
+    else:
+        tl.store(out_ptr + rows, result.to(out_ptr.dtype.element_ty), mask=is_row)
 
 
 @triton.jit
 def _multiply_rows(
     x_ptr, weight_ptr, scale_ptr, bias_ptr, out_ptr, rows, outputs, size, x_row, weight_row, out_row,
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, WIDTH: tl.constexpr, IS_SCALED: tl.constexpr, HAS_BIAS: tl.constexpr,
-    LINES: tl.constexpr, EARLY: tl.constexpr,
+    IS_GATED: tl.constexpr, LINES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    places, row, at = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS), tl.arange(0, ROWS), tl.arange(0, WIDTH)
-    is_place, is_row = places < outputs, row < rows
+    row, at = tl.arange(0, ROWS), tl.arange(0, WIDTH)
+    places, is_place = _places(outputs, OUTPUTS, IS_GATED)
+    is_row = row < rows
     source = _begin(weight_ptr, places, outputs, size, weight_row, LINES, EARLY)
     sums = tl.zeros([OUTPUTS, ROWS], tl.float32)
     for start in range(0, size, WIDTH):
@@ -82,8 +109,15 @@ def _multiply_rows(
         sums *= tl.load(scale_ptr + places, mask=is_place, other=0.0)[:, None]
     if HAS_BIAS:
         sums += tl.load(bias_ptr + places, mask=is_place, other=0.0).to(tl.float32)[:, None]
-    target = out_ptr + row[None, :].to(tl.int64) * out_row + places[:, None]
-    tl.store(target, sums.to(out_ptr.dtype.element_ty), mask=is_place[:, None] & is_row[None, :])
+    kind = out_ptr.dtype.element_ty
+    if IS_GATED:
+        gate, up = tl.split(tl.permute(tl.reshape(sums, [OUTPUTS // 2, 2, ROWS]), (0, 2, 1)))
+        place = tl.program_id(0) * (OUTPUTS // 2) + tl.arange(0, OUTPUTS // 2)
+        target = out_ptr + row[None, :].to(tl.int64) * out_row + place[:, None]
+        tl.store(target, _gate(gate, up, kind), mask=(place < outputs // 2)[:, None] & is_row[None, :])
+    else:
+        target = out_ptr + row[None, :].to(tl.int64) * out_row + places[:, None]
+        tl.store(target, sums.to(kind), mask=is_place[:, None] & is_row[None, :])
 
 
 @triton.jit
@@ -100,19 +134,21 @@ def multiply_row(
     bias: torch.Tensor | None,
     out: torch.Tensor,
     scale: torch.Tensor | None = None,
+    is_gated: bool = False,
 ) -> None:
     """Writes `x @ weight.T + bias` of one row, `[1, in]`, to `out`, `[1, out]`.
 
     Args:
         weight: `[out, in]`; int8 or fp8 with a scale.
         scale: `[out]`, fp32, of each row of the weight; None = it is in the dtype of `x`.
+        is_gated: write `silu(a) * b`, `[1, out / 2]`, of the product's halves.
     """
     outputs, size = weight.shape
-    _multiply_row[(triton.cdiv(outputs, _OUTPUTS),)](
+    rows = _OUTPUTS if scale is None or is_gated else _SCALED_OUTPUTS
+    _multiply_row[(triton.cdiv(outputs, rows),)](
         x, weight, weight if scale is None else scale, weight if bias is None else bias, out, outputs, size,
-        weight.stride(0), OUTPUTS=_OUTPUTS, WIDTH=_COLUMNS if scale is None else _SCALED_COLUMNS,
-        IS_SCALED=scale is not None, HAS_BIAS=bias is not None, LINES=_LINES, num_warps=_WARPS,
-        **early_launch.options(x.device),
+        weight.stride(0), OUTPUTS=rows, WIDTH=_COLUMNS, IS_SCALED=scale is not None, HAS_BIAS=bias is not None,
+        IS_GATED=is_gated, LINES=_LINES, num_warps=_WARPS, **early_launch.options(x.device),
     )  # fmt: skip
 
 
@@ -122,16 +158,20 @@ def multiply_rows(
     bias: torch.Tensor | None,
     out: torch.Tensor,
     scale: torch.Tensor | None = None,
+    is_gated: bool = False,
 ) -> None:
     """The same for 1 to MOST_ROWS rows (with a scale MOST_SCALED_ROWS), `[n, in]` -> `[n, out]`, fp16 or bf16; rows of
     whole elements."""
     outputs, size = weight.shape
-    _multiply_rows[(triton.cdiv(outputs, _ROWS_OUTPUTS),)](
-        x, weight, weight if scale is None else scale, weight if bias is None else bias, out, x.shape[0], outputs, size,
+    count = x.shape[0]
+    is_narrow = scale is not None and count <= MOST_ROWS
+    places = _SCALED_ROWS_OUTPUTS if is_narrow else _ROWS_OUTPUTS
+    _multiply_rows[(triton.cdiv(outputs, places),)](
+        x, weight, weight if scale is None else scale, weight if bias is None else bias, out, count, outputs, size,
         x.stride(0), weight.stride(0), out.stride(0),
-        ROWS=max(16, triton.next_power_of_2(x.shape[0])), OUTPUTS=_ROWS_OUTPUTS, WIDTH=_ROWS_COLUMNS,
-        IS_SCALED=scale is not None, HAS_BIAS=bias is not None, LINES=_ROWS_LINES, num_warps=_ROWS_WARPS,
-        num_stages=_ROWS_STAGES, **early_launch.options(x.device),
+        ROWS=max(16, triton.next_power_of_2(count)), OUTPUTS=places, WIDTH=_ROWS_COLUMNS, IS_SCALED=scale is not None,
+        HAS_BIAS=bias is not None, IS_GATED=is_gated, LINES=_ROWS_LINES, num_warps=_ROWS_WARPS,
+        num_stages=_ROWS_STAGES if scale is None else _SCALED_ROWS_STAGES, **early_launch.options(x.device),
     )  # fmt: skip
 
 

@@ -89,3 +89,15 @@ def multiply(
         else:
             torch.addmm(bias, rows, whole.t(), out=out)
     return out.view(*x.shape[:-1], weight.shape[0])
+
+
+def multiply_gated(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor | None:
+    """`silu(a) * b` of the halves a and b of `x @ weight.T`, `[..., in]` -> `[..., out / 2]`, in one kernel; None for
+    more rows than that pays for. Arguments as of `multiply`."""
+    rows = x.reshape(-1, x.shape[-1])
+    if rows.shape[0] > _matmul.MOST_ROWS or (rows.shape[0] > 1 and x.dtype == torch.float32):
+        return None
+    out = torch.empty(rows.shape[0], weight.shape[0] // 2, dtype=x.dtype, device=x.device)
+    multiply_few = _matmul.multiply_row if rows.shape[0] == 1 else _matmul.multiply_rows
+    multiply_few(rows, weight, None, out, scale, is_gated=True)
+    return out.view(*x.shape[:-1], -1)

@@ -69,8 +69,17 @@ class ShardedLinear(nn.Module):
         output = all_reduce(self._multiply(x, None))
         return output if self._bias is None else output.add_(self._bias)
 
+    def multiply_gated(self, x: torch.Tensor) -> torch.Tensor | None:
+        """`silu(a) * b` of the result's halves a and b, `[..., in]` -> `[..., out / 2]`; None where that is no single
+        operation."""
+        can = x.is_cuda and gpu_ops.is_loaded() and self._bias is None and not self._row_parallel
+        return self._multiply_gated(x) if can and self._weight.numel() else None
+
     def _lay_out(self, weight: torch.Tensor) -> torch.Tensor:
         return weight
+
+    def _multiply_gated(self, x: torch.Tensor) -> torch.Tensor | None:
+        return gpu_ops.multiply_gated(x, self._weight)
 
     def _multiply(self, x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor | None = None) -> torch.Tensor:
         """`x @ weight.T + bias`, in the memory `out`, `[n, out]`, where there is some."""
@@ -118,6 +127,10 @@ class _FusedColumns:
         self._input: torch.Tensor | None = None
         self._outputs: tuple[torch.Tensor, ...] = ()
 
+    def multiply_gated(self, x: torch.Tensor) -> torch.Tensor | None:
+        """See `ShardedLinear`, of two parts that are as long."""
+        return self._linear.multiply_gated(x) if self._sizes == self._sizes[:1] * 2 else None
+
     def part(self, index: int, x: torch.Tensor) -> torch.Tensor:
         if self._input is not x:
             self._input, self._outputs = x, self._linear(x).split(self._sizes, dim=-1)
@@ -127,7 +140,7 @@ class _FusedColumns:
         return output
 
 
-class _FusedPart(nn.Module):
+class FusedPart(nn.Module):
     """One of the layers that were fused; what the model calls in its place."""
 
     def __init__(self, columns: _FusedColumns, index: int) -> None:
@@ -138,6 +151,10 @@ class _FusedPart(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self._columns.part(self._index, x)
+
+    def multiply_gated(self, x: torch.Tensor) -> torch.Tensor | None:
+        """See `ShardedLinear`: of this part, the gate, and its sibling."""
+        return self._columns.multiply_gated(x) if self._index == 0 else None
 
 
 def pack_weights(module: nn.Module) -> int:
@@ -175,7 +192,7 @@ def _fuse(parent: nn.Module, names: tuple[str, ...], make: MakeLinear) -> int:
         return 0
     columns = _FusedColumns(layers, make)
     for index, name in enumerate(names):
-        setattr(parent, name, _FusedPart(columns, index))
+        setattr(parent, name, FusedPart(columns, index))
     return 1
 
 

@@ -184,6 +184,10 @@ class QuantizedLinear(ShardedLinear):
         output = output.view(*x.shape[:-1], -1)
         return output if bias is None else output.add_(bias)
 
+    def _multiply_gated(self, x: torch.Tensor) -> torch.Tensor | None:
+        weight: Any = self._weight
+        return None if self._scale is None else gpu_ops.multiply_gated(x, weight.qdata, self._scale)
+
 
 def _check_int4_shape(weight: torch.Tensor, step: int) -> None:
     rows, columns = weight.shape

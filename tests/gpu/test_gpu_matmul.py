@@ -52,6 +52,30 @@ def test_weights_of_8_bits_as_in_fp64(
     assert (found.double() - expected).norm() <= LIMIT[dtype] * expected.norm()
 
 
+@pytest.mark.parametrize("dtype", LIMIT)
+@pytest.mark.parametrize("is_scaled", [False, True])
+@pytest.mark.parametrize("rows", [1, 2, 17, 32, 33])
+@pytest.mark.parametrize(("half", "size"), [(5504, 4096), (333, 2736), (1, 80)])
+def test_a_gate_and_its_product_as_in_fp64(
+    rows: int, half: int, size: int, is_scaled: bool, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(1, rows, size, dtype=dtype, device="cuda")
+    weight = (2 * torch.randn(2 * half, size, device="cuda") / size**0.5).to(dtype)
+    scale = None
+    if is_scaled:
+        weight, scale = (30 * torch.randn_like(weight)).to(torch.int8), torch.rand(2 * half, device="cuda") / 900
+    whole = weight.double() if scale is None else weight.double() * scale.double()[:, None]
+    gate, up = (x.double() @ whole.t()).chunk(2, dim=-1)
+    expected = torch.nn.functional.silu(gate) * up
+    found = gpu_ops.multiply_gated(x, weight, scale)
+    if rows > 32 or (rows > 1 and dtype == torch.float32):
+        assert found is None
+    else:
+        assert found is not None and found.shape == (1, rows, half)
+        assert (found.double() - expected).norm() <= 2 * LIMIT[dtype] * expected.norm()
+
+
 @pytest.mark.parametrize("rows", [1, 8])
 def test_a_chain_of_them_waits_for_each_other(rows: int) -> None:
     """Kernels that begin before their input is there would read the last replay's."""
