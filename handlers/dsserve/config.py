@@ -59,7 +59,7 @@ class HandlerConfig(BaseModel):
     max_num_batched_tokens: int = Field(
         PREFILL_TOKENS_A_STEP,
         ge=16,
-        description="tokens of prompts that a step reads at most; longer prompts are read in parts",
+        description="tokens of a step at most, one a running text included; longer prompts are read in parts",
     )
     max_batch_prefill_tokens: Literal["auto"] | int = Field(
         "auto",

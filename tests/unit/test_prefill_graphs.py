@@ -126,7 +126,7 @@ def test_a_pass_may_be_longer_than_any_prompt() -> None:
     assert lengths(2, 100, False) == [16, 32, 64, 96, 128, 192, 256]
     assert lengths(1, 100, False) == [16, 32, 64, 96, 128]
     assert lengths(64, 255, True)[-3:] == [2048, 3072, 4096]
-    assert 320 in lengths(64, 255, True) and 320 not in lengths(64, 255, False)
+    assert 768 in lengths(64, 255, True) and 768 not in lengths(64, 255, False)
 
 
 def test_with_spans_few_long_and_many_short_prompts_have_their_own_graphs() -> None:

@@ -115,7 +115,7 @@ def test_a_burst_of_long_prompts_is_spread_over_steps() -> None:
 
 
 def test_a_long_prompt_is_read_in_parts_while_others_get_a_token_at_each_step() -> None:
-    book = scheduler(prefill_tokens=10)
+    book = scheduler(prefill_tokens=11)
     book.put("runs", new=20)
     step(book)
     book.put("long", prompt=tuple(range(100, 125)))
@@ -137,7 +137,7 @@ def test_a_long_prompt_is_read_in_parts_while_others_get_a_token_at_each_step() 
 
 
 def test_a_prompt_that_fits_into_one_step_is_not_cut() -> None:
-    book = scheduler(prefill_tokens=10)
+    book = scheduler(prefill_tokens=11)
     book.put("a", prompt=7)
     book.put("b", prompt=10)
     assert [event.request_id for event in step(book)] == ["a"]
@@ -171,7 +171,7 @@ def test_a_row_that_ends_while_a_prompt_is_read_leaves_that_one_the_last() -> No
 
 
 def test_parts_that_do_not_fit_into_memory_are_taken_back() -> None:
-    book = scheduler(prefill_tokens=10)
+    book = scheduler(prefill_tokens=11)
     book.put("runs", new=9)
     step(book)
     book.put("long", prompt=14)
@@ -270,7 +270,7 @@ def test_a_step_that_nobody_waits_for_reads_more() -> None:
     for sequence in book.rows(first):
         book.enter(sequence, 65)
     beside = book.plan(last=False)  # two streams run now
-    assert len(beside.tokens) == 2 and [len(admission.tokens) for admission in beside.admit] == [32]
+    assert len(beside.tokens) == 2 and [len(admission.tokens) for admission in beside.admit] == [30]
 
 
 def test_a_burst_that_outnumbers_what_runs_is_read_as_if_nobody_waited() -> None:
@@ -289,6 +289,16 @@ def test_a_burst_that_outnumbers_what_runs_is_read_as_if_nobody_waited() -> None
     assert len(book.plan(last=False).admit) == 1
 
 
+def test_half_of_a_step_is_for_prompts_however_many_rows_run() -> None:
+    book = scheduler(slots=40, prefill_tokens=32)
+    for row in range(30):
+        book.put(str(row), prompt=1, new=9)
+    step(book)
+    book.put("long", prompt=90)
+    plan = book.plan(last=False)
+    assert len(plan.tokens) == 30 and [len(admission.tokens) for admission in plan.admit] == [16]
+
+
 @pytest.mark.parametrize(("running", "joining", "is_large"), [(1, 1, False), (1, 2, True), (6, 2, True), (7, 2, False)])
 def test_a_single_prompt_stops_nobody_and_a_burst_is_read_at_once(running: int, joining: int, is_large: bool) -> None:
     book = scheduler(slots=12, prefill_tokens=32, idle_tokens=200, ratio=0.3)
@@ -298,7 +308,7 @@ def test_a_single_prompt_stops_nobody_and_a_burst_is_read_at_once(running: int, 
     for row in range(joining):
         book.put(f"joining{row}", prompt=60, new=9)
     read = [len(admission.tokens) for admission in book.plan(last=False).admit]
-    assert read == ([60] * joining if is_large else [32])
+    assert read == ([60] * joining if is_large else [32 - running])
 
 
 def test_those_who_wait_for_a_row_do_not_make_a_step_larger() -> None:
@@ -310,7 +320,7 @@ def test_those_who_wait_for_a_row_do_not_make_a_step_larger() -> None:
         book.put(f"late{name}", prompt=90, new=9)
     step(book)  # the first ends
     plan = book.plan(last=False)
-    assert len(plan.tokens) == 3 and [len(admission.tokens) for admission in plan.admit] == [32]
+    assert len(plan.tokens) == 3 and [len(admission.tokens) for admission in plan.admit] == [29]
 
 
 def test_a_prompt_that_goes_on_while_nobody_waits_is_read_in_larger_parts() -> None:

@@ -22,8 +22,7 @@ from dsserve.generation.prompt_attention import PromptSpans
 # 25 and 19, since attention under a mask does not run in torch's flash kernel.
 _LONGEST = 256
 # With spans. The same shape's eager pass of 1024 tokens takes 57 ms on an H100 with TP=2, of which most is the host's.
-# 320 is a busy step's prompts with the rows that it decodes.
-_MORE_LENGTHS = (320, 768, 1024, 1536, 2048, 3072, 4096)
+_MORE_LENGTHS = (768, 1024, 1536, 2048, 3072, 4096)
 MOST_TOKENS = _MORE_LENGTHS[-1]
 # Passes that read the cache under a mask are padded to one of these: each is captured for all lengths of what is read.
 _PARTS = (64, 128, 256)

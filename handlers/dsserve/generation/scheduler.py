@@ -28,8 +28,9 @@ class Scheduler:
     Args:
         slots: most running sequences.
         prefixes: the rows that a prompt may take its beginning from.
-        prefill_tokens: most tokens of prompts in one step.
-        idle_tokens: the same in a step that few or no rows wait for; default: `prefill_tokens`.
+        prefill_tokens: most tokens of a step, of prompts and one of each row that it decodes; half of them are the
+            prompts' in any case.
+        idle_tokens: most tokens of prompts in a step that few or no rows wait for; default: `prefill_tokens`.
         waiting_served_ratio: so many times as many as run, and more than one, must wait and find a free row, for those
             that run to be few. A single prompt is read in parts beside the others, however few they are.
         by_span: prompts are read by their spans (`prompt_attention`): what they read of the cache needs no mask.
@@ -130,7 +131,8 @@ class Scheduler:
         joining = min(len(self._waiting), self._slots - len(self._running))  # others wait for a row, not for a step
         if not decoded or (joining > 1 and joining >= self._waiting_served_ratio * decoded):
             return self._idle_tokens
-        return self._prefill_tokens
+        # Captured passes hold a power of two of tokens, the decoded rows' among them.
+        return max(self._prefill_tokens - decoded, self._prefill_tokens // 2, 1)
 
     def _keep_prefixes(self) -> tuple[tuple[int, int], ...]:
         pairs = []
