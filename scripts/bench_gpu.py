@@ -126,15 +126,23 @@ def run_ranks(ranks: int, folder: Path, device: str, seconds: float) -> str:
         try:
             process.wait(timeout=seconds)
         except subprocess.TimeoutExpired:
-            process.terminate()  # torchrun ends its ranks, which also end with it
-            try:
-                process.wait(timeout=GRACE_S)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
             return f"not done after {seconds:.0f} s"
+        finally:
+            _end(process)
         log.seek(0)
         return "" if process.returncode == 0 else why(log.read())
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Ends torchrun, if it still runs; its ranks end with it."""
+    if process.poll() is not None:
+        return
+    process.terminate()
+    try:
+        process.wait(timeout=GRACE_S)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def why(log: str) -> str:
@@ -174,6 +182,7 @@ def main(
     out: Path | None = typer.Option(None, help="JSON file that parts are merged into; default: run/bench-gpu/..."),
 ) -> None:
     """Measure, print a table, then one JSON line."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # a server or ranks that it started end with it
     try:
         kind = resolve_device(device)
         setting: dict[str, Any] = {"shape": shape, "tp": resolve_tp(tp, kind, 2), "device": kind}

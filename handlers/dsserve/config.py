@@ -85,7 +85,9 @@ class HandlerConfig(BaseModel):
     launch_ahead: bool = Field(
         True, description="a step starts before the tokens of the one before are read (GPU with AutoTP only)"
     )
-    num_threads: int | None = Field(None, ge=1, description="CPU threads of a rank; default: cores // ranks")
+    num_threads: int | None = Field(
+        None, ge=1, description="CPU threads of a rank; default: cores // ranks, 1 with a GPU"
+    )
     warmup: bool = Field(True, description="run every prefill and decode shape once at load")
     collective_timeout: float = Field(
         60.0, gt=0, description="s; a call of the engine that takes longer ends the worker"

@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 FOLDER = "shards"
 _REFERENCE = "reference.safetensors"
 _FILE_BYTES = 2**30
+_CHECKERS = 4  # threads that compare checksums beside the one that reads
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Shards:
         names = _names_of_one(self.manifest.aliases[rank])
         files = [name for name in self.manifest.files if name.startswith(f"rank-{rank}-")]
         total, read, started = sum(self.manifest.files[name].bytes for name in files), 0, time.perf_counter()
-        with ThreadPoolExecutor(torch.get_num_threads()) as checkers:
+        with ThreadPoolExecutor(_CHECKERS) as checkers:
             checks = [checkers.submit(self._check, name) for name in files]
             for count, file in enumerate(files, 1):
                 # One file at a time: the skeleton's empty tensors are freed as they are replaced.

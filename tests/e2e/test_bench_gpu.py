@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.conftest import ROOT
@@ -68,3 +72,40 @@ def test_kernel_injection_is_left_out_with_its_reason_where_there_is_no_gpu(fold
     text, report = bench_gpu(1, "kernels", folder, "kernels")
     assert report["parts"]["kernels"]["40"]["cases"] == {}
     assert "left out: kernel injection, this engine's batches, prompt 40, all:" in text and "need a GPU" in text
+
+
+@pytest.mark.timeout(300)
+def test_a_run_that_is_ended_leaves_no_server(folder: Path) -> None:
+    started = time.time()
+    command = [sys.executable, "-m", "scripts.bench_gpu", "--shape", "llama-tiny", "--device", "cpu", "--tp", "1"]
+    command += ["--dtype", "fp32", "--parts", "http", *ARGS.split(), "--models", str(folder)]
+    process = subprocess.Popen([*command, "--out", str(folder / "ended.json")], cwd=ROOT, stdout=subprocess.DEVNULL)
+    servers: list[psutil.Process] = []
+    try:
+        servers = wait_for(lambda: servers_since(started))
+        process.terminate()
+        assert process.wait(timeout=60) != 0
+        psutil.wait_procs(servers, timeout=30)
+        assert not any(server.is_running() for server in servers)
+    finally:
+        process.kill()
+        process.wait()
+        for server in servers:
+            if server.is_running():
+                server.terminate()
+
+
+def servers_since(started: float) -> list[psutil.Process]:
+    """The benchmark's TorchServe frontends that began since then."""
+    found = psutil.process_iter(["cmdline", "create_time"])
+    of_bench = [p for p in found if any("/bench-gpu-" in word for word in p.info["cmdline"] or ())]
+    return [p for p in of_bench if p.info["create_time"] >= started and p.info["cmdline"][0].endswith("java")]
+
+
+def wait_for(find: Callable[[], list[psutil.Process]], timeout_s: float = 120) -> list[psutil.Process]:
+    """What `find` finds, as soon as it finds something."""
+    deadline = time.monotonic() + timeout_s
+    while not (found := find()):
+        assert time.monotonic() < deadline, "nothing was found in time"
+        time.sleep(0.2)
+    return found

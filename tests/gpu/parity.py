@@ -2,8 +2,8 @@
 
     PYTHONPATH=handlers python -m tests.gpu.parity --tp 1
 
-Compiles DeepSpeed's op first, so that the cells need not. Prints the op's times, a table, and one JSON line; a cell
-that crashes is a row with its error. Needs as many GPUs as `--tp`; cells share them.
+Compiles DeepSpeed's op first, so that the cells need not. Prints the op's times, a table whose rows come as their cells
+end, and one JSON line; a cell that crashes is a row with its error. Needs as many GPUs as `--tp`; cells share them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -76,20 +76,22 @@ def _last_words(text: str) -> str:
     return " | ".join(dict.fromkeys(telling))[-700:] or text[-300:]
 
 
-def print_table(rows: list[dict[str, Any]]) -> None:
+def print_head() -> None:
+    """The table's heading; its rows come as their cells end."""
     names = [*DECODER_CASES, ITSELF]
-    print("\n" + " ".join([f"{'largest error':24}", *(f"{name[:10]:>10}" for name in names), "   s"]))
-    for row in rows:
-        cells = [_cell(row["cases"].get(name)) for name in names]
-        refused = " (refused)" if row["dtype"] in REFUSED else ""
-        print(" ".join([f"{row['architecture']} {row['dtype']}{refused}".ljust(24), *cells, f"{row['seconds']:4}"]))
-        for name, case in row["cases"].items():
-            if case["note"] or case["unexplained"]:
-                print(
-                    f"      {name}: {case['unexplained']} of {case['differ']} tokens unexplained {case['note'][:300]}"
-                )
-        if row["error"]:
-            print(f"      ended: {row['error'][-500:]}")
+    print("\n" + " ".join([f"{'largest error':24}", *(f"{name[:10]:>10}" for name in names), "   s"]), flush=True)
+
+
+def print_row(row: dict[str, Any]) -> None:
+    cells = [_cell(row["cases"].get(name)) for name in (*DECODER_CASES, ITSELF)]
+    refused = " (refused)" if row["dtype"] in REFUSED else ""
+    print(" ".join([f"{row['architecture']} {row['dtype']}{refused}".ljust(24), *cells, f"{row['seconds']:4}"]))
+    for name, case in row["cases"].items():
+        if case["note"] or case["unexplained"]:
+            print(f"      {name}: {case['unexplained']} of {case['differ']} tokens unexplained {case['note'][:300]}")
+    if row["error"]:
+        print(f"      ended: {row['error'][-500:]}")
+    sys.stdout.flush()
 
 
 def _cell(case: dict[str, Any] | None) -> str:
@@ -123,16 +125,23 @@ def main(
     op = build_op()
     print(f"transformer_inference op: {op['first']} s the first time, {op['again']} s when compiled", flush=True)
     todo = [(name, dtype) for dtype in dtypes.split(",") for name in (only.split(",") if only else ARCHITECTURES)]
+    document: dict[str, Any] = {**machine(), "tp": tp, "op_seconds": op, "wanted": len(todo), "rows": []}
+    print_head()
     with ThreadPoolExecutor(jobs) as pool:
-        rows = list(pool.map(lambda cell: run_one(*cell, tp, cases, timeout_s), todo))
-    print_table(rows)
-    wall_s = round(time.monotonic() - started_s)
+        cells = [pool.submit(run_one, *cell, tp, cases, timeout_s) for cell in todo]
+        for cell in as_completed(cells):  # what is found stays found, should the run be ended
+            row = cell.result()
+            print_row(row)
+            document["rows"].append(row)
+            if out:
+                Path(out).write_text(json.dumps(document))
+    rows, wall_s = document["rows"], round(time.monotonic() - started_s)
     wrong = [f"{r['architecture']} {r['dtype']}" for r in rows if r["dtype"] not in REFUSED and not is_right(r)]
     print(f"\n{len(rows)} cells, {wall_s} s; wrong: {', '.join(wrong) or 'none'}")
-    document = json.dumps({**machine(), "tp": tp, "op_seconds": op, "seconds": wall_s, "wrong": wrong, "rows": rows})
+    document |= {"seconds": wall_s, "wrong": wrong}
     if out:
-        Path(out).write_text(document)
-    print(document)
+        Path(out).write_text(json.dumps(document))
+    print(json.dumps(document))
     raise typer.Exit(1 if wrong else 0)
 
 
