@@ -11,7 +11,7 @@ import typer
 
 from scripts.console import say
 from scripts.cost_fit import fit, read_points
-from scripts.cost_report import error_table, prediction_table, summary_table
+from scripts.cost_report import error_table, other_table, prediction_table, summary_table
 from scripts.cost_terms import load
 
 MEASUREMENTS = Path(__file__).resolve().parent.parent / "configs" / "measurements" / "llama-6.7b.json"
@@ -30,8 +30,8 @@ def main(
     points = read_points(given)
     costs = fit(given, points)
     say(f"{given.what}\n{given.source}")
-    tables = error_table(given, points, costs), summary_table(given, points, costs), prediction_table(given, costs)
-    print("\n\n".join(tables))
+    tables = [error_table(given, points, costs), summary_table(given, points, costs), prediction_table(given, costs)]
+    print("\n\n".join([*tables, other_table(given, costs)]))
     if plot is not None:
         from scripts.cost_plot import draw
 

@@ -35,10 +35,9 @@ def draw(given: Measurements, points: list[Point], costs: dict[str, Costs], path
             found = [p for p in points if (p.engine, p.rows, p.gpu) == (name, rows, measured_gpu)]
             steps.plot([p.ranks for p in found], [p.ms for p in found], "o", color=f"C{color}")
             rates.plot([p.ranks for p in found], [rows / p.ms * 1e3 / p.ranks for p in found], "o", color=f"C{color}")
-    steps.set(ylabel="ms a decode step", ylim=(0, None), title="Dots: measured. Above 2 ranks: predicted")
+    steps.set(ylabel="ms a decode step", ylim=(0, None), title="Dots: measured")
     rates.set(ylabel="tokens/s a GPU", yscale="log", title="Tokens a second of each GPU")
     for axes in (steps, rates):
-        axes.axvspan(2, ranks[-1], color="0.95", zorder=-1)
         axes.set_xscale("log", base=2)
         axes.set_xticks(ranks, [str(size) for size in ranks])
         axes.set_xlabel(f"ranks ({measured_gpu})")

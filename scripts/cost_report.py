@@ -56,6 +56,22 @@ def prediction_table(given: Measurements, costs: dict[str, Costs]) -> str:
     return _markdown(["engine", "ranks", *titles, "two replicas of half the ranks win from"], rows)
 
 
+def other_table(given: Measurements, costs: dict[str, Costs]) -> str:
+    """Measured steps of other shapes beside what the costs say for them."""
+    rows = []
+    for other in given.others:
+        shaped = given.model_copy(update={"shape": other.shape})
+        for series in other.points:
+            model, cells = CostModel(shaped, series.gpu), [other.name, other.engine, series.gpu, str(series.ranks)]
+            found = {count: model.step_ms(costs[other.engine], series.ranks, count) for count in series.ms}
+            measured = " / ".join(f"{ms:.1f}" for ms in series.ms.values())
+            floor = " / ".join(f"{model.read_ms(series.ranks, count):.1f}" for count in series.ms)
+            worst = max((found[count] / ms - 1 for count, ms in series.ms.items()), key=abs)
+            rows.append([*cells, measured, " / ".join(f"{ms:.1f}" for ms in found.values()), f"{worst:+.1%}", floor])
+    titles = ["shape", "engine", "GPU", "ranks", f"measured ms, {' / '.join(map(str, ROWS))} rows", "model ms"]
+    return _markdown([*titles, "largest error", "floor ms"], rows)
+
+
 def _prediction(model: CostModel, costs: Costs, ranks: int) -> list[str]:
     steps = [model.step_ms(costs, ranks, rows) for rows in ROWS]
     single = [model.step_ms(costs, ranks, ROWS[0], growth) for growth in GROWTH]

@@ -61,6 +61,15 @@ class Engine(Strict):
     points: list[Series]
 
 
+class Other(Strict):
+    """Steps of another shape, which nothing is fitted to: whether the costs hold beyond their own."""
+
+    name: str
+    engine: str
+    shape: Shape
+    points: list[Series]
+
+
 class Measurements(Strict):
     what: str
     source: str
@@ -70,6 +79,7 @@ class Measurements(Strict):
     link_gb_s: float
     link_source: str
     engines: list[Engine]
+    others: list[Other] = []
 
 
 class Costs(NamedTuple):

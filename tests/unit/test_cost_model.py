@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from scripts import cost_model
 from scripts.cost_fit import Point, errors, errors_left_out, fit, read_points, solve_not_negative
-from scripts.cost_report import prediction_table, summary_table
+from scripts.cost_report import other_table, prediction_table, summary_table
 from scripts.cost_terms import GROWTH, CostModel, Costs, Measurements, load
 from tests.conftest import ROOT
 
@@ -121,9 +121,19 @@ def test_more_ranks_stop_helping_one_row_where_the_latency_outgrows_the_weights(
     assert model.fastest(Costs(10, 1, 1000))[1] == 1
 
 
+def test_another_shape_is_measured_against_the_costs_it_did_not_make() -> None:
+    given, costs = machine({"one": []}), Costs(100, 10, 5)
+    shape = given.shape.model_copy(update={"layers": 20, "weights_gb": 40.0})
+    exact = CostModel(given.model_copy(update={"shape": shape}), "B").step_ms(costs, 2, 8)
+    points = [{"ranks": 2, "gpu": "B", "ms": {8: exact / 0.9}}]
+    other = {"name": "large", "engine": "one", "shape": shape.model_dump(), "points": points}
+    table = other_table(Measurements.model_validate({**given.model_dump(), "others": [other]}), {"one": costs})
+    assert table.splitlines()[-1] == f"| large | one | B | 2 | {exact / 0.9:.1f} | {exact:.1f} | -10.0% | 40.8 |"
+
+
 def test_the_measured_points_are_those_of_the_file() -> None:
     points = read_points(load(cost_model.MEASUREMENTS))
-    assert len(points) == 28
+    assert len(points) == 32
     assert Point("vLLM 0.20.2", 2, 64, "H200", 4.79) in points and Point("eager step", 1, 8, "H100", 9.2) in points
 
 
@@ -132,7 +142,7 @@ def test_the_readme_has_what_the_script_prints() -> None:
     points = read_points(given)
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     printed = CliRunner().invoke(cost_model.app).stdout
-    for table in (summary_table(given, points, costs), prediction_table(given, costs)):
+    for table in (summary_table(given, points, costs), prediction_table(given, costs), other_table(given, costs)):
         assert table in readme and table in printed
     assert str(PICTURE.relative_to(ROOT)) in readme
 
