@@ -59,12 +59,14 @@ class HandlerConfig(BaseModel):
     max_num_batched_tokens: int = Field(
         PREFILL_TOKENS_A_STEP,
         ge=16,
-        description="tokens of a step at most, one a running text included; longer prompts are read in parts",
+        description="tokens of a step at most, one a running text included (at least half are for prompts); longer "
+        "prompts are read in parts",
     )
     max_batch_prefill_tokens: Literal["auto"] | int = Field(
         "auto",
         ge=16,
-        description="the same while no or few texts run (AutoTP); auto: 4096 on a GPU, max_num_batched_tokens on a CPU",
+        description="tokens of prompts in a step while no or few texts run (AutoTP); auto: 4096 on a GPU, "
+        "max_num_batched_tokens on a CPU",
     )
     waiting_served_ratio: float = Field(
         0.3,

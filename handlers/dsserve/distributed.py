@@ -97,11 +97,11 @@ def prepare_environment(device: torch.device, rank: RankInfo, num_threads: int |
 
 
 @contextlib.contextmanager
-def all_cores() -> Iterator[None]:
-    """Within the block this rank computes with all cores: for what one rank does while the others wait.
+def many_cores() -> Iterator[None]:
+    """Within the block this rank computes with up to 16 cores: for what one rank does while the others wait.
 
-    No more than the memory's bandwidth needs: of 64 one is always busy, and all wait for it (a reference of 13 GB took
-    0.5 s with 16 threads on a quiet machine, 1 to 17 with 64).
+    More than the memory's bandwidth needs do harm: of 64 one is always busy, and all wait for it (a reference of 13 GB
+    took 0.5 s with 16 threads on a quiet machine, 1 to 17 with 64).
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(min(_MOST_THREADS, len(os.sched_getaffinity(0))))
@@ -207,7 +207,7 @@ def uses_shared_memory() -> bool:
 
 
 def all_reduce(tensor: torch.Tensor) -> torch.Tensor:
-    """Sums `tensor` over all ranks, in place, the way DeepSpeed's layers do. fp32, fp16 or bf16."""
+    """Sums `tensor` over all ranks, in place, the way DeepSpeed's layers do. fp32, fp16 or bf16; on a GPU fp64 too."""
     if tensor.device.type == "cuda":  # what DeepSpeed calls in the end, in a form that torch.compile can follow
         torch.distributed.all_reduce(tensor)
         return tensor

@@ -18,7 +18,7 @@ from ts.context import Context
 
 from dsserve import checkpoint
 from dsserve.config import YAML_FILE
-from dsserve.distributed import RankInfo, all_cores, init_process_group, prepare_environment, select_device
+from dsserve.distributed import RankInfo, init_process_group, many_cores, prepare_environment, select_device
 from dsserve.errors import LoadError
 from dsserve.hf_model import model_dtype
 from dsserve.injection.attempt import KernelInjection
@@ -150,7 +150,7 @@ def _capture(model: Any, settings: DeepSpeedSettings, on_meta: bool, rank: RankI
     reference = torch.float32 if injects else settings.dtype
     found: list[SelfCheck | None] = [None]
     if rank.is_leader:
-        with all_cores():
+        with many_cores():
             found = [SelfCheck.capture(model, settings.dtype, reference)]
     if rank.world_size > 1:
         torch.distributed.broadcast_object_list(found, src=0, device=torch.device("cpu"))

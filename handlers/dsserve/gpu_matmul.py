@@ -1,12 +1,15 @@
 """The matmuls of decode steps as Triton kernels: few rows, so that reading the weight is all that takes time.
 
 cuBLAS reads it at 59 to 91 % of the memory's bandwidth at one row. Weights of 8 bits are read as they are, and each
-output is multiplied by the scale of its row. Importing this needs Triton.
+output is multiplied by the scale of its row. A gate and its counterpart may be joined at once, as gated MLPs do.
+Importing this needs Triton.
 """
 
 # mypy: disable-error-code="no-untyped-def"
 
 from __future__ import annotations
+
+from functools import cache
 
 import torch
 import triton
@@ -24,7 +27,8 @@ MOST_ROWS = 32
 _ROWS_OUTPUTS, _ROWS_COLUMNS, _ROWS_WARPS, _ROWS_STAGES, _ROWS_LINES = 64, 256, 4, 3, 4
 # The same for weights of 8 bits, the best of 36 and of 36 on an H100. More rows take the weight expanded, and cuBLAS.
 _SCALED_OUTPUTS, _SCALED_ROWS_OUTPUTS, _SCALED_ROWS_STAGES = 1, 32, 4
-MOST_SCALED_ROWS = 64
+# So many rows take 176 KiB of shared memory, which GPUs of these compute capabilities have.
+_MOST_SCALED_ROWS, _LARGE_SHARED = 64, (9, 10)
 _EXPANDED = 4096  # values of a row that a program expands
 
 
@@ -128,6 +132,13 @@ def _expand(weight_ptr, scale_ptr, out_ptr, size, weight_row, WIDTH: tl.constexp
     tl.store(out_ptr + row * size + at, result.to(out_ptr.dtype.element_ty), mask=at < size)
 
 
+@cache
+def most_scaled_rows(device: torch.device) -> int:
+    """The rows up to which weights of 8 bits are multiplied as they are."""
+    major, _ = torch.cuda.get_device_capability(device)
+    return _MOST_SCALED_ROWS if major in _LARGE_SHARED else MOST_ROWS
+
+
 def multiply_row(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -160,7 +171,7 @@ def multiply_rows(
     scale: torch.Tensor | None = None,
     is_gated: bool = False,
 ) -> None:
-    """The same for 1 to MOST_ROWS rows (with a scale MOST_SCALED_ROWS), `[n, in]` -> `[n, out]`, fp16 or bf16; rows of
+    """The same for 1 to MOST_ROWS rows, with a scale `most_scaled_rows`: `[n, in]` -> `[n, out]`, fp16 or bf16; rows of
     whole elements."""
     outputs, size = weight.shape
     count = x.shape[0]

@@ -77,7 +77,7 @@ def multiply(
     rows = x.reshape(-1, x.shape[-1])
     if out is None:
         out = torch.empty(rows.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
-    most = _matmul.MOST_ROWS if scale is None else _matmul.MOST_SCALED_ROWS
+    most = _matmul.MOST_ROWS if scale is None else _matmul.most_scaled_rows(x.device)
     if rows.shape[0] == 1:
         _matmul.multiply_row(rows, weight, bias, out, scale)
     elif rows.shape[0] <= most and x.dtype != torch.float32:

@@ -64,7 +64,7 @@ def share_memory(rank: RankInfo, rows: int, width: int, dtype: torch.dtype, devi
     Raises:
         LoadError: the ranks can read each other's memory, but torch cannot exchange it.
     """
-    reason = "too many ranks" if rows < 1 else _why_out_of_reach(rank, device)
+    reason = "too many ranks, or too wide" if rows < 1 else _why_out_of_reach(rank, device)
     if not agree_on_least(int(not reason), rank):
         if rank.is_leader:
             logger.info("[dsserve] all-reduces over NCCL: %s", reason or "another rank's GPU is out of reach")

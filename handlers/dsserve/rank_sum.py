@@ -83,8 +83,9 @@ class RankSum:
         peers = self._peers
         if peers is None:
             return True
-        generator = torch.Generator().manual_seed(peers.rank)
-        part = torch.randn(peers.own.shape, generator=generator).to(peers.own)
+        like = peers.own
+        generator = torch.Generator(like.device).manual_seed(peers.rank)
+        part = torch.randn(like.shape, generator=generator, device=like.device).to(like.dtype)
         residual, weight = torch.zeros_like(part), torch.ones_like(part[0])
         peers.own.copy_(part)
         add_norm(peers.own, residual, weight, 1e-6, peers, spins=0)
@@ -102,7 +103,7 @@ def make_rank_sums(module: Any, rank: RankInfo, rows: int) -> tuple[RankSum, Ran
     """The two sums of each layer of a sharded model, over peers' memory where it gives right ones; all ranks call it.
 
     Args:
-        rows: most rows of a pass that is captured.
+        rows: more than that go over NCCL; fewer rows may be fast there (`peers.most_rows`), and so many have memory.
     """
     like = next(module.parameters())
     width = module.config.get_text_config().hidden_size
@@ -113,5 +114,7 @@ def make_rank_sums(module: Any, rank: RankInfo, rows: int) -> tuple[RankSum, Ran
     if sums and not agree_on_least(int(all(exact)), rank):
         logger.warning("[dsserve] the ranks' memory does not give right sums: all-reduces over NCCL")
         sums = []
+    if peers:
+        torch.cuda.empty_cache()  # of the random parts
     first, second = sums or [RankSum(rank.world_size, None) for _ in range(2)]
     return first, second

@@ -29,7 +29,9 @@ def _wait_for_ranks(
     """Tells all ranks that this one's part of the row is there, and waits for theirs; of all at once, since one word
     over NVLink takes a microsecond.
 
-    Each rank counts its sums. A flag holds another rank's count, which it writes over NVLink; a count may wrap.
+    Each rank counts its sums. A flag holds another rank's count, which it writes over NVLink; a count may wrap. Of more
+    rows than a GPU runs programs at once, all GPUs begin with the same ones: programs start in the order of their ids,
+    as they do on every GPU so far, though CUDA does not promise it.
     """
     peers = tl.arange(0, PEERS)
     are_others = (peers < WORLD) & (peers != RANK)

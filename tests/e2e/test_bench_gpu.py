@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -75,14 +76,16 @@ def test_kernel_injection_is_left_out_with_its_reason_where_there_is_no_gpu(fold
 
 
 @pytest.mark.timeout(300)
-def test_a_run_that_is_ended_leaves_no_server(folder: Path) -> None:
-    started = time.time()
+def test_a_run_that_is_ended_leaves_no_server(folder: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "scripts.bench_gpu", "--shape", "llama-tiny", "--device", "cpu", "--tp", "1"]
     command += ["--dtype", "fp32", "--parts", "http", *ARGS.split(), "--models", str(folder)]
-    process = subprocess.Popen([*command, "--out", str(folder / "ended.json")], cwd=ROOT, stdout=subprocess.DEVNULL)
+    env = {**os.environ, "TMPDIR": str(tmp_path)}
+    process = subprocess.Popen(
+        [*command, "--out", str(folder / "ended.json")], cwd=ROOT, stdout=subprocess.DEVNULL, env=env
+    )
     servers: list[psutil.Process] = []
     try:
-        servers = wait_for(lambda: servers_since(started))
+        servers = wait_for(lambda: servers_of(tmp_path))
         process.terminate()
         assert process.wait(timeout=60) != 0
         psutil.wait_procs(servers, timeout=30)
@@ -95,11 +98,10 @@ def test_a_run_that_is_ended_leaves_no_server(folder: Path) -> None:
                 server.terminate()
 
 
-def servers_since(started: float) -> list[psutil.Process]:
-    """The benchmark's TorchServe frontends that began since then."""
-    found = psutil.process_iter(["cmdline", "create_time"])
-    of_bench = [p for p in found if any("/bench-gpu-" in word for word in p.info["cmdline"] or ())]
-    return [p for p in of_bench if p.info["create_time"] >= started and p.info["cmdline"][0].endswith("java")]
+def servers_of(folder: Path) -> list[psutil.Process]:
+    """The TorchServe frontends whose model store lies in a folder."""
+    found = [(process, process.info["cmdline"] or [""]) for process in psutil.process_iter(["cmdline"])]
+    return [process for process, words in found if words[0].endswith("java") and str(folder) in " ".join(words)]
 
 
 def wait_for(find: Callable[[], list[psutil.Process]], timeout_s: float = 120) -> list[psutil.Process]:

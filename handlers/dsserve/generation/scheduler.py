@@ -1,6 +1,6 @@
 """Rank 0's book of sequences: who waits, who runs in which row, what the next step does.
 
-A step prefills so many tokens at most: longer prompts are read in parts, one a step, while all rows that run get their
+A step has so many tokens at most: longer prompts are read in parts, one a step, while all rows that run get their
 tokens in between. It may be larger while none runs, so that nobody waits for it, and while many more join than run. At
 most one prompt is read in part at a time; it has the last row, which is not decoded.
 Pure bookkeeping on token ids: no model, no collective, no HTTP, so it is tested in milliseconds.
@@ -131,7 +131,7 @@ class Scheduler:
         joining = min(len(self._waiting), self._slots - len(self._running))  # others wait for a row, not for a step
         if not decoded or (joining > 1 and joining >= self._waiting_served_ratio * decoded):
             return self._idle_tokens
-        # Captured passes hold a power of two of tokens, the decoded rows' among them.
+        # A captured pass has room for so many tokens, and the decoded rows' are among them.
         return max(self._prefill_tokens - decoded, self._prefill_tokens // 2, 1)
 
     def _keep_prefixes(self) -> tuple[tuple[int, int], ...]:
@@ -173,7 +173,7 @@ class Scheduler:
             reads_cache = not self._by_span and (reads_cache or shared > 0)
             used += len(prompt) - shared
             if admitted and (
-                used > (self._prefill_tokens if reads_cache else most)
+                used > (min(most, self._prefill_tokens) if reads_cache else most)
                 or self._one_by_one
                 or self._is_worth_waiting(sequence, len(admitted), shared)
             ):
