@@ -99,59 +99,66 @@ def fill_memory(path: str) -> dict[str, Any]:
     return found
 
 
-def sum_parts(cases: list[tuple[int, int, str, int]]) -> list[dict[str, Any]]:
-    """Sums of each case: rows, their width, dtype, rounds. What each found is as of `sum_case`."""
+def sum_parts(cases: list[tuple[list[int], int, str, int]]) -> list[dict[str, Any]]:
+    """Sums of each case: row counts, their width, dtype, rounds. What each found is as of `sum_case`."""
     rank = RankInfo.from_env()
     device = select_device("gpu", rank)
     torch.cuda.set_device(device)
     init_process_group(rank)
-    return [sum_case(rank, device, rows, width, getattr(torch, kind), rounds) for rows, width, kind, rounds in cases]
+    return [sum_case(rank, device, counts, width, getattr(torch, kind), n) for counts, width, kind, n in cases]
 
 
 def sum_case(
-    rank: RankInfo, device: torch.device, rows: int, width: int, kind: torch.dtype, rounds: int
+    rank: RankInfo, device: torch.device, counts: list[int], width: int, kind: torch.dtype, rounds: int
 ) -> dict[str, Any]:
-    """Sums, additions and norms of random parts in a CUDA graph of two, in the ranks' memory and by NCCL in fp64.
+    """Sums, additions and norms of random parts in the ranks' memory, and by NCCL in fp64: a CUDA graph of two for each
+    row count, which take turns in one memory.
 
     Returns:
         In how many rounds they were right, and on all ranks the same. With two ranks: bit for bit; with more the
         kernel's sums in fp32 may round to the next number.
     """
-    peers = share_memory(rank, rows, width, kind, device)
+    most = max(counts)
+    peers = share_memory(rank, most, width, kind, device)
     ours, alone = [RankSum(rank.world_size, peer) for peer in peers], RankSum(1, None)
     eps = torch.finfo(kind).eps
 
     def are_equal(one: torch.Tensor, other: torch.Tensor) -> bool:
-        return (
-            torch.equal(one, other) if rank.world_size == 2 else torch.allclose(one, other, rtol=4 * eps, atol=16 * eps)
-        )
+        if rank.world_size == 2:
+            return torch.equal(one, other)
+        return torch.allclose(one, other, rtol=4 * eps, atol=16 * eps)
 
-    parts = torch.zeros(2, rows, width, dtype=kind, device=device)
-    residual, weight = torch.randn(rows, width, device=device).to(kind), torch.randn(width, device=device).to(kind)
+    parts = torch.zeros(2, most, width, dtype=kind, device=device)
+    residual, weight = torch.randn(most, width, device=device).to(kind), torch.randn(width, device=device).to(kind)
     all_reduce(residual), all_reduce(weight)  # the same on all ranks
 
-    def add_two() -> list[torch.Tensor]:
+    def add_two(rows: int) -> list[torch.Tensor]:
         found = []
         for part, rank_sum in zip(parts, ours, strict=True):
             memory = rank_sum.take(rows)
             assert memory is not None
-            found += rank_sum.add_norm(memory.copy_(part), residual, weight, 1e-6)
+            found += rank_sum.add_norm(memory.copy_(part[:rows]), residual[:rows], weight, 1e-6)
         return found
 
-    add_two()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        found = add_two()
+    graphs = {rows: torch.cuda.CUDAGraph() for rows in counts}
+    results = {}
+    for rows, graph in graphs.items():
+        add_two(rows)
+        with torch.cuda.graph(graph):
+            results[rows] = add_two(rows)
     generator = torch.Generator(device).manual_seed(rank.rank)
     right = 0
-    for _ in range(rounds):
+    for number in range(rounds):
+        rows = counts[number % len(counts)]
         parts.copy_(torch.randn(parts.shape, generator=generator, device=device))
-        graph.replay()
-        sums = [all_reduce(part.double()).to(kind) for part in parts]
-        expected = [tensor for total in sums for tensor in alone.add_norm(total, residual, weight, 1e-6)]
+        graphs[rows].replay()
+        found = results[rows]
+        sums = [all_reduce(part[:rows].double()).to(kind) for part in parts]
+        expected = [tensor for total in sums for tensor in alone.add_norm(total, residual[:rows], weight, 1e-6)]
         same = [torch.empty_like(found[1]) for _ in range(rank.world_size)]
         torch.distributed.all_gather(same, found[1])
         equal = all(are_equal(*pair) for pair in zip(found, expected, strict=True))
         right += equal and all(torch.equal(found[1], other) for other in same)
-    graph.reset()
+    for graph in graphs.values():
+        graph.reset()
     return {"places": len(peers), "right": right}
