@@ -5,6 +5,7 @@ Runs under torchrun, by `tests.ranks.run_ranks`, or in the test's own process as
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import torch
@@ -32,6 +33,16 @@ PROMPT_LENGTHS = (1, 17, 5, 73, 40, 2, 33, 9)
 def prompts(vocabulary: int) -> list[tuple[int, ...]]:
     generator = torch.Generator().manual_seed(5)
     return [tuple(torch.randint(vocabulary, (n,), generator=generator).tolist()) for n in PROMPT_LENGTHS]
+
+
+def generate_in(dtypes: list[str], path: str, step: str) -> dict[str, Any]:
+    """What `generate` gives in each dtype, one after the other in these processes: starting them takes longer."""
+    found = {}
+    for dtype in dtypes:
+        found[dtype] = generate(path, dtype, step)
+        gc.collect()
+        torch.cuda.empty_cache()
+    return found
 
 
 def generate(path: str, dtype: str, step: str) -> dict[str, Any]:

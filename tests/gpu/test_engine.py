@@ -38,9 +38,9 @@ def ranks(request: pytest.FixtureRequest) -> int:
 
 @pytest.fixture(scope="module", params=["fused", "graphs", "eager"])
 def results(request: pytest.FixtureRequest, llama: str, ranks: int) -> dict[str, dict]:
-    """Rank 0's results for each dtype, each made in fresh processes."""
+    """Rank 0's results for each dtype."""
     arguments = {"env": {"DS_ACCELERATOR": "cuda"}, "path": llama, "step": request.param}
-    return {dtype: run_ranks("tests.gpu.steps:generate", ranks, dtype=dtype, **arguments)[0] for dtype in DTYPES}
+    return run_ranks("tests.gpu.steps:generate_in", ranks, dtypes=list(DTYPES), **arguments)[0]
 
 
 def load(path: str, dtype: str) -> LlamaForCausalLM:
