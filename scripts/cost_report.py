@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from scripts.cost_fit import Point, errors, errors_left_out
 from scripts.cost_terms import EXPECTED, GROWTH, RANKS, ROWS, WORST, CostModel, Costs, Measurements
@@ -64,10 +64,9 @@ def other_table(given: Measurements, costs: dict[str, Costs]) -> str:
         for series in other.points:
             model, cells = CostModel(shaped, series.gpu), [other.name, other.engine, series.gpu, str(series.ranks)]
             found = {count: model.step_ms(costs[other.engine], series.ranks, count) for count in series.ms}
-            measured = " / ".join(f"{ms:.1f}" for ms in series.ms.values())
-            floor = " / ".join(f"{model.read_ms(series.ranks, count):.1f}" for count in series.ms)
+            floor = [model.read_ms(series.ranks, count) for count in series.ms]
             worst = max((found[count] / ms - 1 for count, ms in series.ms.items()), key=abs)
-            rows.append([*cells, measured, " / ".join(f"{ms:.1f}" for ms in found.values()), f"{worst:+.1%}", floor])
+            rows.append([*cells, _listed(series.ms.values()), _listed(found.values()), f"{worst:+.1%}", _listed(floor)])
     titles = ["shape", "engine", "GPU", "ranks", f"measured ms, {' / '.join(map(str, ROWS))} rows", "model ms"]
     return _markdown([*titles, "largest error", "floor ms"], rows)
 
@@ -78,7 +77,11 @@ def _prediction(model: CostModel, costs: Costs, ranks: int) -> list[str]:
     spread = f"{min(single):.1f} to {max(single):.1f}" if ranks > 2 else ""
     wins = {growth: model.rows_where_replicas_win(costs, ranks, growth) for growth in GROWTH}
     rate = ROWS[-1] / steps[-1] * 1e3 / ranks
-    return [" / ".join(f"{ms:.1f}" for ms in steps), spread, f"{rate:.0f}", _rows_text(wins)]
+    return [_listed(steps), spread, f"{rate:.0f}", _rows_text(wins)]
+
+
+def _listed(milliseconds: Iterable[float]) -> str:
+    return " / ".join(f"{ms:.1f}" for ms in milliseconds)
 
 
 def _rows_text(wins: dict[str, float]) -> str:

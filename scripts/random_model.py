@@ -99,10 +99,9 @@ def write_checkpoint(folder: Path, config: Any) -> None:
         tensors = {name: _random(shapes[name], name.endswith("bias"), config.dtype, count) for name in names}
         save_file(tensors, folder / file, {"format": "pt"})
 
+    matrices = {shape for shape in shapes.values() if len(shape) > 1}
     with ThreadPoolExecutor(_WRITERS) as pool:
-        list(
-            pool.map(lambda shape: _drawn(shape, config.dtype), {shape for shape in shapes.values() if len(shape) > 1})
-        )
+        list(pool.map(lambda shape: _drawn(shape, config.dtype), matrices))
         list(pool.map(write, itertools.count(1), files))
     weight_map = {name: file for file, names in files.items() for name in names}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))

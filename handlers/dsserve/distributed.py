@@ -29,8 +29,8 @@ logger = logging.getLogger(__name__)
 GROUP_TIMEOUT_S = 600
 # What DeepSpeed 0.19.8 maps for each rank: 2 small and 2 large buffers (csrc/cpu/comm/shm.cpp).
 _SHM_SEGMENT_BYTES = 66 * 2**20
-_MOST_THREADS = 16
 _SHM_OP = "deepspeed_shm_comm"
+_MOST_THREADS = 16  # of `many_cores`
 
 
 @dataclass(frozen=True)

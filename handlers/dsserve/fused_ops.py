@@ -24,8 +24,8 @@ _PLACES = 4
 
 # Few and many: a GPU turns them in other blocks.
 _ROTARY_TOKENS = (3, 24)
-# Of few rows a GPU computes a gated MLP's beginning in one kernel.
-_ROWS = (1, 4, 40)
+# One kernel computes the beginning of a gated MLP of few rows.
+_NORM_ROWS, _MLP_ROWS = (4,), (1, 4, 40)
 _GATED = ("gate_proj", "up_proj", "down_proj", "act_fn")
 
 
@@ -108,16 +108,17 @@ def use_fused_ops(module: nn.Module, ops: Any) -> int:
 def _fuse(child: Any, ops: Any, like: torch.Tensor) -> nn.Module | None:
     """The same layer in fewer calls, or None for a layer that computes something else."""
     kind, width = type(child).__name__, 0
+    counts: tuple[int, ...] = _NORM_ROWS
     fused: nn.Module | None = None
     if kind.endswith("RMSNorm"):
         weight, eps = getattr(child, "weight", None), getattr(child, "variance_epsilon", None)
         if weight is not None and eps is not None and weight.dim() == 1:
             fused, width = FusedRMSNorm(ops, weight, eps), weight.shape[0]
     elif kind.endswith("MLP") and hasattr(ops, "gated_silu") and all(hasattr(child, name) for name in _GATED):
-        fused, width = FusedMLP(ops, child), _inputs(child.gate_proj)
+        fused, width, counts = FusedMLP(ops, child), _inputs(child.gate_proj), _MLP_ROWS
     if fused is None:
         return None
-    return fused if all(_is_same_layer(fused, child, rows, width, like) for rows in _ROWS) else None
+    return fused if all(_is_same_layer(fused, child, rows, width, like) for rows in counts) else None
 
 
 @torch.inference_mode()

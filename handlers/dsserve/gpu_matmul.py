@@ -23,7 +23,7 @@ from dsserve.early_launch import prefetch_rows, wait_for_inputs
 # the read bandwidth, and again of 17 on H100s, launched early.
 _OUTPUTS, _COLUMNS, _WARPS, _LINES = 2, 1024, 4, 8
 # The same for several rows, on tensor cores: the best of 21 on H100s for 8 and 16 rows. At 64 rows cuBLAS is faster.
-MOST_ROWS = 32
+_MOST_ROWS = 32
 _ROWS_OUTPUTS, _ROWS_COLUMNS, _ROWS_WARPS, _ROWS_STAGES, _ROWS_LINES = 64, 256, 4, 3, 4
 # The same for weights of 8 bits, the best of 36 and of 36 on an H100. More rows take the weight expanded, and cuBLAS.
 _SCALED_OUTPUTS, _SCALED_ROWS_OUTPUTS, _SCALED_ROWS_STAGES = 1, 32, 4
@@ -132,14 +132,20 @@ def _expand(weight_ptr, scale_ptr, out_ptr, size, weight_row, WIDTH: tl.constexp
     tl.store(out_ptr + row * size + at, result.to(out_ptr.dtype.element_ty), mask=at < size)
 
 
+def most_rows(x: torch.Tensor, is_scaled: bool = False) -> int:
+    """The rows of inputs like `x` up to which `multiply_few` is faster than cuBLAS."""
+    if x.dtype == torch.float32:
+        return 1
+    return _most_scaled_rows(x.device) if is_scaled else _MOST_ROWS
+
+
 @cache
-def most_scaled_rows(device: torch.device) -> int:
-    """The rows up to which weights of 8 bits are multiplied as they are."""
+def _most_scaled_rows(device: torch.device) -> int:
     major, _ = torch.cuda.get_device_capability(device)
-    return _MOST_SCALED_ROWS if major in _LARGE_SHARED else MOST_ROWS
+    return _MOST_SCALED_ROWS if major in _LARGE_SHARED else _MOST_ROWS
 
 
-def multiply_row(
+def multiply_few(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
@@ -147,42 +153,30 @@ def multiply_row(
     scale: torch.Tensor | None = None,
     is_gated: bool = False,
 ) -> None:
-    """Writes `x @ weight.T + bias` of one row, `[1, in]`, to `out`, `[1, out]`.
+    """Writes `x @ weight.T + bias` of 1 to `most_rows` rows, `[n, in]`, to `out`, `[n, out]`; rows of whole elements.
 
     Args:
         weight: `[out, in]`; int8 or fp8 with a scale.
         scale: `[out]`, fp32, of each row of the weight; None = it is in the dtype of `x`.
-        is_gated: write `silu(a) * b`, `[1, out / 2]`, of the product's halves.
+        is_gated: write `silu(a) * b`, `[n, out / 2]`, of the product's halves.
     """
     outputs, size = weight.shape
-    rows = _OUTPUTS if scale is None or is_gated else _SCALED_OUTPUTS
-    _multiply_row[(triton.cdiv(outputs, rows),)](
-        x, weight, weight if scale is None else scale, weight if bias is None else bias, out, outputs, size,
-        weight.stride(0), OUTPUTS=rows, WIDTH=_COLUMNS, IS_SCALED=scale is not None, HAS_BIAS=bias is not None,
-        IS_GATED=is_gated, LINES=_LINES, num_warps=_WARPS, **early_launch.options(x.device),
-    )  # fmt: skip
-
-
-def multiply_rows(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    out: torch.Tensor,
-    scale: torch.Tensor | None = None,
-    is_gated: bool = False,
-) -> None:
-    """The same for 1 to MOST_ROWS rows, with a scale `most_scaled_rows`: `[n, in]` -> `[n, out]`, fp16 or bf16; rows of
-    whole elements."""
-    outputs, size = weight.shape
-    count = x.shape[0]
-    is_narrow = scale is not None and count <= MOST_ROWS
-    places = _SCALED_ROWS_OUTPUTS if is_narrow else _ROWS_OUTPUTS
+    count, is_scaled = x.shape[0], scale is not None
+    tensors = (x, weight, weight if scale is None else scale, weight if bias is None else bias, out)
+    forms = {"IS_SCALED": is_scaled, "HAS_BIAS": bias is not None, "IS_GATED": is_gated}
+    launch = early_launch.options(x.device)
+    if count == 1:
+        places = _SCALED_OUTPUTS if is_scaled and not is_gated else _OUTPUTS
+        _multiply_row[(triton.cdiv(outputs, places),)](
+            *tensors, outputs, size, weight.stride(0),
+            OUTPUTS=places, WIDTH=_COLUMNS, LINES=_LINES, num_warps=_WARPS, **forms, **launch,
+        )  # fmt: skip
+        return
+    places = _SCALED_ROWS_OUTPUTS if is_scaled and count <= _MOST_ROWS else _ROWS_OUTPUTS
     _multiply_rows[(triton.cdiv(outputs, places),)](
-        x, weight, weight if scale is None else scale, weight if bias is None else bias, out, count, outputs, size,
-        x.stride(0), weight.stride(0), out.stride(0),
-        ROWS=max(16, triton.next_power_of_2(count)), OUTPUTS=places, WIDTH=_ROWS_COLUMNS, IS_SCALED=scale is not None,
-        HAS_BIAS=bias is not None, IS_GATED=is_gated, LINES=_ROWS_LINES, num_warps=_ROWS_WARPS,
-        num_stages=_ROWS_STAGES if scale is None else _SCALED_ROWS_STAGES, **early_launch.options(x.device),
+        *tensors, count, outputs, size, x.stride(0), weight.stride(0), out.stride(0),
+        ROWS=max(16, triton.next_power_of_2(count)), OUTPUTS=places, WIDTH=_ROWS_COLUMNS, LINES=_ROWS_LINES,
+        num_warps=_ROWS_WARPS, num_stages=_SCALED_ROWS_STAGES if is_scaled else _ROWS_STAGES, **forms, **launch,
     )  # fmt: skip
 
 

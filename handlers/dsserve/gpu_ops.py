@@ -77,11 +77,8 @@ def multiply(
     rows = x.reshape(-1, x.shape[-1])
     if out is None:
         out = torch.empty(rows.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
-    most = _matmul.MOST_ROWS if scale is None else _matmul.most_scaled_rows(x.device)
-    if rows.shape[0] == 1:
-        _matmul.multiply_row(rows, weight, bias, out, scale)
-    elif rows.shape[0] <= most and x.dtype != torch.float32:
-        _matmul.multiply_rows(rows, weight, bias, out, scale)
+    if 0 < rows.shape[0] <= _matmul.most_rows(x, scale is not None):
+        _matmul.multiply_few(rows, weight, bias, out, scale)
     else:
         whole = weight if scale is None else _matmul.expand(weight, scale, x.dtype)
         if bias is None:
@@ -95,9 +92,8 @@ def multiply_gated(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | 
     """`silu(a) * b` of the halves a and b of `x @ weight.T`, `[..., in]` -> `[..., out / 2]`, in one kernel; None for
     more rows than that pays for. Arguments as of `multiply`."""
     rows = x.reshape(-1, x.shape[-1])
-    if rows.shape[0] > _matmul.MOST_ROWS or (rows.shape[0] > 1 and x.dtype == torch.float32):
+    if not 0 < rows.shape[0] <= _matmul.most_rows(x):
         return None
     out = torch.empty(rows.shape[0], weight.shape[0] // 2, dtype=x.dtype, device=x.device)
-    multiply_few = _matmul.multiply_row if rows.shape[0] == 1 else _matmul.multiply_rows
-    multiply_few(rows, weight, None, out, scale, is_gated=True)
+    _matmul.multiply_few(rows, weight, None, out, scale, is_gated=True)
     return out.view(*x.shape[:-1], -1)

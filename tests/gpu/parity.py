@@ -133,16 +133,20 @@ def main(
             row = cell.result()
             print_row(row)
             document["rows"].append(row)
-            if out:
-                Path(out).write_text(json.dumps(document))
+            keep(document, out)
     rows, wall_s = document["rows"], round(time.monotonic() - started_s)
     wrong = [f"{r['architecture']} {r['dtype']}" for r in rows if r["dtype"] not in REFUSED and not is_right(r)]
     print(f"\n{len(rows)} cells, {wall_s} s; wrong: {', '.join(wrong) or 'none'}")
     document |= {"seconds": wall_s, "wrong": wrong}
-    if out:
-        Path(out).write_text(json.dumps(document))
+    keep(document, out)
     print(json.dumps(document))
     raise typer.Exit(1 if wrong else 0)
+
+
+def keep(document: dict[str, Any], out: str) -> None:
+    """Writes what is found so far, where a file was named."""
+    if out:
+        Path(out).write_text(json.dumps(document))
 
 
 def is_right(row: dict[str, Any]) -> bool:
