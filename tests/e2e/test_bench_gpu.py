@@ -6,14 +6,14 @@ import json
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 
+from scripts import processes
 from tests.conftest import ROOT
+from tests.waiting import wait_for
 
 ARGS = "--prompts 40 --batches 1,2 --new-tokens 30 --repeats 1 --prefill-tokens 16"
 
@@ -85,7 +85,7 @@ def test_a_run_that_is_ended_leaves_no_server(folder: Path, tmp_path: Path) -> N
     )
     servers: list[psutil.Process] = []
     try:
-        servers = wait_for(lambda: servers_of(tmp_path))
+        servers = wait_for(lambda: servers_of(tmp_path), timeout_s=120)
         process.terminate()
         assert process.wait(timeout=60) != 0
         psutil.wait_procs(servers, timeout=30)
@@ -100,14 +100,5 @@ def test_a_run_that_is_ended_leaves_no_server(folder: Path, tmp_path: Path) -> N
 
 def servers_of(folder: Path) -> list[psutil.Process]:
     """The TorchServe frontends whose model store lies in a folder."""
-    found = [(process, process.info["cmdline"] or [""]) for process in psutil.process_iter(["cmdline"])]
-    return [process for process, words in found if words[0].endswith("java") and str(folder) in " ".join(words)]
-
-
-def wait_for(find: Callable[[], list[psutil.Process]], timeout_s: float = 120) -> list[psutil.Process]:
-    """What `find` finds, as soon as it finds something."""
-    deadline = time.monotonic() + timeout_s
-    while not (found := find()):
-        assert time.monotonic() < deadline, "nothing was found in time"
-        time.sleep(0.2)
-    return found
+    found = [p for p in psutil.process_iter(["cmdline"]) if str(folder) in " ".join(p.info["cmdline"] or [])]
+    return [process for process in found if processes.describe(process) == "TorchServe"]

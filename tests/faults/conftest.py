@@ -20,6 +20,7 @@ from scripts import package as packaging
 from scripts.package import Choice
 from scripts.run_dir import Ports
 from tests.e2e.conftest import Served, serve
+from tests.waiting import wait_for
 
 FAULTY_HANDLER = Path(__file__).with_name("faulty_handler.py")
 COLLECTIVE_TIMEOUT_S = 6.0
@@ -136,9 +137,7 @@ _EXPECTED: dict[str, str] = {}
 def wait_until(condition: Callable[[], object], within_s: float) -> float:
     """Seconds until it holds; fails after `within_s`."""
     started = time.monotonic()
-    while not condition():
-        assert time.monotonic() - started < within_s, f"not within {within_s} s"
-        time.sleep(0.05)
+    wait_for(condition, within_s)
     return time.monotonic() - started
 
 

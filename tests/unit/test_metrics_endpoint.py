@@ -8,8 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,6 +19,7 @@ from dsserve.metrics_endpoint import ADDRESS_VARIABLE, FOLDER, MOST_CONNECTIONS,
 from scripts import server
 from scripts.run_dir import RunDir
 from tests.scrape import PROMETHEUS_2, PROMETHEUS_3, Scrape
+from tests.waiting import wait_for
 
 HOST = "127.0.0.1"
 # Another worker: its own version of the same metric.
@@ -40,13 +40,6 @@ def make_registry(version: str, count: int) -> CollectorRegistry:
     registry = CollectorRegistry()
     Counter("vllm:prompt_tokens", "Help.", ["model_version"], registry=registry).labels(version).inc(count)
     return registry
-
-
-def wait_for(what: Callable[[], bool], seconds: float = 15) -> None:
-    deadline = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def listens(port: int) -> bool:

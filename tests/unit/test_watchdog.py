@@ -8,13 +8,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 
 from dsserve.parents import Parents, parent_of
+from tests.waiting import wait_for
 
 HANDLERS = Path(__file__).resolve().parents[2] / "handlers"
 ENVIRON = {**os.environ, "PYTHONPATH": str(HANDLERS)}
@@ -97,13 +97,6 @@ time.sleep(60)
 # Starts the rank as torchrun does, and waits for it.
 LAUNCHER = "import subprocess, sys; subprocess.run([sys.executable, *sys.argv[2:]])"
 SERVER = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1], 'torchrun', *sys.argv[2:]])"
-
-
-def wait_for(condition: Callable[[], object], timeout_s: float = 15) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 # The kernel's signal is of the parent alone: a dead server is the watchdog's affair.
