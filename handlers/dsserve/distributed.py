@@ -82,7 +82,9 @@ def prepare_environment(device: torch.device, rank: RankInfo, num_threads: int |
     Threads: with more threads than cores the ranks' spinning all-reduce makes a step about 100 times slower. A rank
     with a GPU has little to do on the host, in small pieces, and with many threads waits for the slowest core each
     time: beside programs that used the cores a pass took 25 ms instead of 11 (64 cores, TP=1).
+    Tokenizers: rank 0 reads one text at a time, which is not worth waking threads for.
     """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ["LOCAL_SIZE"] = str(rank.local_world_size)
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     if device.type == "cpu":

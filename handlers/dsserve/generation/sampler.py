@@ -7,8 +7,6 @@ the vocabulary `candidates`'.
 
 from __future__ import annotations
 
-import secrets
-
 import torch
 
 from dsserve.generation.blocks import find_places, sum_blocks, weigh
@@ -40,8 +38,7 @@ class SamplingState:
         self.history = TokenHistory(request.sampling, request.prompt_ids, ending_ids)
         self.grammar = grammar
         self.failed = False
-        seed = secrets.randbits(63) if self.params.seed is None else self.params.seed
-        self.uniforms = Uniforms(seed, request.index)
+        self.uniforms = Uniforms(self.params.seed, request.index)
         self.numbers = row_numbers(self.params)
 
     @property

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import secrets
+
 import numpy as np
 
 _DRAWN_AT_ONCE = 64
 
 
 class Uniforms:
-    """Numbers in [0, 1), one for each position of sequence `index` of a request, without end. Philox, counter-based."""
+    """Numbers in [0, 1), one for each position of sequence `index` of a request, without end. Philox, counter-based.
 
-    def __init__(self, seed: int, index: int) -> None:
-        self._generator = np.random.Generator(np.random.Philox(key=np.array([seed % 2**64, index], dtype=np.uint64)))
+    Args:
+        seed: None = one that nobody knows.
+    """
+
+    def __init__(self, seed: int | None, index: int) -> None:
+        self._seed, self._index = seed, index
+        self._generator: np.random.Generator | None = None  # greedy sequences, which need none, begin faster
         self._ready: list[float] = []  # the next one last
 
     def __iter__(self) -> Uniforms:
@@ -19,8 +26,13 @@ class Uniforms:
 
     def __next__(self) -> float:
         if not self._ready:
+            self._generator = self._generator or self._begin()
             self._ready = self._generator.random(_DRAWN_AT_ONCE).tolist()[::-1]
         return self._ready.pop()
+
+    def _begin(self) -> np.random.Generator:
+        seed = secrets.randbits(63) if self._seed is None else self._seed
+        return np.random.Generator(np.random.Philox(key=np.array([seed % 2**64, self._index], dtype=np.uint64)))
 
     def put_back(self, number: float) -> None:
         """Makes the number that was taken last the next one again."""
