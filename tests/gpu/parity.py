@@ -51,7 +51,7 @@ def _env() -> dict[str, str]:
     return {**os.environ, "DS_ACCELERATOR": "cuda", "PATH": path, "PYTHONPATH": os.pathsep.join(paths)}
 
 
-def run_one(name: str, dtype: str, tp: int, only: str, timeout_s: float) -> dict[str, Any]:
+def run_one(name: str, dtype: str, tp: int, only: str, turns: str, timeout_s: float) -> dict[str, Any]:
     """One cell: its cases as far as they came, and the error that ended it, if one did."""
     started_s = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
@@ -60,6 +60,7 @@ def run_one(name: str, dtype: str, tp: int, only: str, timeout_s: float) -> dict
             run_ranks(
                 "tests.injection.cell:run_cell", tp, timeout_s, {"DS_ACCELERATOR": "cuda", "OMP_NUM_THREADS": "2"},
                 name=name, dtype=dtype, device_type="gpu", only=only, allow_fp32=True, journal=str(journal),
+                turns=turns,
             )  # fmt: skip
         except (RuntimeError, subprocess.TimeoutExpired) as fault:
             error = _last_words(str(fault))
@@ -116,8 +117,9 @@ def main(
     only: str = typer.Option("", help="architectures, with commas; default: all"),
     dtypes: str = typer.Option("fp16,bf16,fp32"),
     cases: str = typer.Option("", help="cases, with commas; default: all"),
-    jobs: int = typer.Option(6, help="cells at once"),
-    timeout_s: float = typer.Option(240, help="of one cell"),
+    jobs: int = typer.Option(8, help="cells that are started at once"),
+    at_once: int = typer.Option(2, help="cells that use the GPUs at once"),
+    timeout_s: float = typer.Option(240, help="of one cell, its wait for the GPUs included"),
     out: str = typer.Option("", help="a file for the JSON line"),
 ) -> None:
     """Run the matrix; exit status 1 where a cell that is served is not right."""
@@ -127,8 +129,10 @@ def main(
     todo = [(name, dtype) for dtype in dtypes.split(",") for name in (only.split(",") if only else ARCHITECTURES)]
     document: dict[str, Any] = {**machine(), "tp": tp, "op_seconds": op, "wanted": len(todo), "rows": []}
     print_head()
-    with ThreadPoolExecutor(jobs) as pool:
-        cells = [pool.submit(run_one, *cell, tp, cases, timeout_s) for cell in todo]
+    with tempfile.TemporaryDirectory() as turns, ThreadPoolExecutor(jobs) as pool:
+        for number in range(at_once):
+            Path(turns, str(number)).touch()
+        cells = [pool.submit(run_one, *cell, tp, cases, turns, timeout_s) for cell in todo]
         for cell in as_completed(cells):  # what is found stays found, should the run be ended
             row = cell.result()
             print_row(row)

@@ -40,6 +40,7 @@ def generate_in(dtypes: list[str], path: str, step: str) -> dict[str, Any]:
     found = {}
     for dtype in dtypes:
         found[dtype] = generate(path, dtype, step)
+        torch.cuda.synchronize()  # other ranks than 0 do not wait for their last step, whose graph goes now
         gc.collect()
         torch.cuda.empty_cache()
     return found

@@ -5,10 +5,12 @@ On a GPU with the real kernels and models of real shape, on a CPU with `kernels`
 
 from __future__ import annotations
 
+import fcntl
 import json
+import time
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -26,7 +28,8 @@ LIMITS = {"fp32": 1e-4, "fp16": 3e-3, "bf16": 2e-2}
 
 
 def run_cell(
-    name: str, dtype: str, device_type: str, only: str = "", allow_fp32: bool = False, journal: str = ""
+    name: str, dtype: str, device_type: str, only: str = "", allow_fp32: bool = False, journal: str = "",
+    turns: str = "",
 ) -> dict[str, Any]:  # fmt: skip
     """All cases of architecture `name`: case -> result, or the error that ended it.
 
@@ -34,8 +37,10 @@ def run_cell(
         only: names of cases, with commas; all where empty.
         allow_fp32: do not refuse fp32, to see what the kernels make of it.
         journal: a file that rank 0 appends each result to, so that a crash leaves those before it.
+        turns: a folder whose files' number is that of the cells on the GPUs at once; the others wait until one ends.
     """
     rank = RankInfo.from_env()
+    turn = take_turn(Path(turns)) if turns and rank.is_leader else None  # the other ranks meet rank 0 at the load
     size = "real" if device_type == "gpu" else "tiny"
     if device_type == "cpu":
         from tests.injection.kernels import install
@@ -77,7 +82,28 @@ def run_cell(
         itself = {**pair.itself(name in ENCODERS).row(), "passes": True}
         with Path(journal).open("a") as file:
             file.write(json.dumps([ITSELF, itself]) + "\n")
+    if turn is not None:
+        turn.close()
     return results
+
+
+def take_turn(folder: Path) -> IO[bytes]:
+    """Waits until one of the folder's files is nobody's; it is this process's until it is closed, or the process ends.
+
+    Ranks of several cells that share GPUs wait for each other in every collective: ten at once took over two minutes
+    where one takes half of one.
+    """
+    import deepspeed  # noqa: F401  what takes long and needs no GPU comes before the turn
+
+    while True:
+        for path in folder.iterdir():
+            file = path.open("rb")
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return file
+            except BlockingIOError:
+                file.close()
+        time.sleep(0.1)
 
 
 def forget_kernels() -> None:
