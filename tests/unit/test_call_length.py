@@ -50,7 +50,7 @@ def test_a_single_request_and_rare_ones_do_not() -> None:
 
 
 class Runner(FakeRunner):
-    """Every step takes `STEP_S` of the test's clock; keeps the plans."""
+    """Every step takes `STEP_S` of the test's clock, and as long for each ten tokens of prompts; keeps the plans."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class Runner(FakeRunner):
 
     def execute(self, plan: Plan) -> StepLogits | None:
         self.plans.append(plan)
-        self.now += STEP_S
+        self.now += STEP_S * (1 + sum(len(admission.tokens) for admission in plan.admit) // 10)
         return super().execute(plan)
 
 
@@ -104,6 +104,12 @@ def test_a_call_holds_the_steps_that_fit_into_its_time(engine: Engine, runner: R
     assert steps_of(engine, runner, limit_s=0.16) == 5
     assert steps_of(engine, runner, limit_s=0.01) == 1
     assert steps_of(engine, runner, max_steps=3, limit_s=0.5) == 3
+
+
+def test_a_prompt_that_took_long_shortens_no_call_after_it(engine: Engine, runner: Runner) -> None:
+    engine.admit(GenerationRequest("a", (5,) * 20, 1000))
+    assert steps_of(engine, runner, limit_s=0.1) == 1
+    assert steps_of(engine, runner, limit_s=0.1) == 3
 
 
 def test_a_text_that_ends_ends_the_call(engine: Engine, runner: Runner) -> None:

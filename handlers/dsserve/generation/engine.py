@@ -85,7 +85,8 @@ class Engine:
         self._rewind = False  # the last step that the ranks executed is void
         self._patience = 0  # steps before one may be launched ahead again
         self._memory_failures = 0
-        self._step_s = 0.0  # of the last step
+        self._completes = False  # the present step reads a prompt to its end
+        self._step_s = 0.0  # of the last step that did not: such a one says little of the next
 
     @property
     def running(self) -> int:
@@ -125,7 +126,9 @@ class Engine:
             answered = self._step(last)
             events += answered
             ended = time.monotonic()
-            self._step_s, started = ended - started, ended
+            if not self._completes:
+                self._step_s = ended - started
+            started = ended
             if last or not self._channel.is_open or any(event.is_last for event in answered):
                 break
         self._channel.end_call()  # the others know a plan by its beginning only
@@ -148,6 +151,7 @@ class Engine:
         there is a text's last one among them, which should leave.
         """
         events: list[TokenEvent] = []
+        self._completes = False
         if self._flights and not self._launch_ahead(self._plan_ahead(last)):
             events = self._read()
             if any(event.is_last for event in events):
@@ -162,7 +166,8 @@ class Engine:
         started = time.monotonic()
         plan = replace(self._scheduler.plan(last), rewind=self._rewind)
         self._rewind, self._patience = False, max(0, self._patience - 1)
-        last = last or any(admission.complete for admission in plan.admit)
+        self._completes = any(admission.complete for admission in plan.admit)
+        last = last or self._completes
         ahead = self._plan_ahead(last)
         plan = replace(plan, last=last and ahead is None)
         self._channel.send(plan)
