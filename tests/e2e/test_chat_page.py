@@ -199,8 +199,11 @@ def test_the_model_answers_through_haproxy(window: Browser, small: Served, tmp_p
             window.write(name, value)
         window.run("document.getElementById('temperature').value = 0")
         say(window, "What is the capital of Japan?")
-        seen = set()
+        seen: set[str] = set()
         window.wait_for(lambda: seen.update(window.texts(".assistant")) or window.texts(".note, .error"))
         assert window.texts(".error") == [], front.url
-        assert "Tokyo" in window.texts(".assistant")[0]
-        assert len(seen) > 2, "it came in pieces"
+        whole = window.texts(".assistant")[0]
+        assert "Tokyo" in whole
+        # Its first token at least: the others leave every 150 ms, which may be the rest of a short answer.
+        pieces = {text for text in seen if text and text != whole}
+        assert pieces and all(whole.startswith(piece) for piece in pieces)
