@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from functools import cached_property
 
 import numpy as np
 
@@ -18,7 +19,6 @@ class Uniforms:
 
     def __init__(self, seed: int | None, index: int) -> None:
         self._seed, self._index = seed, index
-        self._generator: np.random.Generator | None = None  # greedy sequences, which need none, begin faster
         self._ready: list[float] = []  # the next one last
 
     def __iter__(self) -> Uniforms:
@@ -26,11 +26,12 @@ class Uniforms:
 
     def __next__(self) -> float:
         if not self._ready:
-            self._generator = self._generator or self._begin()
             self._ready = self._generator.random(_DRAWN_AT_ONCE).tolist()[::-1]
         return self._ready.pop()
 
-    def _begin(self) -> np.random.Generator:
+    @cached_property
+    def _generator(self) -> np.random.Generator:
+        """Made when it is first drawn from: greedy sequences, which need none, begin faster."""
         seed = secrets.randbits(63) if self._seed is None else self._seed
         return np.random.Generator(np.random.Philox(key=np.array([seed % 2**64, self._index], dtype=np.uint64)))
 
