@@ -69,6 +69,25 @@ class FusedMLP(nn.Module):
         return self.down_proj(self._ops.gated_silu(self.gate_proj(x), self.up_proj(x)) if gated is None else gated)
 
 
+class FusedRotary:
+    """A modelling file's rotary function in one call. It serves every model of that file in the process, so what the
+    operation does not compute, and tensors of another device (a reference on the CPU), go to the original."""
+
+    def __init__(self, ops: Any, original: Callable[..., Any], device: torch.device) -> None:
+        self._ops = ops
+        self.original = original
+        self._device = device
+
+    def __call__(
+        self, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *rest: Any, **more: Any
+    ) -> Any:
+        """`[B, H, T, D]` and `[B, KV, T, D]` turned by `[B, T, D]`."""
+        is_ours = q.device == self._device and cos.dim() == 3 and cos.shape[-1] == q.shape[-1] and cos.dtype == q.dtype
+        if rest or more or not is_ours:
+            return self.original(q, k, cos, sin, *rest, **more)
+        return self._ops.rotary(q, k, cos.contiguous(), sin.contiguous())
+
+
 def load_ops(device: torch.device) -> Any | None:
     """Compiles (the first time) and loads the operations for a device; None where they cannot be had."""
     if device.type == "cpu":
@@ -88,7 +107,7 @@ def use_fused_ops(module: nn.Module, ops: Any) -> int:
     how many.
 
     Rotary functions are replaced in transformers' modelling modules, since layers call them by name (transformers
-    5.23); one process serves one model.
+    5.23); see `FusedRotary`.
     """
     count, parameter = 0, next(module.parameters())
     for parent in list(module.modules()):
@@ -99,8 +118,10 @@ def use_fused_ops(module: nn.Module, ops: Any) -> int:
                 count += 1
     for namespace in {sys.modules[type(part).__module__] for part in module.modules()}:
         original = getattr(namespace, _ROTARY, None)
+        if isinstance(original, FusedRotary):  # of a model before this one
+            original = original.original
         if original is not None and _is_same_rotary(original, parameter, ops):
-            setattr(namespace, _ROTARY, _rotary_or(original, ops))
+            setattr(namespace, _ROTARY, FusedRotary(ops, original, parameter.device))
             count += 1
     return count
 
@@ -147,15 +168,6 @@ def _is_same_rotary_of(tokens: int, function: Callable[..., Any], like: torch.Te
         return False
     found = ops.rotary(q, k, cos, sin)
     return len(expected) == 2 and all(_is_close(a, b) for a, b in zip(found, expected, strict=True))
-
-
-def _rotary_or(original: Callable[..., Any], ops: Any) -> Callable[..., Any]:
-    def rotary(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *rest: Any, **more: Any) -> Any:
-        if rest or more or cos.dim() != 3 or cos.shape[-1] != q.shape[-1] or cos.dtype != q.dtype:
-            return original(q, k, cos, sin, *rest, **more)
-        return ops.rotary(q, k, cos.contiguous(), sin.contiguous())
-
-    return rotary
 
 
 def _is_close(found: torch.Tensor, expected: torch.Tensor) -> bool:

@@ -97,6 +97,10 @@ def test_the_rotary_function_of_a_modelling_file_is_replaced_where_it_is_the_sam
     assert_close(replaced(q, q, cos, cos)[0], original(q, q, cos, cos)[0])
     turned = q.transpose(1, 2)
     assert torch.equal(replaced(turned, turned, cos, cos, 2)[0], original(turned, turned, cos, cos, 2)[0])
+    elsewhere = q.to("meta"), q.to("meta"), cos.to("meta"), cos.to("meta")
+    assert replaced(*elsewhere)[0].is_meta
+    assert use_fused_ops(Attention(), torch.ops.dsserve_cpu) == 1
+    assert modelling.apply_rotary_pos_emb.original is original
 
     def interleaved(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple:
         return q * cos[:, None], k * cos[:, None]
