@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -98,6 +99,8 @@ class Bench:
             folder = Path(scratch)
             (folder / "spec").write_text(json.dumps(spec), encoding="utf-8")
             error = run_ranks(ranks, folder, setting["device"], seconds)
+            if error:
+                error += f" (the ranks' log: {self._keep_log(folder / 'log', way, prompt)})"
             files = [folder / f"{rank}.json" for rank in range(ranks)]
             found = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.is_file()]
         if len(found) < ranks or any("bytes" not in rank for rank in found):
@@ -109,6 +112,12 @@ class Bench:
         peaks = [rank["memory"]["peak"] / 2**30 for rank in found]
         part |= {"bandwidth": [rank["bandwidth"] for rank in found], "bytes": [rank["bytes"] for rank in found]}
         return part | {"peak_gib": round(max(peaks), 2), "load_s": found[0]["load_s"]}
+
+    def _keep_log(self, log: Path, way: str, prompt: int) -> Path:
+        """A failed part's log lies beside the results; the report has one line of it."""
+        kept = self._out.with_suffix(f".{way}-{prompt}.log")
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        return Path(shutil.copyfile(log, kept))
 
 
 def run_ranks(ranks: int, folder: Path, device: str, seconds: float) -> str:

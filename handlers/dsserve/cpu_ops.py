@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from dsserve.errors import first_line
+
 logger = logging.getLogger(__name__)
 
 _NAME = "dsserve_cpu_ops"
@@ -40,7 +42,7 @@ def load_cpu_ops() -> bool:
                 no_implicit_headers=True, with_pytorch_error_handling=False,
             )  # fmt: skip
     except (RuntimeError, OSError, ImportError) as error:
-        logger.warning("[dsserve] no compiled CPU operations: %s", str(error).strip().splitlines()[0])
+        logger.warning("[dsserve] no compiled CPU operations: %s", first_line(error))
         return False
     return True
 

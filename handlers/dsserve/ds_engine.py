@@ -19,7 +19,7 @@ from ts.context import Context
 from dsserve import checkpoint
 from dsserve.config import YAML_FILE
 from dsserve.distributed import RankInfo, init_process_group, many_cores, prepare_environment, select_device
-from dsserve.errors import LoadError
+from dsserve.errors import LoadError, first_line
 from dsserve.hf_model import model_dtype
 from dsserve.injection.attempt import KernelInjection
 from dsserve.load_clock import LoadClock
@@ -228,7 +228,7 @@ def _verify(engine: Any, check: SelfCheck, rank: RankInfo) -> None:
     except (RuntimeError, ValueError, IndexError) as error:  # parts that were not sharded alike do not fit together
         raise LoadError(
             f"{type(engine.module).__name__} cannot run after DeepSpeed's sharding over {rank.world_size} ranks "
-            f"({str(error).splitlines()[0]}); this architecture is not served with this number of ranks"
+            f"({first_line(error)}); this architecture is not served with this number of ranks"
         ) from error
     relative = check.verify(logits, "DeepSpeed's sharding")
     if rank.is_leader:

@@ -1,9 +1,15 @@
 """The two kinds of error that people see: a load that cannot succeed, and a request that cannot be answered.
 
-Covers only the types; who turns them into log lines or HTTP replies is the handler and `protocol.reply`.
+Covers only the types, and a library's error in one line; who turns them into log lines or HTTP replies is the handler
+and `protocol.reply`.
 """
 
 from __future__ import annotations
+
+
+def first_line(error: Exception) -> str:
+    """What a library's error says first, its type where it says nothing."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 class LoadError(ValueError):

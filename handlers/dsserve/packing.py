@@ -180,6 +180,7 @@ def replace_layers(module: nn.Module, make: MakeLinear, keep: nn.Module | None =
             kind = _kind(child)
             if kind in ("column", "row") and child is not keep:
                 setattr(parent, name, make(child.weight, child.bias, kind == "row" and child.is_tp_parallel))
+                _drop(child)
                 count += 1
     return count
 
@@ -191,8 +192,9 @@ def _fuse(parent: nn.Module, names: tuple[str, ...], make: MakeLinear) -> int:
     if len({layer.bias is None for layer in layers}) != 1:
         return 0
     columns = _FusedColumns(layers, make)
-    for index, name in enumerate(names):
+    for index, (name, layer) in enumerate(zip(names, layers, strict=True)):
         setattr(parent, name, FusedPart(columns, index))
+        _drop(layer)
     return 1
 
 
@@ -204,8 +206,16 @@ def _pack_heads(module: nn.Module) -> int:
                 weight, bias, start = gather_rows(child)
                 head = VocabParallelHead(_make_linear(weight, bias, False), start, child.weight.shape[0])
                 setattr(parent, name, head)
+                _drop(child)
                 count += 1
     return count
+
+
+def _drop(layer: nn.Module) -> None:
+    """Frees a replaced layer's parameters. DeepSpeed's know their layer, which holds them: until Python looks for
+    garbage they would lie beside what replaces them."""
+    for name, _ in list(layer.named_parameters(recurse=False)):
+        delattr(layer, name)
 
 
 def _children(parent: nn.Module) -> list[tuple[str, Any]]:

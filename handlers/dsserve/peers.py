@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from dsserve.distributed import RankInfo, agree_on_least
-from dsserve.errors import LoadError
+from dsserve.errors import LoadError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -80,9 +80,9 @@ def share_memory(rank: RankInfo, rows: int, width: int, dtype: torch.dtype, devi
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:  # the other ranks wait within the exchange: there is no way back to NCCL
-        why = str(error).strip().splitlines()[0]
         raise LoadError(
-            f"the ranks cannot exchange GPU memory ({why}): set handler.compiled_ops: false, or use one container"
+            f"the ranks cannot exchange GPU memory ({first_line(error)}): set handler.compiled_ops: false, or use one "
+            "container"
         ) from None
     torch.cuda.synchronize(device)
     torch.distributed.barrier()

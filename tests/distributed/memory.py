@@ -7,10 +7,12 @@ from typing import Any
 import torch
 
 from dsserve.distributed import RankInfo
+from dsserve.errors import LoadError
 from dsserve.generation.engine import Engine
 from dsserve.generation.model_runner import ModelRunner
 from dsserve.generation.prefill_memory import PrefillMemory
 from dsserve.generation.request import GenerationRequest
+from dsserve.generation.warmup import warm_up
 from tests.distributed.steps import make_engine
 from tests.streams import Numbers, run_or_fail
 
@@ -59,6 +61,18 @@ def give_up(path: str) -> str:
     except torch.OutOfMemoryError as error:
         return str(error)
     return str(found)
+
+
+def load(path: str) -> str:
+    """What a load says whose first passes do not fit."""
+    rank = RankInfo.from_env()
+    module = make_engine(path, "fp32").module
+    memory = Scarce(torch.device("cpu"), rank, module.config.vocab_size)
+    try:
+        warm_up(ModelRunner(module, SLOTS, CONTEXT, torch.device("cpu"), memory=memory), rank.is_leader)
+    except LoadError as error:
+        return str(error)
+    return ""
 
 
 def make(module: Any, rank: RankInfo, memory: type[PrefillMemory]) -> Engine:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import glob
 import os
+import weakref
 from typing import Any
 
 import torch
@@ -69,13 +71,20 @@ def engine_errors(path: str, dtype: str) -> dict[str, Any]:
     operations too."""
     engine = make_engine(path, dtype)
     plain = verify_runner(ModelRunner(engine.module, 4, 256, torch.device("cpu")), engine.self_check)
+    gc.collect()
+    gc.disable()
+    sharded = [weakref.ref(layer.weight) for layer in engine.module.modules() if hasattr(layer, "tp_index")]
     pack_weights(engine.module)
+    left = sum(weight() is not None for weight in sharded)
+    gc.enable()
     packed = verify_runner(ModelRunner(engine.module, 4, 256, torch.device("cpu")), engine.self_check)
     ops = load_ops(torch.device("cpu"))
     compiled = ops is not None and use_fused_ops(engine.module, ops) > 60
     fused = verify_runner(ModelRunner(engine.module, 4, 256, torch.device("cpu")), engine.self_check)
     return {
         "plain": plain,
+        "sharded": len(sharded),
+        "left": left,
         "packed": packed,
         "compiled": compiled,
         "fused": fused,

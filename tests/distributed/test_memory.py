@@ -31,3 +31,8 @@ def test_all_others_get_their_own_tokens(leader: dict) -> None:
 def test_the_engine_ends_where_prompts_fail_that_had_room_at_load(smollm2: Path) -> None:
     (words,) = run_ranks(f"{STEPS}:give_up", world_size=1, path=str(smollm2))
     assert "fitted at load" in words
+
+
+def test_a_load_without_memory_for_the_first_passes_ends_on_all_ranks_and_says_so(smollm2: Path) -> None:
+    for words in run_ranks(f"{STEPS}:load", path=str(smollm2)):
+        assert "no memory to read 64 tokens" in words and "max_model_len" in words

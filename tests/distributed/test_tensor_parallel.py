@@ -52,6 +52,7 @@ def test_kv_slots_packing_and_compiled_operations_keep_the_logits(smollm2: Path,
     for rank in run_ranks(f"{STEPS}:engine_errors", path=str(smollm2), dtype=dtype):
         assert rank["plain"] < limit
         assert rank["packed"] < limit
+        assert rank["sharded"] == 30 * 7 + 1 and rank["left"] == 0, "sharded weights lie beside the packed ones"
         assert rank["head"] == "VocabParallelHead"
         assert rank["compiled"] and rank["fused"] < limit
 

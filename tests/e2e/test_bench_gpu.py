@@ -73,6 +73,8 @@ def test_kernel_injection_is_left_out_with_its_reason_where_there_is_no_gpu(fold
     text, report = bench_gpu(1, "kernels", folder, "kernels")
     assert report["parts"]["kernels"]["40"]["cases"] == {}
     assert "left out: kernel injection, this engine's batches, prompt 40, all:" in text and "need a GPU" in text
+    log = folder / "kernels.kernels-40.log"
+    assert f"the ranks' log: {log}" in text and "Traceback" in log.read_text()
 
 
 @pytest.mark.timeout(300)

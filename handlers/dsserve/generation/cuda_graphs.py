@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dsserve.errors import LoadError
+from dsserve.errors import LoadError, first_line
 from dsserve.generation.pinned import stage
 
 logger = logging.getLogger(__name__)
@@ -123,9 +123,8 @@ def capture(
         with torch.cuda.graph(graph, pool=pool):  # type: ignore[arg-type]
             return graph, run()
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0]
         raise LoadError(
-            f"model or sampler cannot be captured as a CUDA graph ({reason}); set handler.cuda_graphs: false"
+            f"model or sampler cannot be captured as a CUDA graph ({first_line(error)}); set handler.cuda_graphs: false"
         ) from None
 
 

@@ -17,7 +17,7 @@ from dsserve.generation.pinned import stage
 from dsserve.generation.plan import Admission, Plan, moves
 from dsserve.generation.prefill_graphs import PrefillGraphs
 from dsserve.generation.prefill_memory import PrefillMemory
-from dsserve.generation.runner import StepLogits
+from dsserve.generation.runner import StepLogits, prefill_at_load
 
 # Attention reads up to the longest live row, rounded up to this.
 KV_STEP = 16
@@ -161,7 +161,7 @@ class ModelRunner:
         Raises:
             LoadError: see `cuda_graphs.capture`.
         """
-        self.execute(Plan(admit=(Admission((0,)),)))  # makes the cache's tensors
+        prefill_at_load(self, Plan(admit=(Admission((0,)),)))  # makes the cache's tensors
         self.execute(Plan(evict=(0,)))
         self.graph_pool = pool = torch.cuda.graph_pool_handle()
         graphs = DecodeGraphs(self.forward.decode, self.slots, self._capacity, self._device)

@@ -28,6 +28,7 @@ class PrefillMemory:
         self._rank = rank
         self._logits_bytes = 2 * 4 * vocabulary
         self._token_bytes = 0.0
+        self._before = 0  # bytes that were taken when the present pass began
 
     @property
     def is_limited(self) -> bool:
@@ -64,11 +65,13 @@ class PrefillMemory:
         except torch.OutOfMemoryError:
             return False
         torch.cuda.reset_peak_memory_stats(self._device)
+        self._before = torch.cuda.memory_allocated(self._device)
         return True
 
     def _learn(self, tokens: int) -> None:
-        """Allocations are known on the host as soon as the pass is launched. What stays is no activation. A pass of few
-        tokens is padded, and takes what its padding takes."""
-        kept = torch.cuda.memory_allocated(self._device)
-        taken = torch.cuda.max_memory_allocated(self._device) - kept
+        """Allocations are known on the host as soon as the pass is launched. What stays is no activation, and neither is
+        what lay there before and went meanwhile, garbage that Python found. A pass of few tokens is padded, and takes
+        what its padding takes."""
+        others = max(self._before, torch.cuda.memory_allocated(self._device))
+        taken = torch.cuda.max_memory_allocated(self._device) - others
         self._token_bytes = max(self._token_bytes, taken / prefill_bucket(tokens))

@@ -7,6 +7,8 @@ from typing import Protocol
 
 import torch
 
+from dsserve.config import YAML_FILE
+from dsserve.errors import LoadError
 from dsserve.generation.plan import Plan
 
 
@@ -54,3 +56,19 @@ class Runner(Protocol):
         Args:
             chosen: rank 0's, where the plan is `ahead`: its input tokens `[n]`, int64, on the device.
         """
+
+
+def prefill_at_load(runner: Runner, plan: Plan) -> StepLogits | None:
+    """Executes a plan before the first request, when its prompts must find memory: rows are counted on afterwards.
+
+    Raises:
+        LoadError: some rank has not the memory for them.
+    """
+    step = runner.execute(plan)
+    if step is not None and not step.admitted:
+        tokens = sum(len(admission.tokens) for admission in plan.admit)
+        raise LoadError(
+            f"{YAML_FILE}: beside weights and KV cache there is no memory to read {tokens} tokens: lower "
+            "handler.max_running, prefix_cache_rows or max_model_len"
+        )
+    return step

@@ -14,7 +14,7 @@ from dsserve.distributed import count_all_reduces
 from dsserve.generation.model_runner import ModelRunner
 from dsserve.generation.packed_prompts import PREFILL_BUCKETS
 from dsserve.generation.plan import Admission, Plan
-from dsserve.generation.runner import Runner
+from dsserve.generation.runner import Runner, prefill_at_load
 from dsserve.self_check import SelfCheck
 
 logger = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ def verify_runner(runner: ModelRunner, check: SelfCheck) -> float:
 def _teacher_force(runner: ModelRunner, check: SelfCheck, admit: list[Plan], lengths: tuple[int, ...]) -> float:
     """Admits the check's first tokens as rows of these lengths, decodes the rest; returns a row's largest error."""
     tokens = check.token_ids.tolist()
-    first = [step.next for plan in admit if (step := runner.execute(plan)) is not None]
+    first = [step.next for plan in admit if (step := prefill_at_load(runner, plan)) is not None]
     steps = [torch.cat(first)]
     for at in range(len(tokens) - max(lengths)):
         step = runner.execute(Plan(tokens=tuple(tokens[length + at] for length in lengths)))
@@ -66,11 +66,11 @@ def warm_up(runner: ModelRunner, is_leader: bool) -> int:
     longest = runner.max_model_len - 1
     buckets = [bucket for bucket in PREFILL_BUCKETS if bucket <= longest] or [1]
     for bucket in buckets:
-        runner.execute(Plan(admit=(Admission((0,) * bucket),)))
+        prefill_at_load(runner, Plan(admit=(Admission((0,) * bucket),)))
         runner.execute(Plan(evict=(0,)))
     all_reduces = 0
     for live in range(1, runner.slots + 1):
-        runner.execute(Plan(admit=(Admission((0,)),)))
+        prefill_at_load(runner, Plan(admit=(Admission((0,)),)))
         with count_all_reduces() as count:
             runner.execute(Plan(tokens=(0,) * live))
         if live == 1:
@@ -90,7 +90,7 @@ def warm_up_batches(runner: Runner, is_leader: bool) -> None:
     """
     started = time.perf_counter()
     for rows, length in ((1, 1), (runner.slots, runner.max_model_len - 1)):
-        runner.execute(Plan(admit=(Admission((0,) * length),) * rows))
+        prefill_at_load(runner, Plan(admit=(Admission((0,) * length),) * rows))
         runner.execute(Plan(tokens=(0,) * rows))
         _clear(runner)
         if is_leader:

@@ -1,0 +1,58 @@
+"""What a prefill pass is taken to need: its activations, not what stays, comes or goes beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from dsserve.distributed import RankInfo
+from dsserve.generation.prefill_memory import PrefillMemory
+
+GIB = 2**30
+
+
+class Device(PrefillMemory):
+    """A GPU whose allocator is the test's; refuses more than 8 GiB."""
+
+    is_limited = True  # type: ignore[assignment]
+
+
+@pytest.fixture
+def allocator(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    bytes_ = {"now": 20 * GIB, "peak": 0}
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: bytes_["now"])
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: bytes_["peak"])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: bytes_.update(peak=bytes_["now"]))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+
+    def empty(size: int, **_: object) -> None:
+        if size > 8 * GIB:
+            raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(torch, "empty", empty)
+    return bytes_
+
+
+@pytest.fixture
+def memory() -> PrefillMemory:
+    return Device(torch.device("cuda"), RankInfo(0, 0, 1, 1), vocabulary=100)
+
+
+def pass_of(bytes_: dict[str, int], activations: int, stays: int = 0, goes: int = 0) -> Callable[[], torch.Tensor]:
+    def run() -> torch.Tensor:
+        bytes_["now"] += stays - goes
+        bytes_["peak"] = max(bytes_["peak"], bytes_["now"] + activations)
+        return torch.zeros(1)
+
+    return run
+
+
+@pytest.mark.parametrize("beside", [{}, {"stays": 4 * GIB}, {"goes": 4 * GIB}, {"stays": 1 * GIB, "goes": 4 * GIB}])
+def test_a_cache_that_comes_and_garbage_that_goes_are_no_activations(
+    allocator: dict[str, int], memory: PrefillMemory, beside: dict[str, int]
+) -> None:
+    assert memory.run(pass_of(allocator, 16 * 2**20, **beside), 16, 1) is not None
+    assert memory.run(pass_of(allocator, 16 * 2**20), 16, 1) is not None
+    assert memory.has_room(4096, 1) and not memory.has_room(8193, 1), "1 MiB a token, and 8 GiB"
