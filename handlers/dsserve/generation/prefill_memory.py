@@ -69,9 +69,9 @@ class PrefillMemory:
         return True
 
     def _learn(self, tokens: int) -> None:
-        """Allocations are known on the host as soon as the pass is launched. What stays is no activation, and neither is
-        what lay there before and went meanwhile, garbage that Python found. A pass of few tokens is padded, and takes
-        what its padding takes."""
+        """Allocations are known on the host as soon as the pass is launched. What stays is no activation; nor is what
+        lay there before and went meanwhile: garbage that Python found. A pass of few tokens is padded, and takes what
+        its padding takes."""
         others = max(self._before, torch.cuda.memory_allocated(self._device))
         taken = torch.cuda.max_memory_allocated(self._device) - others
         self._token_bytes = max(self._token_bytes, taken / prefill_bucket(tokens))
