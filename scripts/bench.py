@@ -24,7 +24,7 @@ import typer
 from scripts import bench_report, server
 from scripts.bench_client import BenchError, Round, run_round
 from scripts.bench_prompts import PROMPT_TOKENS, cut_prompts
-from scripts.console import fail, say
+from scripts.console import exit_on_sigterm, fail, say
 from scripts.machine import AUTO, MachineError, count_cores, cpu_model
 from scripts.package import DS_CONFIG, Choice, PackageError, package
 from scripts.prepare_model import DEMO_MODEL, ROOT, ModelError, prepare
@@ -138,6 +138,7 @@ def main(
     repeats: int = typer.Option(5, min=3, help="rounds for each number of concurrent requests"),
 ) -> None:
     """Measure and print a table, then one JSON line."""
+    exit_on_sigterm()
     try:
         report = bench(model, Choice(tp, device, dtype), url, repeats)
     except (BenchError, PackageError, MachineError, ModelError, server.ServerError, ValueError) as error:

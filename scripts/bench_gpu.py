@@ -26,7 +26,7 @@ from scripts import bench_gpu_http, server
 from scripts.bench import PACKAGES
 from scripts.bench_client import BenchError
 from scripts.bench_gpu_report import WAYS, add_floor, table
-from scripts.console import fail, say
+from scripts.console import exit_on_sigterm, fail, say
 from scripts.machine import AUTO, MachineError, count_cores, cpu_model, resolve_device, resolve_dtype, resolve_tp
 from scripts.package import Choice, PackageError
 from scripts.prepare_model import ROOT
@@ -191,7 +191,7 @@ def main(
     out: Path | None = typer.Option(None, help="JSON file that parts are merged into; default: run/bench-gpu/..."),
 ) -> None:
     """Measure, print a table, then one JSON line."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # a server or ranks that it started end with it
+    exit_on_sigterm()
     try:
         kind = resolve_device(device)
         setting: dict[str, Any] = {"shape": shape, "tp": resolve_tp(tp, kind, 2), "device": kind}

@@ -5,6 +5,7 @@ Works without the rich package, which a GPU host's own Python may lack: then the
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +24,11 @@ def fail(message: str) -> NoReturn:
     typer.secho("error: ", fg="red", bold=True, err=True, nl=False)
     say(message)
     raise typer.Exit(code=1)
+
+
+def exit_on_sigterm() -> None:
+    """From now on SIGTERM ends this process as an exception, so that servers and ranks that it started end with it."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
 
 
 @contextmanager

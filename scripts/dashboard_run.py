@@ -26,7 +26,7 @@ from scripts.balancer import Balancer, BalancerError
 from scripts.bench import describe_machine, free_ports
 from scripts.bench_client import BenchError, run_round
 from scripts.bench_prompts import OPENINGS, cut_prompts
-from scripts.console import fail, say
+from scripts.console import exit_on_sigterm, fail, say
 from scripts.failover import DOWN_S, NAME, UP_TIMEOUT_S, Background, Pair, pair
 from scripts.machine import MachineError
 from scripts.open_load import Load
@@ -128,6 +128,7 @@ def main(
     picture: Path = typer.Option(PICTURE, help="where the picture goes (PNG)"),
 ) -> None:
     """Run the load, draw the dashboard, print one JSON line."""
+    exit_on_sigterm()
     try:
         report = run(model, part_seconds, picture)
     except (

@@ -30,7 +30,7 @@ from scripts.bench_client import BenchError, run_round
 from scripts.bench_generate import load
 from scripts.bench_prompts import PROMPT_TOKENS, cut_prompts
 from scripts.bench_report import http_numbers
-from scripts.console import fail, say
+from scripts.console import exit_on_sigterm, fail, say
 from scripts.machine import MachineError
 from scripts.open_load import Answer, Load
 from scripts.package import Choice, PackageError, package
@@ -221,6 +221,7 @@ def main(
     output: Path = typer.Option(None, help="write the report here too"),
 ) -> None:
     """Measure, print a table, then one JSON line; exit code 1 if a request was lost that no server had begun."""
+    exit_on_sigterm()
     try:
         report = failover(model, dtype, rate, seconds, tokens)
     except (BenchError, BalancerError, PackageError, MachineError, ModelError, server.ServerError) as error:

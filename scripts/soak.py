@@ -21,7 +21,7 @@ from scripts import server
 from scripts.bench import describe_machine, free_ports
 from scripts.bench_client import BenchError
 from scripts.bench_prompts import OPENINGS
-from scripts.console import fail, say
+from scripts.console import exit_on_sigterm, fail, say
 from scripts.health import State, check
 from scripts.machine import MachineError
 from scripts.package import Choice, PackageError, package
@@ -151,6 +151,7 @@ def main(
     period_s: float = typer.Option(45.0, help="quiet seconds before each fault: with its recovery about a minute"),
 ) -> None:
     """Run the soak, print a table, then one JSON line."""
+    exit_on_sigterm()
     try:
         model = prepare(DEMO_MODEL)
         say("transformers' texts ...")
