@@ -172,17 +172,18 @@ def replace_layers(module: nn.Module, make: MakeLinear, keep: nn.Module | None =
     Args:
         keep: a layer that stays as it is.
     """
-    count = 0
+    count, made = 0, dict[nn.Module, ShardedLinear]()  # a layer may have several parents
     for parent in list(module.modules()):
         for names in _FUSED_SIBLINGS:
             count += _fuse(parent, names, make)
         for name, child in _children(parent):
             kind = _kind(child)
             if kind in ("column", "row") and child is not keep:
-                setattr(parent, name, make(child.weight, child.bias, kind == "row" and child.is_tp_parallel))
-                _drop(child)
-                count += 1
-    return count
+                if child not in made:
+                    made[child] = make(child.weight, child.bias, kind == "row" and child.is_tp_parallel)
+                    _drop(child)
+                setattr(parent, name, made[child])
+    return count + len(made)
 
 
 def _fuse(parent: nn.Module, names: tuple[str, ...], make: MakeLinear) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -184,3 +185,12 @@ def test_a_fused_layer_keeps_the_names_of_its_parts() -> None:
     use_fused_layers(model, (RankSum(1, None), RankSum(1, None)))
     assert {name for name, _ in model.named_modules()} == names
     assert all(isinstance(layer, FusedLayer) for layer in model.model.layers)
+
+
+def test_a_layer_with_two_parents_stays_one() -> None:
+    shared = nn.Linear(4, 3)
+    model = nn.Sequential(nn.Sequential(shared), nn.ModuleDict({"again": shared}))
+    x, expected = torch.randn(2, 4), shared.weight.detach().clone()
+    assert replace_layers(model, ShardedLinear) == 1
+    first, second = model[0][0], model[1]["again"]
+    assert first is second and torch.equal(first(x), F.linear(x, expected, first._bias))
