@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -58,6 +60,12 @@ def test_a_norm_that_computes_something_else_stays(monkeypatch: pytest.MonkeyPat
     assert use_fused_ops(layer, torch.ops.dsserve_cpu) == 0 and isinstance(layer.norm, modeling_gemma.GemmaRMSNorm)
 
 
+def llamas_rotary() -> Callable[..., Any]:
+    """transformers' own, also where another test has served a model in this process."""
+    found = modeling_llama.apply_rotary_pos_emb
+    return found.original if isinstance(found, FusedRotary) else found
+
+
 @needs_compiler
 @each_dtype
 def test_the_rotary_embedding_is_llamas(dtype: torch.dtype) -> None:
@@ -66,7 +74,7 @@ def test_the_rotary_embedding_is_llamas(dtype: torch.dtype) -> None:
     k = fused[..., 384:512].view(3, 5, 2, 64).transpose(1, 2)
     for rows in (1, 3):
         cos, sin = random(rows, 5, 64, dtype=dtype), random(rows, 5, 64, dtype=dtype) * 0.5
-        expected = modeling_llama.apply_rotary_pos_emb(q, k, cos, sin)
+        expected = llamas_rotary()(q, k, cos, sin)
         for found, reference in zip(torch.ops.dsserve_cpu.rotary(q, k, cos, sin), expected, strict=True):
             assert torch.equal(found, reference)
 
@@ -88,9 +96,7 @@ def test_the_rotary_function_of_a_modelling_file_is_replaced_where_it_is_the_sam
             super().__init__()
             self.weight = nn.Parameter(torch.ones(1))
 
-    original = modeling_llama.apply_rotary_pos_emb
-    if isinstance(original, FusedRotary):  # another test has served a model
-        original = original.original
+    original = llamas_rotary()
     modelling = install(original)
     assert use_fused_ops(Attention(), torch.ops.dsserve_cpu) == 1
     replaced = modelling.apply_rotary_pos_emb
