@@ -52,11 +52,13 @@ def test_nothing_is_left_in_shared_memory(fp32: Served) -> None:
     ("section", "changes", "words"),
     [
         ("handler", {"model_path": "/no/such/model"}, ["handler.model_path", "/no/such/model"]),
-        ("handler", {"model_path": "."}, ["config.json"]),  # the archive holds no model
+        pytest.param("handler", {"model_path": "."}, ["config.json"], marks=pytest.mark.long),  # an empty archive
         ("handler", {"max_length": 50}, ["handler.max_length", "max_new_tokens"]),
-        ("deepspeed", {"config": "missing.json"}, ["missing.json", "--extra-files"]),
+        pytest.param(
+            "deepspeed", {"config": "missing.json"}, ["missing.json", "--extra-files"], marks=pytest.mark.long
+        ),
         ("deepspeed", {"tensor_parallel": {"tp_size": 4}}, ["tp_size", "nproc-per-node", "deviceIds"]),
-        ("deepspeed", {"dtype": "fp8", "config": "auto"}, ["dtype", "fp8"]),
+        pytest.param("deepspeed", {"dtype": "fp8", "config": "auto"}, ["dtype", "fp8"], marks=pytest.mark.long),
     ],
 )
 def test_a_load_that_cannot_work_is_told_and_never_hangs(
