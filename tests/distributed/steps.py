@@ -87,6 +87,7 @@ def engine_errors(path: str, dtype: str) -> dict[str, Any]:
         "left": left,
         "packed": packed,
         "compiled": compiled,
+        "frequencies": str(engine.module.model.rotary_emb.inv_freq.dtype),
         "fused": fused,
         "head": type(engine.module.lm_head).__name__,
     }

@@ -55,8 +55,10 @@ def test_kv_slots_packing_and_compiled_operations_keep_the_logits(smollm2: Path,
         assert rank["sharded"] == 30 * 7 + 1 and rank["left"] == 0, "sharded weights lie beside the packed ones"
         assert rank["head"] == "VocabParallelHead"
         assert rank["compiled"] and rank["fused"] < limit
+        assert rank["frequencies"] == "torch.float32", "positions of long prompts would be rounded"
 
 
+@pytest.mark.long
 def test_positions_of_long_prompts_are_not_rounded(smollm2: Path) -> None:
     for rank in run_ranks(f"{STEPS}:errors_at_long_positions", path=str(smollm2), length=1500):
         assert rank["frequencies"] == "torch.float32"

@@ -1,6 +1,6 @@
 """Generated bodies: whatever is sent, the answer is a reply or a clear error, and streams beside it lose nothing.
 
-`PROPERTY_EXAMPLES` sets how many bodies each endpoint gets (40 in `make test`). `PROPERTY_MODEL=tiny` serves a small
+`PROPERTY_EXAMPLES` sets how many bodies each endpoint gets (30 in `make test`). `PROPERTY_MODEL=tiny` serves a small
 model of random weights with SmolLM2's tokenizer in its place: README's longer run, thousands of bodies in minutes.
 """
 
@@ -24,7 +24,7 @@ from scripts.package import Choice, package
 from tests.e2e.conftest import Served, serve
 from tests.e2e.strategies import BODIES
 
-EXAMPLES = int(os.environ.get("PROPERTY_EXAMPLES", "40"))
+EXAMPLES = int(os.environ.get("PROPERTY_EXAMPLES", "30"))
 MODEL = os.environ.get("PROPERTY_MODEL", "")
 TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 CLEAR = {200, 400, 404, 413}

@@ -53,7 +53,7 @@ def test_nothing_is_left_in_shared_memory(fp32: Served) -> None:
     [
         ("handler", {"model_path": "/no/such/model"}, ["handler.model_path", "/no/such/model"]),
         pytest.param("handler", {"model_path": "."}, ["config.json"], marks=pytest.mark.long),  # an empty archive
-        ("handler", {"max_length": 50}, ["handler.max_length", "max_new_tokens"]),
+        pytest.param("handler", {"max_length": 50}, ["handler.max_length", "max_new_tokens"], marks=pytest.mark.long),
         pytest.param(
             "deepspeed", {"config": "missing.json"}, ["missing.json", "--extra-files"], marks=pytest.mark.long
         ),
