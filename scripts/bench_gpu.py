@@ -49,6 +49,7 @@ class Bench:
         self._setting = setting
         self._model = model
         self._out = out
+        out.parent.mkdir(parents=True, exist_ok=True)
         self.report: dict[str, Any] = {"machine": describe_machine(setting["device"]), "setting": setting, "parts": {}}
         if out.is_file():
             before = json.loads(out.read_text(encoding="utf-8"))
@@ -70,7 +71,6 @@ class Bench:
         parts[str(prompt)] = part
         if way == "http":
             self._floor_of_engine(prompt)
-        self._out.parent.mkdir(parents=True, exist_ok=True)
         self._out.write_text(json.dumps(self.report, indent=1) + "\n", encoding="utf-8")
 
     def _floor_of_engine(self, prompt: int) -> None:
@@ -115,9 +115,7 @@ class Bench:
 
     def _keep_log(self, log: Path, way: str, prompt: int) -> Path:
         """A failed part's log lies beside the results; the report has one line of it."""
-        kept = self._out.with_suffix(f".{way}-{prompt}.log")
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        return Path(shutil.copyfile(log, kept))
+        return Path(shutil.copyfile(log, self._out.with_suffix(f".{way}-{prompt}.log")))
 
 
 def run_ranks(ranks: int, folder: Path, device: str, seconds: float) -> str:

@@ -66,16 +66,19 @@ def give_up(path: str) -> str:
 def load(path: str) -> str:
     """What a load says whose first passes do not fit."""
     rank = RankInfo.from_env()
-    module = make_engine(path, "fp32").module
-    memory = Scarce(torch.device("cpu"), rank, module.config.vocab_size)
+    runner = make_runner(make_engine(path, "fp32").module, rank, Scarce)
     try:
-        warm_up(ModelRunner(module, SLOTS, CONTEXT, torch.device("cpu"), memory=memory), rank.is_leader)
+        warm_up(runner, rank.is_leader)
     except LoadError as error:
         return str(error)
     return ""
 
 
 def make(module: Any, rank: RankInfo, memory: type[PrefillMemory]) -> Engine:
-    device = torch.device("cpu")
-    runner = ModelRunner(module, SLOTS, CONTEXT, device, memory=memory(device, rank, module.config.vocab_size))
+    runner = make_runner(module, rank, memory)
     return Engine(runner, rank, lambda _: Numbers(), frozenset())  # type: ignore[arg-type, return-value]
+
+
+def make_runner(module: Any, rank: RankInfo, memory: type[PrefillMemory]) -> ModelRunner:
+    device = torch.device("cpu")
+    return ModelRunner(module, SLOTS, CONTEXT, device, memory=memory(device, rank, module.config.vocab_size))

@@ -13,19 +13,13 @@ from dsserve.generation.prefill_memory import PrefillMemory
 GIB = 2**30
 
 
-class Device(PrefillMemory):
-    """A GPU whose allocator is the test's; refuses more than 8 GiB."""
-
-    is_limited = True  # type: ignore[assignment]
-
-
 @pytest.fixture
 def allocator(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """A GPU's, which refuses more than 8 GiB at once."""
     bytes_ = {"now": 20 * GIB, "peak": 0}
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: bytes_["now"])
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: bytes_["peak"])
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: bytes_.update(peak=bytes_["now"]))
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
 
     def empty(size: int, **_: object) -> None:
         if size > 8 * GIB:
@@ -37,7 +31,7 @@ def allocator(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
 @pytest.fixture
 def memory() -> PrefillMemory:
-    return Device(torch.device("cuda"), RankInfo(0, 0, 1, 1), vocabulary=100)
+    return PrefillMemory(torch.device("cuda"), RankInfo(0, 0, 1, 1), vocabulary=100)
 
 
 def pass_of(bytes_: dict[str, int], activations: int, stays: int = 0, goes: int = 0) -> Callable[[], torch.Tensor]:
