@@ -59,7 +59,7 @@ class DeepSpeedHandler(BaseDeepSpeedHandler):
 
     def _initialize(self, ctx: Any) -> None:
         config = read_handler_config(ctx.model_yaml_config or {})
-        sequences = config.max_running + config.max_waiting
+        sequences = config.most_running + config.max_waiting
         check_server_settings(ctx.model_yaml_config, ctx.system_properties["batch_size"], sequences)
         self._limits = read_time_limits(ctx.model_yaml_config, config.collective_timeout)
         super().initialize(ctx)
@@ -76,13 +76,13 @@ class DeepSpeedHandler(BaseDeepSpeedHandler):
     def _load(self, ctx: Any, config: HandlerConfig, clock: LoadClock) -> None:
         logger.info("[dsserve] rank %d of %d: loading on %s", self.rank.rank, self.rank.world_size, self.device)
         loaded, shards = self._read(ctx, config, clock)
-        ds_engine = get_ds_engine(loaded.model, ctx, shards, clock, config.max_running)
+        ds_engine = get_ds_engine(loaded.model, ctx, shards, clock, config.most_running)
         self.model = ds_engine.module
         if not self.rank.is_leader:
             self._engine, _, _ = build_engine(ds_engine, loaded, config, self.rank, self.device, clock)
             return
         thread = EngineThread(self.device)
-        metrics = Metrics(ctx.model_name, model_version(ctx), config.max_running)
+        metrics = Metrics(ctx.model_name, model_version(ctx))
         observer = Observers(metrics, spans_from_env(ctx.model_name))
         engine, limits, grammars = thread.call(
             lambda: build_engine(ds_engine, loaded, config, self.rank, self.device, clock, observer)
@@ -92,7 +92,7 @@ class DeepSpeedHandler(BaseDeepSpeedHandler):
         self._leader = LeaderEngine(engine, thread, self._limits.engine_s, lambda: self.watchdog.end_in(ANSWER_S))
         steps, length = config.num_scheduler_steps, CallLength(config.max_stream_delay_ms / 1e3)
         self._batch = LiveBatch(self._leader, served, steps, length, self._control.is_draining, metrics.refused)
-        metrics.loaded(clock.elapsed, served.engine)
+        metrics.loaded(clock.elapsed, served.engine, limits.max_running)
         metrics.watch_memory(self.device)
         endpoint = MetricsEndpoint.from_env(metrics.registry)
         if endpoint is not None:

@@ -22,7 +22,9 @@ from dsserve.distributed import finish_rank
 from dsserve.ds_engine import get_ds_engine
 from dsserve.errors import LoadError
 from dsserve.generation.build import build_engine
-from dsserve.hf_model import load_model
+from dsserve.generation.kv_plan import plan_kv_rows
+from dsserve.generation.limits import read_limits
+from dsserve.hf_model import load_model, model_dtype
 from dsserve.load_clock import LoadClock
 from scripts.bench_gpu_device import StepBytes, held_bytes, read_bandwidth
 from scripts.bench_gpu_engine import IDLE_STEPS, Group, Watch, summarise, summarise_admission
@@ -121,25 +123,38 @@ class BenchRank(BaseDeepSpeedHandler):
         group.end()
 
     def _build(self, loaded: Any, ds_engine: Any, watch: Watch) -> tuple[Any, int]:
-        """The engine with as many KV slots as the largest batch that fits, and their number."""
-        spec = self._spec
+        """The engine with as many KV slots as the largest batch has that fits, and their number. What its passes take
+        is known only when it is built: a batch that fits without them alone ends the part, with the numbers.
+
+        Raises:
+            LoadError: not even the smallest batch fits, or that.
+        """
         refused = ""
-        for rows in sorted(spec.batches, reverse=True):
-            config = HandlerConfig(
-                model_path=spec.model, max_running=max(rows, 2), max_model_len=spec.prompt + spec.new_tokens,
-                max_new_tokens=spec.new_tokens, prefix_cache_rows=0,
-                max_num_batched_tokens=spec.prefill_tokens or PREFILL_TOKENS_A_STEP,
-            )  # fmt: skip
+        for rows in sorted(self._spec.batches, reverse=True):
+            config = self._config(rows)
             try:
-                built = build_engine(ds_engine, loaded, config, self.rank, self.device, self._clock, watch)
+                self._check_room(config, loaded, ds_engine)
             except LoadError as error:
                 refused = str(error)
-                if "KV cache" not in refused:
-                    raise
                 self._skip(str(rows), refused)
                 continue
-            return built[0], config.max_running
+            engine, limits, _ = build_engine(ds_engine, loaded, config, self.rank, self.device, self._clock, watch)
+            return engine, limits.max_running
         raise LoadError(refused)
+
+    def _config(self, rows: int) -> HandlerConfig:
+        spec = self._spec
+        return HandlerConfig(
+            model_path=spec.model, max_running=max(rows, 2), max_model_len=spec.prompt + spec.new_tokens,
+            max_new_tokens=spec.new_tokens, prefix_cache_rows=0,
+            max_num_batched_tokens=spec.prefill_tokens or PREFILL_TOKENS_A_STEP,
+        )  # fmt: skip
+
+    def _check_room(self, config: HandlerConfig, loaded: Any, ds_engine: Any) -> None:
+        if ds_engine.workspace is None:
+            module = ds_engine.module
+            limits, dtype = read_limits(config, loaded.max_position, module.config), model_dtype(module)
+            plan_kv_rows(module.config, config, limits, dtype, self.rank, self.device)
 
     def _autotp(self) -> None:
         _, ds_engine = self._load()

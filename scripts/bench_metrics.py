@@ -128,7 +128,7 @@ def count_alone(engine: Engine, switch: Switch, clock: Clock, rows: int) -> floa
     switch.told = told
     turn(engine, switch, clock, rows, 0)
     switch.told = None
-    metrics, steps = Metrics("bench", "1.0", rows), NEW_TOKENS
+    metrics, steps = Metrics("bench", "1.0"), NEW_TOKENS
     started = clock()
     for _ in range(REPLAYS):
         for what in told:
@@ -144,7 +144,7 @@ def measure(shape: str, kind: torch.dtype, device: torch.device, counts: Sequenc
     if device.type == "cuda":
         runner.capture_graphs(is_leader=False)
     clock = time.perf_counter if device.type == "cuda" else time.process_time
-    metrics = Metrics("bench", "1.0", max(counts))
+    metrics = Metrics("bench", "1.0")
     switch = Switch(metrics)
     engine = Engine(runner, RankInfo(0, 0, 1, 1), lambda _: NoText(None), frozenset(), None, switch)
     found: dict[str, Any] = {}

@@ -16,6 +16,8 @@ YAML_FILE = "model-config.yaml"
 # New prompts enter a step up to so many tokens, so that neither a burst of arrivals nor a long prompt holds the rows
 # that run, and the first token of the first one, until the last one is read. A GPU prefills so many in CUDA graphs.
 PREFILL_TOKENS_A_STEP = 256
+# Texts that run at the same time where the settings leave it open and memory allows it.
+AUTO_RUNNING = 16
 
 # Keys of upstream's DeepSpeed example, and what took their place.
 _UPSTREAM_KEYS = {
@@ -48,13 +50,22 @@ class HandlerConfig(BaseModel):
     max_new_tokens_limit: int | None = Field(
         None, ge=1, description="ceiling of max_new_tokens; default: max_model_len"
     )
-    max_running: int = Field(16, ge=1, le=1024, description="sequences that generate at the same time: KV slots")
+    max_running: Literal["auto"] | Annotated[int, Field(ge=1, le=1024)] = Field(
+        "auto",
+        description="sequences that generate at the same time: KV slots; auto = 16, fewer where memory is short",
+    )
     max_waiting: int = Field(64, ge=0, description="sequences that wait for a slot; more are answered with 429")
     max_n: int = Field(128, ge=1, le=128, description="texts for one prompt (`n`)")
     max_stops: int = Field(4, ge=0, le=64, description="stop strings of one request")
     prefix_cache_rows: Literal["auto"] | Annotated[int, Field(ge=0)] = Field(
         "auto",
         description="KV rows that keep ended requests for prompts that begin alike; auto = up to 8; 0 = no reuse",
+    )
+    kv_memory_fraction: float = Field(
+        0.9,
+        gt=0,
+        le=1,
+        description="the KV cache's largest share of the memory that is free beside weights and passes (AutoTP)",
     )
     max_num_batched_tokens: int = Field(
         PREFILL_TOKENS_A_STEP,
@@ -101,6 +112,11 @@ class HandlerConfig(BaseModel):
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="of rank 0 while it serves; the other ranks write warnings"
     )
+
+    @property
+    def most_running(self) -> int:
+        """`max_running`, where it is open what it is at most."""
+        return AUTO_RUNNING if self.max_running == "auto" else self.max_running
 
     @model_validator(mode="after")
     def _idle_steps_not_smaller(self) -> HandlerConfig:

@@ -74,17 +74,16 @@ class Metrics(Observer):
 
     Args:
         model_name, model_version: TorchServe's, the labels of every series.
-        slots: KV slots, for the share of them that is in use.
 
     Attributes:
         registry: what a scrape reads.
     """
 
-    def __init__(self, model_name: str, model_version: str, slots: int) -> None:
+    def __init__(self, model_name: str, model_version: str) -> None:
         disable_created_metrics()
         self.registry = CollectorRegistry()
         self._labels = dict(zip(LABELS, (model_name, model_version), strict=True))
-        self._slots = slots
+        self._slots = 1
         self._last_step = 0.0
         self._make_gauges()
         self._make_counters()
@@ -145,11 +144,12 @@ class Metrics(Observer):
         self._batch = self._of_steps("dsserve:step_batch_size", "Rows of a step, new prompts included.", _ROWS)
         self._step = self._of_steps("dsserve:step_seconds", "One step, from its plan to the text.", _STEP_S)
 
-    def loaded(self, load_s: float, engine: Mapping[str, Any]) -> None:
-        """The model is ready: how long that took, and what it is (`ServedModel.engine`)."""
+    def loaded(self, load_s: float, engine: Mapping[str, Any], slots: int) -> None:
+        """The model is ready: how long that took, what it is (`ServedModel.engine`), and its KV slots."""
+        self._slots = slots
         self._gauge("dsserve:load_seconds", "Time from the worker's first line to the ready model.").set(load_s)
         self._gauge("dsserve:start_time_seconds", "When the model was ready, Unix time.").set(time.time())
-        self._gauge("dsserve:kv_slots", "Most sequences that run at the same time.").set(self._slots)
+        self._gauge("dsserve:kv_slots", "Most sequences that run at the same time.").set(slots)
         build = {"version": __version__, **{key: str(value) for key, value in engine.items()}}
         names = (*LABELS, *build)
         info = Gauge("dsserve:build_info", "Always 1; the labels say what serves.", names, registry=self.registry)

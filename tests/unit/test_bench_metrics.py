@@ -55,7 +55,7 @@ def test_a_cost_is_found_under_a_machine_that_slows_down(cost: float) -> None:
 
 
 def test_each_place_of_a_turn_is_watched_in_one_turn_of_a_pair() -> None:
-    metrics = Metrics("m", "1", ROWS)
+    metrics = Metrics("m", "1")
     engine, switch = make_engine(metrics)
     one, other = (turn(engine, switch, time.perf_counter, ROWS, number) for number in range(2))
     assert one.watched == [not on for on in other.watched] and one.watched[0]
@@ -66,7 +66,7 @@ def test_each_place_of_a_turn_is_watched_in_one_turn_of_a_pair() -> None:
 
 
 def test_all_that_a_turn_tells_is_counted_alone() -> None:
-    metrics = Metrics("m", "1", ROWS)
+    metrics = Metrics("m", "1")
     engine, switch = make_engine(metrics)
     assert 0.1 < count_alone(engine, switch, time.perf_counter, ROWS) < 1000
     assert switch.told is None

@@ -30,7 +30,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 from dsserve.config import read_handler_config
 from dsserve.distributed import RankInfo
 from dsserve.ds_config import read_deepspeed_settings
-from dsserve.generation.build import plan_kv_rows
+from dsserve.generation.kv_plan import plan_kv_rows
 from dsserve.generation.limits import read_limits
 from dsserve.injection.families import check_model
 from dsserve.injection.workspace import WorkspaceSize
@@ -100,7 +100,7 @@ def test_it_is_accepted(outline: tuple[str, Any], tp: int, tmp_path: Path, monke
     yaml_config, ds_config = rendered(name, tp, monkeypatch)
     (tmp_path / "ds-config.json").write_text(json.dumps(ds_config))
     handler = read_handler_config(yaml_config)
-    check_server_settings(yaml_config, yaml_config["batchSize"], handler.max_running + handler.max_waiting)
+    check_server_settings(yaml_config, yaml_config["batchSize"], handler.most_running + handler.max_waiting)
     read_time_limits(yaml_config, handler.collective_timeout)
     monkeypatch.setattr(
         "deepspeed.accelerator.cpu_accelerator.CPU_Accelerator.supported_dtypes",
@@ -116,7 +116,7 @@ def test_it_is_accepted(outline: tuple[str, Any], tp: int, tmp_path: Path, monke
 
 @pytest.mark.parametrize("tp", TP)
 def test_its_heads_divide_and_it_fits(outline: tuple[str, Any], tp: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On GPUs of 80 GB: the weights of a rank, and rows of KV cache for all slots beside them."""
+    """On GPUs of 80 GB: the weights of a rank, 2 GiB for passes, and rows of KV cache for all slots beside them."""
     name, model = outline
     if name == "smollm2":
         plan_kv_copies(model, tp)  # nine heads divide by none of the sizes and are served all the same
@@ -130,9 +130,11 @@ def test_its_heads_divide_and_it_fits(outline: tuple[str, Any], tp: int, monkeyp
     weights = sum(parameter.numel() for parameter in model.parameters()) * 2 // tp
     memory = type("Memory", (), {"available": (GPU_BYTES - weights) * tp})
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
-    monkeypatch.setattr("dsserve.generation.build.agree_on_least", lambda value, rank: value)
+    monkeypatch.setattr("dsserve.generation.kv_plan.agree_on_least", lambda value, rank: value)
     rank = RankInfo(0, 0, tp, tp)
-    plan_kv_rows(model.config, handler, limits, torch.bfloat16, rank, torch.device("cpu"))
+    passes = tp * 2 * 2**30
+    plan = plan_kv_rows(model.config, handler, limits, torch.bfloat16, rank, torch.device("cpu"), passes)
+    assert plan.slots == handler.most_running
 
 
 @pytest.mark.parametrize("tp", TP)
@@ -142,7 +144,7 @@ def test_the_kernels_serve_it(outline: tuple[str, Any], tp: int, monkeypatch: py
     if name not in KERNEL_INJECTION:
         return
     yaml_config, ds_config = rendered(name, tp, monkeypatch)
-    rows, tokens = read_handler_config(yaml_config).max_running, ds_config["max_out_tokens"]
+    rows, tokens = read_handler_config(yaml_config).most_running, ds_config["max_out_tokens"]
     check_model(model.config, tp, torch.float16, tokens)
     heads, hidden = model.config.num_attention_heads, model.config.hidden_size
     wide = getattr(model.config, "intermediate_size", 4 * hidden)

@@ -39,8 +39,8 @@ OF_THE_SCRAPE, UP = {"instance", "job"}, "up"
 @pytest.fixture(scope="module")
 def emitted() -> dict[str, set[str]]:
     """Every series that rank 0 can serve, with the names of its labels; on a GPU."""
-    metrics = Metrics("m", "1.0", 4)
-    metrics.loaded(1.0, {"name": "autotp"})
+    metrics = Metrics("m", "1.0")
+    metrics.loaded(1.0, {"name": "autotp"}, 4)
     metrics.refused(RequestError("no"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "mem_get_info", lambda device: (1, 2))

@@ -75,7 +75,7 @@ def runner() -> FakeRunner:
 
 @pytest.fixture
 def metrics() -> Metrics:
-    return Metrics("test", "1.0", SLOTS)
+    return Metrics("test", "1.0")
 
 
 def make_engine(runner: FakeRunner, observer: Observer, text: Any = Letters) -> Engine:
@@ -93,6 +93,7 @@ def finish(engine: Engine, steps: int = 4) -> None:
 
 def test_counts_are_those_of_the_requests(runner: FakeRunner, metrics: Metrics) -> None:
     engine = make_engine(runner, metrics)
+    metrics.loaded(1.0, {}, SLOTS)
     engine.admit(GenerationRequest("long", (1, 5), 6))
     engine.admit(GenerationRequest("short", (1, 2, 3), 9))  # 4, then end-of-text
     engine.admit(GenerationRequest("waits", (5,), 1))
@@ -219,7 +220,7 @@ def test_errors_are_counted_by_type_and_hold_no_text(metrics: Metrics) -> None:
 
 
 def test_what_is_known_after_the_load(metrics: Metrics) -> None:
-    metrics.loaded(12.5, {"name": "autotp", "tensor_parallel_size": 2})
+    metrics.loaded(12.5, {"name": "autotp", "tensor_parallel_size": 2}, SLOTS)
     metrics.watch_memory(torch.device("cpu"))
     now = scrape(metrics)
     assert now.sum("dsserve:load_seconds") == 12.5 and now.sum("dsserve:kv_slots") == SLOTS
@@ -234,7 +235,7 @@ def test_promtool_finds_nothing_but_vllms_style(runner: FakeRunner, metrics: Met
     engine = make_engine(runner, metrics)
     engine.admit(GenerationRequest("a", (5,), 3))
     finish(engine)
-    metrics.loaded(1.0, {"name": "autotp"})
+    metrics.loaded(1.0, {"name": "autotp"}, SLOTS)
     metrics.refused(RequestError("no"))
     done = subprocess.run([promtool, "check", "metrics"], input=generate_latest(metrics.registry), capture_output=True)
     complaints = (done.stdout + done.stderr).decode().splitlines()
@@ -243,7 +244,7 @@ def test_promtool_finds_nothing_but_vllms_style(runner: FakeRunner, metrics: Met
 
 
 def test_the_readme_names_every_metric(metrics: Metrics) -> None:
-    metrics.loaded(1.0, {})
+    metrics.loaded(1.0, {}, SLOTS)
     section = README.split("## Metrics")[1].split("\n## ")[0]
     named = set(re.findall(r"`((?:vllm|dsserve):\w+)`", section)) - {"dsserve:gpu_memory_bytes"}
     assert named == {

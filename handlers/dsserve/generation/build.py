@@ -7,13 +7,15 @@ the reason, what the engine could not do exactly. Does not load or shard the mod
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
-import psutil
 import torch
 
 from dsserve.config import YAML_FILE, HandlerConfig
-from dsserve.distributed import RankInfo, agree_on_least
+from dsserve.distributed import RankInfo
 from dsserve.errors import LoadError
 from dsserve.fused_layers import FusedLayer
 from dsserve.generation.batch_scheduler import BatchScheduler
@@ -24,6 +26,7 @@ from dsserve.generation.device_sampler import DeviceSampler
 from dsserve.generation.engine import Engine
 from dsserve.generation.grammar import GrammarCompiler
 from dsserve.generation.kernel_runner import KernelRunner
+from dsserve.generation.kv_plan import measure_passes, plan_kv_rows
 from dsserve.generation.limits import read_limits
 from dsserve.generation.model_runner import ModelRunner
 from dsserve.generation.observer import Observer
@@ -35,45 +38,11 @@ from dsserve.generation.tuning import tune
 from dsserve.generation.warmup import verify_runner, warm_up, warm_up_batches
 from dsserve.hf_model import LoadedModel
 from dsserve.load_clock import LoadClock
-from dsserve.sharding.heads import head_size
 
 logger = logging.getLogger(__name__)
 
-# Kept rows where the settings leave their number open; fewer where memory is short.
-_KEPT_ROWS = 8
 # About 0.1 s of a 7 billion parameter model on one H100.
 _IDLE_TOKENS = 4096
-
-
-def plan_kv_rows(
-    model_config: Any, config: HandlerConfig, limits: Limits, dtype: torch.dtype, rank: RankInfo, device: torch.device
-) -> tuple[int, int]:
-    """How many rows of the KV cache keep ended requests, and the bytes that all rows of this rank can grow to.
-
-    Raises:
-        LoadError: the slots, or the kept rows that the settings name, need more than what is free, with the numbers.
-    """
-    text_config = model_config.get_text_config()
-    heads = getattr(text_config, "num_key_value_heads", None) or text_config.num_attention_heads
-    local_heads = -(-heads // rank.world_size)
-    a_row = (
-        2 * text_config.num_hidden_layers * local_heads * limits.max_model_len * head_size(text_config) * dtype.itemsize
-    )
-    if device.type == "cuda":
-        free, sharers = torch.cuda.mem_get_info(device)[0], 1
-    else:
-        free, sharers = psutil.virtual_memory().available, rank.local_world_size
-    fitting = agree_on_least(free // (a_row * sharers), rank)
-    wanted = config.prefix_cache_rows
-    kept = min(_KEPT_ROWS, max(0, fitting - config.max_running)) if wanted == "auto" else wanted
-    rows = config.max_running + kept
-    if rows > fitting:
-        raise LoadError(
-            f"{YAML_FILE}: {rows} rows of {limits.max_model_len} tokens need {rows * a_row * sharers / 2**30:.1f} GiB "
-            f"of KV cache, {free / 2**30:.1f} GiB are free; lower handler.max_running, prefix_cache_rows or "
-            "max_model_len"
-        )
-    return kept, rows * a_row
 
 
 def build_engine(
@@ -92,25 +61,41 @@ def build_engine(
         observer: of rank 0's engine.
 
     Raises:
-        LoadError: see `read_limits`, `plan_kv_rows` and `SelfCheck.verify`.
+        LoadError: see `read_limits`, `plan_kv_rows` and `SelfCheck.verify`; a GPU without memory for all of it.
     """
-    if ds_engine.workspace is None:
-        limits = read_limits(config, loaded.max_position, ds_engine.module.config)
-        runner, scheduler = _autotp_runner(ds_engine, config, limits, rank, device, clock)
-    else:
-        size = ds_engine.workspace.size
-        limits = read_limits(config, loaded.max_position, ds_engine.module.config, size.tokens)
-        runner, scheduler = _kernel_runner(ds_engine, config, limits, rank, device, clock)
+    with _memory_errors_explained(config, device):
+        if ds_engine.workspace is None:
+            limits = read_limits(config, loaded.max_position, ds_engine.module.config)
+            runner, scheduler = _autotp_runner(ds_engine, config, limits, rank, device, clock)
+            limits = replace(limits, max_running=runner.slots)
+        else:
+            size = ds_engine.workspace.size
+            limits = read_limits(config, loaded.max_position, ds_engine.module.config, size.tokens)
+            runner, scheduler = _kernel_runner(ds_engine, config, limits, rank, device, clock)
+        launch = _sampler(runner, config, rank, device, clock)
 
     def make_text(request: Any) -> TextStream:
         return TextStream(loaded.tokenizer, request.stop.strings)
 
     grammars = GrammarCompiler(loaded.tokenizer, runner.vocabulary, loaded.eos_ids)
-    launch = _sampler(runner, config, rank, device, clock)
     # On a CPU the host computes the steps themselves: nothing would run beside it.
     ahead = config.launch_ahead and device.type == "cuda"
     engine = Engine(runner, rank, make_text, loaded.eos_ids, grammars, observer, scheduler, launch, ahead)
     return engine, limits, grammars
+
+
+@contextmanager
+def _memory_errors_explained(config: HandlerConfig, device: torch.device) -> Iterator[None]:
+    """What runs out of a GPU's memory within is a LoadError that says what to lower."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        free, total = torch.cuda.mem_get_info(device)
+        raise LoadError(
+            f"{YAML_FILE}: {device} has no memory left for the engine's passes and graphs: {free / 2**30:.2f} of "
+            f"{total / 2**30:.1f} GiB are free; lower handler.kv_memory_fraction ({config.kv_memory_fraction:g}), "
+            "max_batch_prefill_tokens or max_running (with kernel injection that or deepspeed.max_out_tokens)"
+        ) from None
 
 
 def _idle_tokens(config: HandlerConfig, device: torch.device) -> int:
@@ -126,11 +111,13 @@ def _autotp_runner(
 ) -> tuple[Runner, Scheduler]:
     module = ds_engine.module
     dtype = next(module.parameters()).dtype
-    kept, needed = plan_kv_rows(module.config, config, limits, dtype, rank, device)
     with clock.phase("pack"):
         replaced = tune(module, config, rank, device)
-    runner = ModelRunner(module, config.max_running, limits.max_model_len, device, kept)
+    idle_tokens = _idle_tokens(config, device)
     with clock.phase("warm-up"):
+        passes = measure_passes(module, config, limits, idle_tokens, rank, device)
+        rows = plan_kv_rows(module.config, config, limits, dtype, rank, device, passes)
+        runner = ModelRunner(module, rows.slots, limits.max_model_len, device, rows.kept)
         _warm_up(runner, module, config, rank, device)
         if ds_engine.self_check is not None:
             error = verify_runner(runner, ds_engine.self_check)
@@ -139,10 +126,15 @@ def _autotp_runner(
     if rank.is_leader:
         logger.info(
             "[dsserve] %d slots of %d tokens and %d kept rows, KV cache up to %.2f GiB a rank, %s, %d thread(s) a rank",
-            runner.slots, limits.max_model_len, kept, needed / 2**30, replaced, torch.get_num_threads(),
+            rows.slots, limits.max_model_len, rows.kept, rows.nbytes / 2**30, replaced, torch.get_num_threads(),
         )  # fmt: skip
+        if rows.slots < config.most_running:
+            logger.warning(
+                "[dsserve] the memory holds %d texts of %d tokens at a time, max_running: auto would take %d: a "
+                "lower handler.max_model_len gives more", rows.slots, limits.max_model_len, config.most_running,
+            )  # fmt: skip
     scheduler = Scheduler(
-        runner.slots, PrefixCache(runner.slots, kept), config.max_num_batched_tokens, _idle_tokens(config, device),
+        rows.slots, PrefixCache(rows.slots, rows.kept), config.max_num_batched_tokens, idle_tokens,
         config.waiting_served_ratio, runner.forward.reads_by_span,
     )  # fmt: skip
     return runner, scheduler

@@ -12,6 +12,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -111,9 +112,10 @@ def capture(
 
     Raises:
         LoadError: the model does something that a graph cannot hold.
+        torch.OutOfMemoryError: there is no memory for it.
     """
     graph = torch.cuda.CUDAGraph()
-    stream = torch.cuda.Stream(device)
+    stream = _warm_up_stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     try:
         with torch.cuda.stream(stream):  # libraries make their handles and workspaces outside the graph
@@ -122,10 +124,19 @@ def capture(
         torch.cuda.current_stream(device).wait_stream(stream)
         with torch.cuda.graph(graph, pool=pool):  # type: ignore[arg-type]
             return graph, run()
+    except torch.OutOfMemoryError:  # a RuntimeError, too
+        raise
     except RuntimeError as error:
         raise LoadError(
             f"model or sampler cannot be captured as a CUDA graph ({first_line(error)}); set handler.cuda_graphs: false"
         ) from None
+
+
+@cache
+def _warm_up_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all graphs: cuBLAS keeps a workspace for each stream that it was used on (torch: 32 MiB on Hopper), and
+    torch hands out 32 of them."""
+    return torch.cuda.Stream(device)
 
 
 def buckets(first: int, last: int) -> list[int]:

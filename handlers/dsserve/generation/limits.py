@@ -47,7 +47,7 @@ def read_limits(
     limit = min(config.max_new_tokens_limit or length - 1, length - 1)
     default = min(config.max_new_tokens, limit)
     return Limits(
-        length, default, limit, config.max_running, config.max_waiting, config.request_timeout,
+        length, default, limit, config.most_running, config.max_waiting, config.request_timeout,
         config.max_n, config.max_stops,
     )  # fmt: skip
 

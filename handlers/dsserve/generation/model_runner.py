@@ -23,6 +23,11 @@ from dsserve.generation.runner import StepLogits, prefill_at_load
 KV_STEP = 16
 
 
+def row_capacity(length: int) -> int:
+    """Cells of a row of the KV cache for so many tokens, or of what attention reads for them."""
+    return -(-length // KV_STEP) * KV_STEP
+
+
 class ModelRunner:
     """The model, its KV slots and the length of each live row.
 
@@ -55,7 +60,7 @@ class ModelRunner:
         self.vocabulary = module.config.get_text_config().vocab_size
         self._world_size = RankInfo.from_env().world_size
         self._memory = memory or PrefillMemory(device, RankInfo.from_env(), self.vocabulary)
-        self._capacity = -(-max_model_len // KV_STEP) * KV_STEP
+        self._capacity = row_capacity(max_model_len)
         self.forward = ForwardPass(module, slots + kept, self._capacity, device)
         self.cache = self.forward.cache
         self._lengths: list[int] = []
@@ -180,7 +185,7 @@ class ModelRunner:
             logits = self._graphs.decode(tokens, self._lengths, known)
         else:
             lengths = self._lengths[: len(tokens)]
-            kv_len = min(-(-(max(lengths) + 1) // KV_STEP) * KV_STEP, self._capacity)
+            kv_len = row_capacity(max(lengths) + 1)
             inputs = stage([tokens, lengths], torch.int64, self._device).to(self._device, non_blocking=True)
             logits = self.forward.decode(inputs[0] if known is None else known, inputs[1], kv_len)
         for row in range(len(tokens)):

@@ -140,9 +140,14 @@ class PrefillGraphs:
         return next((self._captured[shape] for shape in self.shapes if shape.holds(needed)), None)
 
 
+def most_captured(most: int, longest: int, by_prompt: bool) -> int:
+    """Tokens of the longest pass that is captured; arguments as `PrefillGraphs`'."""
+    return min(prefill_bucket(most * longest), MOST_TOKENS if by_prompt else _LONGEST)
+
+
 def _span_shapes(most: int, longest: int) -> set[Shape]:
     """Of passes in which attention takes the prompts' spans: few prompts, many, and of long passes many short ones."""
-    largest = min(prefill_bucket(most * longest), MOST_TOKENS)
+    largest = most_captured(most, longest, by_prompt=True)
     shapes = set()
     for tokens in (length for length in (*PREFILL_BUCKETS, *_MORE_LENGTHS) if length <= largest):
         shapes |= {Shape(tokens, min(count, tokens), tokens) for count in (min(_FEW, most), most)}
@@ -153,7 +158,7 @@ def _span_shapes(most: int, longest: int) -> set[Shape]:
 
 def _mask_shapes(most: int, longest: int) -> set[Shape]:
     """Of passes under a mask."""
-    lengths = [length for length in PREFILL_BUCKETS if length <= min(prefill_bucket(most * longest), _LONGEST)]
+    lengths = [length for length in PREFILL_BUCKETS if length <= most_captured(most, longest, by_prompt=False)]
     most_read = min(prefill_bucket(longest + 1), _LONGEST_READ)
     reads = buckets(_SHORTEST_READ, max(_SHORTEST_READ, most_read))
     parts = [length for length in _PARTS if length in lengths]

@@ -21,13 +21,16 @@ class PrefillMemory:
 
     Args:
         vocabulary: width of the logits, which a pass holds twice in fp32 at most.
+
+    Attributes:
+        token_bytes: most bytes that a token of the passes so far took.
     """
 
     def __init__(self, device: torch.device, rank: RankInfo, vocabulary: int) -> None:
         self._device = device
         self._rank = rank
         self._logits_bytes = 2 * 4 * vocabulary
-        self._token_bytes = 0.0
+        self.token_bytes = 0.0
         self._before = 0  # bytes that were taken when the present pass began
 
     @property
@@ -59,7 +62,7 @@ class PrefillMemory:
     def has_room(self, tokens: int, logits: int) -> bool:
         """This rank's answer: the bytes are taken from the allocator and given back, so they are there for the pass,
         whose peak is measured from here on."""
-        needed = int(tokens * self._token_bytes) + logits * self._logits_bytes
+        needed = int(tokens * self.token_bytes) + logits * self._logits_bytes
         try:
             torch.empty(needed, dtype=torch.uint8, device=self._device)
         except torch.OutOfMemoryError:
@@ -74,4 +77,4 @@ class PrefillMemory:
         its padding takes."""
         others = max(self._before, torch.cuda.memory_allocated(self._device))
         taken = torch.cuda.max_memory_allocated(self._device) - others
-        self._token_bytes = max(self._token_bytes, taken / prefill_bucket(tokens))
+        self.token_bytes = max(self.token_bytes, taken / prefill_bucket(tokens))

@@ -69,6 +69,6 @@ def prefill_at_load(runner: Runner, plan: Plan) -> StepLogits | None:
         tokens = sum(len(admission.tokens) for admission in plan.admit)
         raise LoadError(
             f"{YAML_FILE}: beside weights and KV cache there is no memory to read {tokens} tokens: lower "
-            "handler.max_running, prefix_cache_rows or max_model_len"
+            "handler.kv_memory_fraction, max_batch_prefill_tokens, max_running or max_model_len"
         )
     return step

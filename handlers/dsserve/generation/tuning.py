@@ -38,7 +38,7 @@ def tune(module: Any, config: HandlerConfig, rank: RankInfo, device: torch.devic
         return f"{said}, plain attention"
     can_fuse = ops is not None and can_fuse_layers(module, rank.world_size)
     if agree_on_least(int(can_fuse), rank):
-        sums = make_rank_sums(module, rank, max(config.max_running, MOST_TOKENS))
+        sums = make_rank_sums(module, rank, max(config.most_running, MOST_TOKENS))
         said += f", {use_fused_layers(module, sums)} fused layers that sum {sums[0].way}"
     is_split = ops is not None and use_decode_attention(module)
     return f"{said}, {'split' if is_split else 'plain'} attention"

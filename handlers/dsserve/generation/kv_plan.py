@@ -1,0 +1,161 @@
+"""How many rows the KV cache gets: what is free beside weights and passes, in rows of a whole context.
+
+On a GPU one pass of prompts is carried out to see what it takes. Covers AutoTP's engine; kernel injection has its
+workspace (`injection.workspace`). Allocates nothing that stays (`kv_cache`) and sets no limits (`limits`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+
+from dsserve.config import YAML_FILE, HandlerConfig
+from dsserve.distributed import RankInfo, agree_on_least
+from dsserve.errors import LoadError
+from dsserve.generation.decode_attention import uses_decode_attention
+from dsserve.generation.model_runner import KV_STEP, ModelRunner, row_capacity
+from dsserve.generation.plan import Admission, Plan
+from dsserve.generation.prefill_graphs import most_captured
+from dsserve.generation.prefill_memory import PrefillMemory
+from dsserve.generation.request import Limits
+from dsserve.generation.runner import prefill_at_load
+from dsserve.sharding.heads import head_size
+
+# Kept rows where the settings leave their number open; fewer where memory is short.
+_KEPT_ROWS = 8
+_GIB = 2**30
+
+
+@dataclass(frozen=True)
+class KVPlan:
+    """Rows of the KV cache, as many on every rank.
+
+    Attributes:
+        slots: rows of the texts that run.
+        kept: rows behind them for prompts that may come again.
+        nbytes: what all rows of a rank can grow to.
+    """
+
+    slots: int
+    kept: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class _Room:
+    """What a rank's rows may take.
+
+    Attributes:
+        free: bytes beside the weights.
+        passes: bytes of them that reading prompts takes.
+        tokens: how many tokens' keys and values fit, on the rank that has the least.
+    """
+
+    free: int
+    passes: int
+    tokens: int
+
+
+def plan_kv_rows(
+    model_config: Any,
+    config: HandlerConfig,
+    limits: Limits,
+    dtype: torch.dtype,
+    rank: RankInfo,
+    device: torch.device,
+    passes: int = 0,
+) -> KVPlan:
+    """The rows that fit. Slots that the settings name must fit, and one must in any case; all others are as many as do.
+
+    Args:
+        passes: bytes that stay free for reading prompts, see `measure_passes`.
+
+    Raises:
+        LoadError: too little memory, with the numbers and what would fit.
+    """
+    a_token, capacity = _token_bytes(model_config, dtype, rank), row_capacity(limits.max_model_len)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what the allocator keeps counts as taken
+        free, sharers = torch.cuda.mem_get_info(device)[0], 1
+    else:
+        free, sharers = psutil.virtual_memory().available, rank.local_world_size
+    budget = int(max(0, free - passes) * config.kv_memory_fraction)
+    room = _Room(free, passes, agree_on_least(budget // (a_token * sharers), rank))
+    fitting = room.tokens // capacity
+    kept = 0 if config.prefix_cache_rows == "auto" else config.prefix_cache_rows
+    slots = config.most_running
+    if config.max_running == "auto":
+        slots = max(1, min(slots, fitting - kept))
+    if slots + kept > fitting:
+        raise LoadError(_too_little(config, room, slots, kept, capacity, a_token * sharers))
+    if config.prefix_cache_rows == "auto":
+        kept = min(_KEPT_ROWS, fitting - slots)
+    return KVPlan(slots, kept, (slots + kept) * capacity * a_token)
+
+
+def _token_bytes(model_config: Any, dtype: torch.dtype, rank: RankInfo) -> int:
+    """Keys and values of one token on the rank that has the most heads."""
+    text_config = model_config.get_text_config()
+    heads = getattr(text_config, "num_key_value_heads", None) or text_config.num_attention_heads
+    local_heads = -(-heads // rank.world_size)
+    return int(2 * text_config.num_hidden_layers * local_heads * head_size(text_config) * dtype.itemsize)
+
+
+def _too_little(config: HandlerConfig, room: _Room, slots: int, kept: int, capacity: int, a_token: int) -> str:
+    """The error's text; each setting that it names is enough alone."""
+    rows = slots + kept
+    ways = []
+    if config.max_running != "auto" and room.tokens // capacity > kept:
+        ways.append(f"handler.max_running: {room.tokens // capacity - kept}")
+    if room.tokens // rows >= KV_STEP:
+        ways.append(f"handler.max_model_len: {room.tokens // rows // KV_STEP * KV_STEP}")
+    less = f", {room.passes / _GIB:.2f} of them for passes," if room.passes else ""
+    return (
+        f"{YAML_FILE}: {rows} row(s) of {capacity} tokens need {rows * capacity * a_token / _GIB:.2f} GiB of KV cache; "
+        f"of {room.free / _GIB:.2f} GiB free{less} it may take {room.tokens * a_token / _GIB:.2f} GiB "
+        f"(handler.kv_memory_fraction {config.kv_memory_fraction:g}): "
+        + (f"set {' or '.join(ways)}" if ways else "the model needs more ranks (torchrun.nproc-per-node)")
+    )
+
+
+def measure_passes(
+    module: Any, config: HandlerConfig, limits: Limits, most: int, rank: RankInfo, device: torch.device
+) -> int:
+    """Bytes that reading prompts takes on this rank's GPU at most, 0 on a CPU. All ranks must call it.
+
+    A pass is carried out, of as many tokens as a prompt may have; activations grow with the tokens. A long prompt that
+    is read under a mask is counted whole, as `ModelRunner` counts it. Captured passes have memory of their own, and
+    before each is captured it runs without a graph.
+
+    Args:
+        most: tokens of a pass at most.
+
+    Raises:
+        LoadError: there is no memory for that pass.
+    """
+    if device.type != "cuda":
+        return 0
+    longest = limits.max_model_len - 1
+    a_token, by_span = measure_token(module, min(most, longest), rank, device)
+    captures = config.cuda_graphs and uses_decode_attention(module)
+    captured = most_captured(config.most_running, longest, by_span) if captures else 0
+    eager = most if by_span else max(most, longest)
+    return int(a_token * (max(eager, captured) + captured))
+
+
+def measure_token(module: Any, tokens: int, rank: RankInfo, device: torch.device) -> tuple[float, bool]:
+    """Bytes of activations that a token of a pass takes, and whether prompts are read by their spans.
+
+    Args:
+        tokens: of the pass that is carried out.
+
+    Raises:
+        LoadError: there is no memory for it.
+    """
+    memory = PrefillMemory(device, rank, module.config.get_text_config().vocab_size)
+    runner = ModelRunner(module, 1, tokens + 1, device, memory=memory)
+    prefill_at_load(runner, Plan(admit=(Admission((0,) * tokens),)))
+    return memory.token_bytes, runner.forward.reads_by_span
