@@ -127,25 +127,28 @@ def remember(seen: list[Any], runner: ModelRunner) -> ModelRunner:
 
 
 @pytest.mark.parametrize(
-    ("by_span", "graphs", "longest", "tokens"),
+    ("by_span", "graphs", "longest", "tokens", "rows"),
     [
-        (True, True, 32000, 4096 + 4096),  # captured passes, and one beside them
-        (True, False, 32000, 4096),
-        (False, False, 32000, 31999),  # a long prompt's parts read it under a mask: counted whole
-        (False, True, 32000, 31999 + 256),
-        (False, False, 100, 4096),  # several prompts in a pass
-        (True, True, 100, 4096 + 1792),  # 16 prompts of 99 tokens are the most that can come
+        # Captured passes, and one beside them. Decode: 31 rows for 9 lengths; prompts: 8 and 16 for each of 15 lengths,
+        # 16 short ones for 5 of them.
+        (True, True, 32000, 4096 + 4096, 31 * 9 + 15 * 24 + 5 * 16),
+        (True, False, 32000, 4096, 0),
+        (False, False, 32000, 31999, 0),  # a long prompt's parts read it under a mask: counted whole
+        (False, True, 32000, 31999 + 256, 31 * 9 + (7 + 3 * 4) * 16),
+        (False, False, 100, 4096, 0),  # several prompts in a pass
+        (True, True, 100, 4096 + 1792, 31 + 12 * 24 + 2 * 16),  # 16 prompts of 99 tokens are the most that can come
     ],
 )
 def test_what_is_left_for_passes(
-    by_span: bool, graphs: bool, longest: int, tokens: int, monkeypatch: pytest.MonkeyPatch
+    by_span: bool, graphs: bool, longest: int, tokens: int, rows: int, module: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kv_plan, "measure_token", lambda *_: (10.0, by_span))
     monkeypatch.setattr(kv_plan, "uses_decode_attention", lambda module: True)
     config = HandlerConfig(model_path="m", max_model_len=longest, max_new_tokens=1, cuda_graphs=graphs)
     limits = read_limits(config, None, LARGE)
-    assert measure_passes(None, config, limits, 4096, ALONE, torch.device("cuda")) == 10 * tokens
-    assert measure_passes(None, config, limits, 4096, ALONE, torch.device("cpu")) == 0
+    found = measure_passes(module, config, limits, 4096, ALONE, torch.device("cuda"))
+    assert found == 10 * tokens + rows * 50 * 4  # fp32 logits of 50 tokens
+    assert measure_passes(module, config, limits, 4096, ALONE, torch.device("cpu")) == 0
 
 
 def test_memory_that_runs_out_at_load_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:

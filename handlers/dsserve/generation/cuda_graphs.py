@@ -50,8 +50,7 @@ class DecodeGraphs:
     def __init__(self, forward: Forward, slots: int, capacity: int, device: torch.device) -> None:
         self._forward = forward
         self._device = device
-        self._rows = buckets(1, slots)
-        self._lengths = buckets(min(_SHORTEST, capacity), capacity)
+        self._rows, self._lengths = _shapes(slots, capacity)
         self._captured: dict[tuple[int, int], _Captured] = {}
 
     @torch.inference_mode()
@@ -96,6 +95,16 @@ class DecodeGraphs:
         captured.graph.replay()
         # The next replay overwrites what the graph wrote.
         return captured.logits[:decoded].clone()
+
+
+def captured_rows(slots: int, capacity: int) -> int:
+    """Rows of logits that all graphs together hold; arguments as `DecodeGraphs`'."""
+    rows, lengths = _shapes(slots, capacity)
+    return sum(rows) * len(lengths)
+
+
+def _shapes(slots: int, capacity: int) -> tuple[list[int], list[int]]:
+    return buckets(1, slots), buckets(min(_SHORTEST, capacity), capacity)
 
 
 def pad_rows(tokens: tuple[int, ...], positions: list[int], rows: int) -> list[list[int]]:

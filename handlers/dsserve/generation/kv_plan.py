@@ -15,10 +15,10 @@ import torch
 from dsserve.config import YAML_FILE, HandlerConfig
 from dsserve.distributed import RankInfo, agree_on_least
 from dsserve.errors import LoadError
+from dsserve.generation import cuda_graphs, prefill_graphs
 from dsserve.generation.decode_attention import uses_decode_attention
 from dsserve.generation.model_runner import KV_STEP, ModelRunner, row_capacity
 from dsserve.generation.plan import Admission, Plan
-from dsserve.generation.prefill_graphs import most_captured
 from dsserve.generation.prefill_memory import PrefillMemory
 from dsserve.generation.request import Limits
 from dsserve.generation.runner import prefill_at_load
@@ -124,11 +124,11 @@ def _too_little(config: HandlerConfig, room: _Room, slots: int, kept: int, capac
 def measure_passes(
     module: Any, config: HandlerConfig, limits: Limits, most: int, rank: RankInfo, device: torch.device
 ) -> int:
-    """Bytes that reading prompts takes on this rank's GPU at most, 0 on a CPU. All ranks must call it.
+    """Bytes that reading prompts and all graphs take on this rank's GPU at most, 0 on a CPU. All ranks must call it.
 
     A pass is carried out, of as many tokens as a prompt may have; activations grow with the tokens. A long prompt that
     is read under a mask is counted whole, as `ModelRunner` counts it. Captured passes have memory of their own, and
-    before each is captured it runs without a graph.
+    before each is captured it runs without a graph; what a decode step takes is small beside them, its logits are not.
 
     Args:
         most: tokens of a pass at most.
@@ -138,12 +138,17 @@ def measure_passes(
     """
     if device.type != "cuda":
         return 0
-    longest = limits.max_model_len - 1
+    longest, slots = limits.max_model_len - 1, config.most_running
     a_token, by_span = measure_token(module, min(most, longest), rank, device)
-    captures = config.cuda_graphs and uses_decode_attention(module)
-    captured = most_captured(config.most_running, longest, by_span) if captures else 0
+    captured = rows = 0
+    if config.cuda_graphs:
+        rows = cuda_graphs.captured_rows(slots, row_capacity(limits.max_model_len))
+        if uses_decode_attention(module):
+            captured = prefill_graphs.most_captured(slots, longest, by_span)
+            rows += prefill_graphs.captured_rows(slots, longest, by_span)
     eager = most if by_span else max(most, longest)
-    return int(a_token * (max(eager, captured) + captured))
+    logits = rows * module.config.get_text_config().vocab_size * next(module.parameters()).dtype.itemsize
+    return int(a_token * (max(eager, captured) + captured)) + logits
 
 
 def measure_token(module: Any, tokens: int, rank: RankInfo, device: torch.device) -> tuple[float, bool]:

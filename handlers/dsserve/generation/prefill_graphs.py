@@ -105,7 +105,7 @@ class PrefillGraphs:
         self._device = device
         self.by_prompt = by_prompt
         self._longest = longest
-        self.shapes = sorted(_span_shapes(most, longest) if by_prompt else _mask_shapes(most, longest))
+        self.shapes = sorted(_shapes(most, longest, by_prompt))
         self._captured: dict[Shape, CapturedPass] = {}
 
     @torch.inference_mode()
@@ -143,6 +143,15 @@ class PrefillGraphs:
 def most_captured(most: int, longest: int, by_prompt: bool) -> int:
     """Tokens of the longest pass that is captured; arguments as `PrefillGraphs`'."""
     return min(prefill_bucket(most * longest), MOST_TOKENS if by_prompt else _LONGEST)
+
+
+def captured_rows(most: int, longest: int, by_prompt: bool) -> int:
+    """Rows of logits that all graphs together hold; arguments as `PrefillGraphs`'."""
+    return sum(shape.prompts for shape in _shapes(most, longest, by_prompt))
+
+
+def _shapes(most: int, longest: int, by_prompt: bool) -> set[Shape]:
+    return _span_shapes(most, longest) if by_prompt else _mask_shapes(most, longest)
 
 
 def _span_shapes(most: int, longest: int) -> set[Shape]:
