@@ -115,7 +115,7 @@ class HandlerConfig(BaseModel):
 
     @property
     def most_running(self) -> int:
-        """`max_running`, where it is open what it is at most."""
+        """`max_running`, or what `auto` gives at most."""
         return AUTO_RUNNING if self.max_running == "auto" else self.max_running
 
     @model_validator(mode="after")

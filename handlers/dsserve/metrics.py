@@ -83,7 +83,7 @@ class Metrics(Observer):
         disable_created_metrics()
         self.registry = CollectorRegistry()
         self._labels = dict(zip(LABELS, (model_name, model_version), strict=True))
-        self._slots = 1
+        self._slots = 1  # until the model is loaded
         self._last_step = 0.0
         self._make_gauges()
         self._make_counters()

@@ -20,7 +20,7 @@ from dsserve.distributed import RankInfo
 from dsserve.errors import LoadError
 from dsserve.generation import kv_plan
 from dsserve.generation.build import _memory_errors_explained
-from dsserve.generation.kv_plan import KVPlan, measure_passes, measure_token, plan_kv_rows
+from dsserve.generation.kv_plan import KVPlan, measure_passes, plan_kv_rows
 from dsserve.generation.limits import read_limits
 from dsserve.generation.model_runner import ModelRunner
 from dsserve.generation.prefill_memory import PrefillMemory
@@ -56,12 +56,16 @@ def test_auto_gives_the_slots_that_fit_and_named_ones_must() -> None:
     """70 billion parameters in bf16 on two GPUs of 80 GB leave some 12 GiB each, where a rank's row is 0.63 GiB."""
     assert plan(12.3, passes=1.1, ranks=2).slots == 16
     assert plan(6, passes=1, ranks=2).slots == 7
-    said = r"need 20.00 GiB of KV cache; of 12.00 GiB free, 2.00 of them for passes, it may take 9.00 GiB .*: set "
+    said = (
+        r"need 20.00 GiB of KV cache; of 12.00 GiB free, 2.00 of them for passes and graphs, it may take 9.00 .*: set "
+    )
     with pytest.raises(LoadError, match=said + "handler.max_running: 7 or handler.max_model_len: 1840$"):
         plan(6, passes=1, ranks=2, max_running=16)
     with pytest.raises(LoadError, match=r"set handler\.max_model_len: 2944$"):
         plan(1.0)
-    with pytest.raises(LoadError, match="more ranks"):
+    with pytest.raises(LoadError, match=r"set handler.prefix_cache_rows: 3 or handler.max_model_len: 848$"):
+        plan(7, max_running=2, prefix_cache_rows=22)
+    with pytest.raises(LoadError, match="use more ranks"):
         plan(1, passes=0.999)
 
 
@@ -81,7 +85,7 @@ def test_a_plan_keeps_within_its_share_and_a_refusal_names_what_fits(
     try:
         found = plan(free, passes, ranks, **handler)
     except LoadError as error:
-        for key, value in re.findall(r"handler\.(max_running|max_model_len): (\d+)", str(error)):
+        for key, value in re.findall(r"handler\.(\w+): (\d+)", str(error)):
             found = plan(free, passes, ranks, **{**handler, key: int(value)})
             assert found.nbytes <= share + 1
         return
@@ -100,62 +104,62 @@ def module() -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
-@pytest.fixture
-def allocator(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GPU's, in which a pass takes 1000 bytes for each of 64 tokens."""
-    monkeypatch.setattr(PrefillMemory, "is_limited", True)
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 7)
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 7 + 64 * 1000)
-    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+def make_memory(device: str) -> PrefillMemory:
+    return PrefillMemory(torch.device(device), ALONE, vocabulary=50)
 
 
-@pytest.mark.usefixtures("allocator")
-def test_a_pass_is_measured_and_nothing_of_it_stays(module: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    runners = []
-    monkeypatch.setattr(kv_plan, "ModelRunner", lambda *a, **k: remember(runners, ModelRunner(*a, **k)))
+def test_passes_are_carried_out_and_nothing_of_them_stays(
+    module: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes, runners = [], []
+
+    def note(memory: PrefillMemory, prefill: Any, tokens: int, logits: int, is_plain: bool) -> torch.Tensor:
+        sizes.append(tokens)
+        return prefill()
+
+    def remember(*args: Any, **named: Any) -> ModelRunner:
+        runner = ModelRunner(*args, **named)
+        runners.extend([weakref.ref(runner), weakref.ref(runner.cache)])
+        return runner
+
+    monkeypatch.setattr(PrefillMemory, "run", note)
+    monkeypatch.setattr(kv_plan, "ModelRunner", remember)
     gc.disable()
     try:
-        assert measure_token(module, 50, ALONE, torch.device("cpu")) == (1000.0, False)
+        assert not kv_plan._carry_out(module, 600, make_memory("cpu")), "a CPU has no flash"
     finally:
         gc.enable()
-    assert runners and all(kept() is None for kept in runners)
-
-
-def remember(seen: list[Any], runner: ModelRunner) -> ModelRunner:
-    seen += [weakref.ref(runner), weakref.ref(runner.cache)]
-    return runner
+    assert sizes == [512, 600]
+    assert [kept() for kept in runners] == [None, None]
 
 
 @pytest.mark.parametrize(
-    ("by_span", "graphs", "longest", "tokens", "rows"),
+    ("by_span", "graphs", "longest", "passes", "rows"),
     [
         # Captured passes, and one beside them. Decode: 31 rows for 9 lengths; prompts: 8 and 16 for each of 15 lengths,
         # 16 short ones for 5 of them.
-        (True, True, 32000, 4096 + 4096, 31 * 9 + 15 * 24 + 5 * 16),
-        (True, False, 32000, 4096, 0),
-        (False, False, 32000, 31999, 0),  # a long prompt's parts read it under a mask: counted whole
-        (False, True, 32000, 31999 + 256, 31 * 9 + (7 + 3 * 4) * 16),
-        (False, False, 100, 4096, 0),  # several prompts in a pass
-        (True, True, 100, 4096 + 1792, 31 + 12 * 24 + 2 * 16),  # 16 prompts of 99 tokens are the most that can come
+        (True, True, 32000, (4096, 4096), 31 * 9 + 15 * 24 + 5 * 16),
+        (True, False, 32000, (4096,), 0),
+        (False, False, 32000, (31999,), 0),  # a long prompt's parts read it under a mask: counted whole
+        (False, True, 32000, (31999, 256), 31 * 9 + (7 + 3 * 4) * 16),
+        (True, True, 100, (1792, 1792), 31 + 12 * 24 + 2 * 16),  # 16 prompts of 99 tokens are the most that can come
+        (False, False, 100, (1792,), 0),
     ],
 )
 def test_what_is_left_for_passes(
-    by_span: bool, graphs: bool, longest: int, tokens: int, rows: int, module: Any, monkeypatch: pytest.MonkeyPatch
+    by_span: bool, graphs: bool, longest: int, passes: Any, rows: int, module: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kv_plan, "measure_token", lambda *_: (10.0, by_span))
+    monkeypatch.setattr(kv_plan, "_carry_out", lambda *_: by_span)
     monkeypatch.setattr(kv_plan, "uses_decode_attention", lambda module: True)
+    monkeypatch.setattr(PrefillMemory, "needed", lambda memory, tokens: 10 * tokens)
     config = HandlerConfig(model_path="m", max_model_len=longest, max_new_tokens=1, cuda_graphs=graphs)
     limits = read_limits(config, None, LARGE)
-    found = measure_passes(module, config, limits, 4096, ALONE, torch.device("cuda"))
-    assert found == 10 * tokens + rows * 50 * 4  # fp32 logits of 50 tokens
-    assert measure_passes(module, config, limits, 4096, ALONE, torch.device("cpu")) == 0
+    found = measure_passes(module, config, limits, 4096, make_memory("cuda"))
+    assert found == 10 * sum(passes) + rows * 50 * 4 + GIB // 2  # fp32 logits of 50 tokens; what libraries take
+    assert measure_passes(module, config, limits, 4096, make_memory("cpu")) == 0
 
 
-def test_memory_that_runs_out_at_load_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (GIB // 4, 80 * GIB))
-    config = HandlerConfig(model_path="m")
-    with (
-        pytest.raises(LoadError, match=r"0.25 of 80.0 GiB are free; lower handler.kv_memory_fraction \(0.9\)"),
-        _memory_errors_explained(config, torch.device("cuda:0")),
-    ):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+def test_memory_that_runs_out_at_load_is_explained() -> None:
+    said = r"\(CUDA out of memory\); lower handler.kv_memory_fraction \(0.9\) or max_model_len, set cuda_graphs: false"
+    with pytest.raises(LoadError, match=said), _memory_errors_explained(HandlerConfig(model_path="m")):
+        raise torch.OutOfMemoryError("CUDA out of memory\nof two lines")

@@ -16,7 +16,7 @@ import torch
 
 from dsserve.config import YAML_FILE, HandlerConfig
 from dsserve.distributed import RankInfo
-from dsserve.errors import LoadError
+from dsserve.errors import LoadError, first_line
 from dsserve.fused_layers import FusedLayer
 from dsserve.generation.batch_scheduler import BatchScheduler
 from dsserve.generation.choice import HostChoice, Launch
@@ -30,6 +30,7 @@ from dsserve.generation.kv_plan import measure_passes, plan_kv_rows
 from dsserve.generation.limits import read_limits
 from dsserve.generation.model_runner import ModelRunner
 from dsserve.generation.observer import Observer
+from dsserve.generation.prefill_memory import PrefillMemory
 from dsserve.generation.prefix_cache import PrefixCache
 from dsserve.generation.request import Limits
 from dsserve.generation.runner import Runner
@@ -63,15 +64,15 @@ def build_engine(
     Raises:
         LoadError: see `read_limits`, `plan_kv_rows` and `SelfCheck.verify`; a GPU without memory for all of it.
     """
-    with _memory_errors_explained(config, device):
+    with _memory_errors_explained(config):
         if ds_engine.workspace is None:
             limits = read_limits(config, loaded.max_position, ds_engine.module.config)
             runner, scheduler = _autotp_runner(ds_engine, config, limits, rank, device, clock)
-            limits = replace(limits, max_running=runner.slots)
         else:
             size = ds_engine.workspace.size
             limits = read_limits(config, loaded.max_position, ds_engine.module.config, size.tokens)
             runner, scheduler = _kernel_runner(ds_engine, config, limits, rank, device, clock)
+        limits = replace(limits, max_running=runner.slots)
         launch = _sampler(runner, config, rank, device, clock)
 
     def make_text(request: Any) -> TextStream:
@@ -85,16 +86,15 @@ def build_engine(
 
 
 @contextmanager
-def _memory_errors_explained(config: HandlerConfig, device: torch.device) -> Iterator[None]:
+def _memory_errors_explained(config: HandlerConfig) -> Iterator[None]:
     """What runs out of a GPU's memory within is a LoadError that says what to lower."""
     try:
         yield
-    except torch.OutOfMemoryError:
-        free, total = torch.cuda.mem_get_info(device)
+    except torch.OutOfMemoryError as error:
         raise LoadError(
-            f"{YAML_FILE}: {device} has no memory left for the engine's passes and graphs: {free / 2**30:.2f} of "
-            f"{total / 2**30:.1f} GiB are free; lower handler.kv_memory_fraction ({config.kv_memory_fraction:g}), "
-            "max_batch_prefill_tokens or max_running (with kernel injection that or deepspeed.max_out_tokens)"
+            f"{YAML_FILE}: no GPU memory is left for the engine's passes and graphs ({first_line(error)}); lower "
+            f"handler.kv_memory_fraction ({config.kv_memory_fraction:g}) or max_model_len, set cuda_graphs: false, or "
+            "use more ranks (with kernel injection lower max_running or deepspeed.max_out_tokens)"
         ) from None
 
 
@@ -103,7 +103,7 @@ def _idle_tokens(config: HandlerConfig, device: torch.device) -> int:
     seconds."""
     if config.max_batch_prefill_tokens != "auto":
         return config.max_batch_prefill_tokens
-    return _IDLE_TOKENS if device.type == "cuda" else config.max_num_batched_tokens
+    return max(_IDLE_TOKENS if device.type == "cuda" else 0, config.max_num_batched_tokens)
 
 
 def _autotp_runner(
@@ -114,10 +114,11 @@ def _autotp_runner(
     with clock.phase("pack"):
         replaced = tune(module, config, rank, device)
     idle_tokens = _idle_tokens(config, device)
+    memory = PrefillMemory(device, rank, module.config.get_text_config().vocab_size)
     with clock.phase("warm-up"):
-        passes = measure_passes(module, config, limits, idle_tokens, rank, device)
+        passes = measure_passes(module, config, limits, idle_tokens, memory)
         rows = plan_kv_rows(module.config, config, limits, dtype, rank, device, passes)
-        runner = ModelRunner(module, rows.slots, limits.max_model_len, device, rows.kept)
+        runner = ModelRunner(module, rows.slots, limits.max_model_len, device, rows.kept, memory)
         _warm_up(runner, module, config, rank, device)
         if ds_engine.self_check is not None:
             error = verify_runner(runner, ds_engine.self_check)

@@ -6,6 +6,7 @@ workspace (`injection.workspace`). Allocates nothing that stays (`kv_cache`) and
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from dsserve.errors import LoadError
 from dsserve.generation import cuda_graphs, prefill_graphs
 from dsserve.generation.decode_attention import uses_decode_attention
 from dsserve.generation.model_runner import KV_STEP, ModelRunner, row_capacity
+from dsserve.generation.packed_prompts import PREFILL_BUCKETS, prefill_bucket
 from dsserve.generation.plan import Admission, Plan
 from dsserve.generation.prefill_memory import PrefillMemory
 from dsserve.generation.request import Limits
@@ -27,6 +29,9 @@ from dsserve.sharding.heads import head_size
 # Kept rows where the settings leave their number open; fewer where memory is short.
 _KEPT_ROWS = 8
 _GIB = 2**30
+# For the programs of graphs, the workspaces of cuBLAS (32 MiB a stream on Hopper), the sampler, and what NCCL and
+# Triton take when they are first used.
+_LIBRARIES = 512 * 2**20
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,7 @@ class _Room:
 
     Attributes:
         free: bytes beside the weights.
-        passes: bytes of them that reading prompts takes.
+        passes: bytes of them that are left for reading prompts.
         tokens: how many tokens' keys and values fit, on the rank that has the least.
     """
 
@@ -107,60 +112,61 @@ def _token_bytes(model_config: Any, dtype: torch.dtype, rank: RankInfo) -> int:
 def _too_little(config: HandlerConfig, room: _Room, slots: int, kept: int, capacity: int, a_token: int) -> str:
     """The error's text; each setting that it names is enough alone."""
     rows = slots + kept
-    ways = []
-    if config.max_running != "auto" and room.tokens // capacity > kept:
-        ways.append(f"handler.max_running: {room.tokens // capacity - kept}")
+    fitting, ways = room.tokens // capacity, []
+    if config.max_running != "auto" and fitting > kept:
+        ways.append(f"handler.max_running: {fitting - kept}")
+    if kept and fitting >= slots:
+        ways.append(f"handler.prefix_cache_rows: {fitting - slots}")
     if room.tokens // rows >= KV_STEP:
         ways.append(f"handler.max_model_len: {room.tokens // rows // KV_STEP * KV_STEP}")
-    less = f", {room.passes / _GIB:.2f} of them for passes," if room.passes else ""
+    less = f", {room.passes / _GIB:.2f} of them for passes and graphs," if room.passes else ""
     return (
         f"{YAML_FILE}: {rows} row(s) of {capacity} tokens need {rows * capacity * a_token / _GIB:.2f} GiB of KV cache; "
         f"of {room.free / _GIB:.2f} GiB free{less} it may take {room.tokens * a_token / _GIB:.2f} GiB "
         f"(handler.kv_memory_fraction {config.kv_memory_fraction:g}): "
-        + (f"set {' or '.join(ways)}" if ways else "the model needs more ranks (torchrun.nproc-per-node)")
+        + (f"set {' or '.join(ways)}" if ways else "use more ranks (torchrun.nproc-per-node) or deepspeed.quantization")
     )
 
 
-def measure_passes(
-    module: Any, config: HandlerConfig, limits: Limits, most: int, rank: RankInfo, device: torch.device
-) -> int:
-    """Bytes that reading prompts and all graphs take on this rank's GPU at most, 0 on a CPU. All ranks must call it.
+def measure_passes(module: Any, config: HandlerConfig, limits: Limits, most: int, memory: PrefillMemory) -> int:
+    """Bytes that stay free on this rank's GPU for reading prompts, for graphs and for libraries; 0 on a CPU. All ranks
+    must call it.
 
-    A pass is carried out, of as many tokens as a prompt may have; activations grow with the tokens. A long prompt that
-    is read under a mask is counted whole, as `ModelRunner` counts it. Captured passes have memory of their own, and
-    before each is captured it runs without a graph; what a decode step takes is small beside them, its logits are not.
+    Passes are carried out, the last one of as many tokens as a prompt may have. Captured passes have memory of their
+    own, and before each is captured it runs without a graph. What a decode step takes is small beside them, the logits
+    of all graphs are not. A long prompt that is read under a mask is counted whole, as `ModelRunner` counts it.
 
     Args:
         most: tokens of a pass at most.
+        memory: learns what the passes take.
 
     Raises:
-        LoadError: there is no memory for that pass.
+        LoadError: there is no memory for them.
+        torch.OutOfMemoryError: nor for the first, short one.
     """
-    if device.type != "cuda":
+    if memory.device.type != "cuda":
         return 0
     longest, slots = limits.max_model_len - 1, config.most_running
-    a_token, by_span = measure_token(module, min(most, longest), rank, device)
+    gc.collect()  # what is found and freed within a pass would hide what that takes
+    by_span = _carry_out(module, min(most, longest), memory)
     captured = rows = 0
     if config.cuda_graphs:
         rows = cuda_graphs.captured_rows(slots, row_capacity(limits.max_model_len))
         if uses_decode_attention(module):
             captured = prefill_graphs.most_captured(slots, longest, by_span)
             rows += prefill_graphs.captured_rows(slots, longest, by_span)
-    eager = most if by_span else max(most, longest)
+    together = min(most, prefill_bucket(slots * longest))
+    eager = max(together, captured) if by_span else max(together, longest)
     logits = rows * module.config.get_text_config().vocab_size * next(module.parameters()).dtype.itemsize
-    return int(a_token * (max(eager, captured) + captured)) + logits
+    return memory.needed(eager) + (memory.needed(captured) if captured else 0) + logits + _LIBRARIES
 
 
-def measure_token(module: Any, tokens: int, rank: RankInfo, device: torch.device) -> tuple[float, bool]:
-    """Bytes of activations that a token of a pass takes, and whether prompts are read by their spans.
-
-    Args:
-        tokens: of the pass that is carried out.
-
-    Raises:
-        LoadError: there is no memory for it.
-    """
-    memory = PrefillMemory(device, rank, module.config.get_text_config().vocab_size)
-    runner = ModelRunner(module, 1, tokens + 1, device, memory=memory)
-    prefill_at_load(runner, Plan(admit=(Admission((0,) * tokens),)))
-    return memory.token_bytes, runner.forward.reads_by_span
+def _carry_out(module: Any, tokens: int, memory: PrefillMemory) -> bool:
+    """Reads a prompt of so many tokens; returns whether it was found by its span, as the first one never is. A short
+    one comes first: what it takes says whether all ranks have room for the other, in which one of them would else fail
+    while the others wait for it."""
+    runner = ModelRunner(module, 1, tokens + 1, memory.device, memory=memory)
+    for size in (min(tokens, PREFILL_BUCKETS[-1]), tokens):
+        prefill_at_load(runner, Plan(admit=(Admission((0,) * size),)))
+        runner.execute(Plan(evict=(0,)))
+    return runner.forward.reads_by_span

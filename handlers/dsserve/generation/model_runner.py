@@ -139,11 +139,13 @@ class ModelRunner:
             self._enter(prompts)
             return logits
 
-        # Tokens that were computed before are only read, which takes less: where memory is short, long prompts are
+        # Tokens that were computed before are only read, which takes nothing where prompts are read by their spans, and
+        # less than to compute them under a mask. There they count all the same: where memory is short, long prompts are
         # refused as if they were read in one pass, and no pass fails on the way.
-        tokens = sum(prompt.shared + len(prompt.tokens) for prompt in prompts)
+        computed = sum(len(prompt.tokens) for prompt in prompts)
+        read = 0 if self.forward.reads_by_span else sum(prompt.shared for prompt in prompts)
         logits = sum(len(prompt.tokens) if prompt.all_logits else 1 for prompt in prompts)
-        return self._memory.run(prefill, tokens, logits)
+        return self._memory.run(prefill, computed + read, logits, is_plain=not read and logits == len(prompts))
 
     def _take_over(self, prompts: tuple[Admission, ...]) -> None:
         """Copies the beginnings that lie in other rows to those that the prompts will have."""

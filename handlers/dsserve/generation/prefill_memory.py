@@ -17,30 +17,33 @@ from dsserve.generation.packed_prompts import prefill_bucket
 
 
 class PrefillMemory:
-    """Learns from each pass what a token takes, and tries to get that much before the next one.
+    """Learns from passes what they take, and tries to get that much before the next one.
 
     Args:
         vocabulary: width of the logits, which a pass holds twice in fp32 at most.
-
-    Attributes:
-        token_bytes: most bytes that a token of the passes so far took.
     """
 
     def __init__(self, device: torch.device, rank: RankInfo, vocabulary: int) -> None:
-        self._device = device
+        self.device = device
         self._rank = rank
         self._logits_bytes = 2 * 4 * vocabulary
-        self.token_bytes = 0.0
+        self._token_bytes = 0.0  # most that a token of any pass took
+        self._longest, self._longest_bytes = 1, 0  # the pass of most tokens, and what it took
         self._before = 0  # bytes that were taken when the present pass began
 
     @property
     def is_limited(self) -> bool:
         """Whether an allocation can fail: on a CPU the kernel ends the process instead."""
-        return self._device.type == "cuda"
+        return self.device.type == "cuda"
 
-    def run(self, prefill: Callable[[], torch.Tensor], tokens: int, logits: int) -> torch.Tensor | None:
+    def run(
+        self, prefill: Callable[[], torch.Tensor], tokens: int, logits: int, is_plain: bool = True
+    ) -> torch.Tensor | None:
         """Carries out a pass of so many tokens and rows of logits, or returns None on all ranks where one of them has
         not the memory for it.
+
+        Args:
+            is_plain: it computes all of these tokens, and few logits, so that others of as many take as much.
 
         Raises:
             torch.OutOfMemoryError: a pass failed that should have fitted, and other ranks may wait within it.
@@ -54,27 +57,41 @@ class PrefillMemory:
                 if self._rank.world_size > 1:
                     raise
             else:
-                self._learn(tokens)
+                if is_plain:
+                    self._learn(tokens)
                 return result
         torch.cuda.empty_cache()  # so that fragments do not refuse the next pass
         return None
 
+    def needed(self, tokens: int) -> int:
+        """Bytes of activations that a pass of so many tokens takes, as far as the passes before it tell: no more than a
+        longer one took, and what is longer than all of them in proportion to the longest. A short one takes more for
+        each token where something does not grow with them, as expanded weights."""
+        size = prefill_bucket(tokens)
+        if size >= self._longest:
+            return self._longest_bytes * size // self._longest
+        return min(int(size * self._token_bytes), self._longest_bytes)
+
     def has_room(self, tokens: int, logits: int) -> bool:
         """This rank's answer: the bytes are taken from the allocator and given back, so they are there for the pass,
         whose peak is measured from here on."""
-        needed = int(tokens * self.token_bytes) + logits * self._logits_bytes
+        needed = self.needed(tokens) + logits * self._logits_bytes
         try:
-            torch.empty(needed, dtype=torch.uint8, device=self._device)
+            torch.empty(needed, dtype=torch.uint8, device=self.device)
         except torch.OutOfMemoryError:
             return False
-        torch.cuda.reset_peak_memory_stats(self._device)
-        self._before = torch.cuda.memory_allocated(self._device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        self._before = torch.cuda.memory_allocated(self.device)
         return True
 
     def _learn(self, tokens: int) -> None:
         """Allocations are known on the host as soon as the pass is launched. What stays is no activation; nor is what
         lay there before and went meanwhile: garbage that Python found. A pass of few tokens is padded, and takes what
         its padding takes."""
-        others = max(self._before, torch.cuda.memory_allocated(self._device))
-        taken = torch.cuda.max_memory_allocated(self._device) - others
-        self.token_bytes = max(self.token_bytes, taken / prefill_bucket(tokens))
+        others = max(self._before, torch.cuda.memory_allocated(self.device))
+        taken, size = torch.cuda.max_memory_allocated(self.device) - others, prefill_bucket(tokens)
+        self._token_bytes = max(self._token_bytes, taken / size)
+        if size == self._longest:
+            self._longest_bytes = max(self._longest_bytes, taken)
+        elif size > self._longest:
+            self._longest, self._longest_bytes = size, taken

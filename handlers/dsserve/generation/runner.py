@@ -69,6 +69,6 @@ def prefill_at_load(runner: Runner, plan: Plan) -> StepLogits | None:
         tokens = sum(len(admission.tokens) for admission in plan.admit)
         raise LoadError(
             f"{YAML_FILE}: beside weights and KV cache there is no memory to read {tokens} tokens: lower "
-            "handler.kv_memory_fraction, max_batch_prefill_tokens, max_running or max_model_len"
+            "handler.max_batch_prefill_tokens, kv_memory_fraction or max_model_len, or use more ranks"
         )
     return step
