@@ -73,7 +73,7 @@ def texts(path: str, device_type: str = "cpu") -> dict[str, Any]:
 def make(module: Any, rank: RankInfo, device: torch.device, kept: int, prefill_tokens: int) -> Engine:
     runner = ModelRunner(module, SLOTS, CONTEXT, device, kept)
     if device.type == "cuda":
-        runner.capture_graphs(rank.is_leader, prefill=True)
+        runner.capture_graphs(rank.is_leader, prefill_tokens=CONTEXT)
     scheduler = Scheduler(SLOTS, PrefixCache(SLOTS, kept), prefill_tokens)
     return Engine(runner, rank, lambda _: Numbers(), frozenset(), scheduler=scheduler)  # type: ignore[arg-type, return-value]
 

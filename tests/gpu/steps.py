@@ -17,6 +17,7 @@ from dsserve.ds_engine import get_ds_engine
 from dsserve.generation.device_sampler import DeviceSampler
 from dsserve.generation.engine import Engine
 from dsserve.generation.model_runner import ModelRunner
+from dsserve.generation.prefill_graphs import MOST_TOKENS
 from dsserve.generation.request import GenerationRequest
 from dsserve.generation.tuning import tune
 from dsserve.generation.warmup import verify_runner
@@ -65,7 +66,7 @@ def generate(path: str, dtype: str, step: str) -> dict[str, Any]:
         assert rank.world_size == 1 or "in the ranks' memory" in said
     runner = ModelRunner(ds_engine.module, SLOTS, CONTEXT, device)
     if step != "eager":
-        runner.capture_graphs(rank.is_leader, prefill=step == "fused")
+        runner.capture_graphs(rank.is_leader, MOST_TOKENS if step == "fused" else 0)
     error = verify_runner(runner, ds_engine.self_check)
     sampler = DeviceSampler(runner.slots, runner.vocabulary, device)
     ahead: dict[str, Any] = {} if step == "eager" else {"launch": sampler.launch, "launch_ahead": True}

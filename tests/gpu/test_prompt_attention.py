@@ -11,6 +11,7 @@ from dsserve.generation.decode_attention import use_decode_attention
 from dsserve.generation.model_runner import ModelRunner
 from dsserve.generation.packed_prompts import PackedPrompts
 from dsserve.generation.plan import Admission, Plan
+from dsserve.generation.prefill_graphs import MOST_TOKENS
 from dsserve.generation.prompt_attention import has_flash
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is visible")
@@ -40,7 +41,7 @@ def test_a_long_pass_of_many_prompts_in_a_graph_has_the_logits_of_each_alone(dty
     model = LlamaForCausalLM(config).to(device, dtype).eval()
     assert use_decode_attention(model) and use_fused_ops(model, load_ops(device))
     runner = ModelRunner(model, SLOTS, CONTEXT, device)
-    runner.capture_graphs(is_leader=True, prefill=True)
+    runner.capture_graphs(is_leader=True, prefill_tokens=MOST_TOKENS)
     generator = torch.Generator().manual_seed(1)
     lengths = [30 + 7 * number for number in range(SLOTS - 4)]
     prompts = [tuple(torch.randint(2000, (length,), generator=generator).tolist()) for length in lengths]

@@ -160,6 +160,6 @@ def test_what_is_left_for_passes(
 
 
 def test_memory_that_runs_out_at_load_is_explained() -> None:
-    said = r"\(CUDA out of memory\); lower handler.kv_memory_fraction \(0.9\) or max_model_len, set cuda_graphs: false"
+    said = r"\(CUDA out of memory\); lower handler.kv_memory_fraction \(0.9\) or max_batch_prefill_tokens, set "
     with pytest.raises(LoadError, match=said), _memory_errors_explained(HandlerConfig(model_path="m")):
         raise torch.OutOfMemoryError("CUDA out of memory\nof two lines")

@@ -17,7 +17,7 @@ from dsserve.generation import prefill_graphs
 from dsserve.generation.kv_cache import SlotLayer
 from dsserve.generation.model_runner import ModelRunner
 from dsserve.generation.plan import Admission, Plan
-from dsserve.generation.prefill_graphs import PrefillGraphs, Shape
+from dsserve.generation.prefill_graphs import PrefillGraphs, Shape, most_captured
 from dsserve.generation.prompt_attention import PROMPT_SPANS
 from scripts.random_model import draw_prompts, make_config
 from tests.unit.test_prompt_attention import in_spans
@@ -127,6 +127,13 @@ def test_a_pass_may_be_longer_than_any_prompt() -> None:
     assert lengths(1, 100, False) == [16, 32, 64, 96, 128]
     assert lengths(64, 255, True)[-3:] == [2048, 3072, 4096]
     assert 768 in lengths(64, 255, True) and 768 not in lengths(64, 255, False)
+
+
+def test_no_pass_is_captured_that_the_scheduler_does_not_make() -> None:
+    """Up to the step's prompts and a decoded row for each slot."""
+    captured = PrefillGraphs(None, 16, 4095, CPU, by_prompt=True, tokens=256).shapes  # type: ignore[arg-type]
+    assert max(shape.tokens for shape in captured) == most_captured(16, 4095, True, 256) == 384
+    assert most_captured(64, 4095, True, 4096) == 4096 and most_captured(64, 4095, False, 4096) == 256
 
 
 def test_with_spans_few_long_and_many_short_prompts_have_their_own_graphs() -> None:

@@ -93,8 +93,8 @@ def _memory_errors_explained(config: HandlerConfig) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         raise LoadError(
             f"{YAML_FILE}: no GPU memory is left for the engine's passes and graphs ({first_line(error)}); lower "
-            f"handler.kv_memory_fraction ({config.kv_memory_fraction:g}) or max_model_len, set cuda_graphs: false, or "
-            "use more ranks (with kernel injection lower max_running or deepspeed.max_out_tokens)"
+            f"handler.kv_memory_fraction ({config.kv_memory_fraction:g}) or max_batch_prefill_tokens, set cuda_graphs: "
+            "false, or use more ranks (with kernel injection lower max_running or deepspeed.max_out_tokens)"
         ) from None
 
 
@@ -119,7 +119,7 @@ def _autotp_runner(
         passes = measure_passes(module, config, limits, idle_tokens, memory)
         rows = plan_kv_rows(module.config, config, limits, dtype, rank, device, passes)
         runner = ModelRunner(module, rows.slots, limits.max_model_len, device, rows.kept, memory)
-        _warm_up(runner, module, config, rank, device)
+        _warm_up(runner, module, config, rank, device, idle_tokens)
         if ds_engine.self_check is not None:
             error = verify_runner(runner, ds_engine.self_check)
             if rank.is_leader:
@@ -167,7 +167,9 @@ def _sampler(runner: Runner, config: HandlerConfig, rank: RankInfo, device: torc
     return sampler.launch
 
 
-def _warm_up(runner: ModelRunner, module: Any, config: HandlerConfig, rank: RankInfo, device: torch.device) -> None:
+def _warm_up(
+    runner: ModelRunner, module: Any, config: HandlerConfig, rank: RankInfo, device: torch.device, most: int
+) -> None:
     if config.warmup:
         all_reduces = warm_up(runner, rank.is_leader)
         all_reduces += sum(part.sums_in_memory for part in module.modules() if isinstance(part, FusedLayer))
@@ -175,4 +177,4 @@ def _warm_up(runner: ModelRunner, module: Any, config: HandlerConfig, rank: Rank
             layers = module.config.get_text_config().num_hidden_layers
             logger.info("[dsserve] all-reduces in a decode step: %d for %d layers", all_reduces, layers)
     if config.cuda_graphs and device.type == "cuda":
-        runner.capture_graphs(rank.is_leader, prefill=uses_decode_attention(module))
+        runner.capture_graphs(rank.is_leader, most if uses_decode_attention(module) else 0)

@@ -153,8 +153,8 @@ def measure_passes(module: Any, config: HandlerConfig, limits: Limits, most: int
     if config.cuda_graphs:
         rows = cuda_graphs.captured_rows(slots, row_capacity(limits.max_model_len))
         if uses_decode_attention(module):
-            captured = prefill_graphs.most_captured(slots, longest, by_span)
-            rows += prefill_graphs.captured_rows(slots, longest, by_span)
+            captured = prefill_graphs.most_captured(slots, longest, by_span, most)
+            rows += prefill_graphs.captured_rows(slots, longest, by_span, most)
     together = min(most, prefill_bucket(slots * longest))
     eager = max(together, captured) if by_span else max(together, longest)
     logits = rows * module.config.get_text_config().vocab_size * next(module.parameters()).dtype.itemsize

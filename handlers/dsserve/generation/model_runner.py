@@ -159,11 +159,12 @@ class ModelRunner:
         self._lengths[first:] = [prompt.shared + len(prompt.tokens) for prompt in prompts]
         self._has_part = not prompts[-1].complete
 
-    def capture_graphs(self, is_leader: bool, prefill: bool = False) -> None:
-        """Decodes in CUDA graphs from now on, and prefills short prompts in them where wanted. No row may be live.
+    def capture_graphs(self, is_leader: bool, prefill_tokens: int = 0) -> None:
+        """Decodes in CUDA graphs from now on, and prefills in them where wanted. No row may be live.
 
         Args:
-            prefill: needs writes to the cache that skip negative cells (`gpu_ops`).
+            prefill_tokens: of the prompts of a pass at most; 0 = prefill stays as it is. Else it needs writes to the
+                cache that skip negative cells (`gpu_ops`).
 
         Raises:
             LoadError: see `cuda_graphs.capture`.
@@ -174,9 +175,9 @@ class ModelRunner:
         graphs = DecodeGraphs(self.forward.decode, self.slots, self._capacity, self._device)
         graphs.capture(is_leader, pool)
         self._graphs = graphs
-        if prefill:
+        if prefill_tokens:
             longest, by_prompt = self.max_model_len - 1, self.forward.reads_by_span
-            passes = PrefillGraphs(self.forward.prefill, self.slots, longest, self._device, by_prompt)
+            passes = PrefillGraphs(self.forward.prefill, self.slots, longest, self._device, by_prompt, prefill_tokens)
             passes.capture(pool)
             self._prefill_graphs = passes
 

@@ -96,16 +96,23 @@ class PrefillGraphs:
         most: most prompts of a pass.
         longest: longest prompt, in tokens.
         by_prompt: attention takes the prompts' spans.
+        tokens: of the prompts of a pass at most; longer passes are not captured anyway.
     """
 
     def __init__(
-        self, forward: Forward, most: int, longest: int, device: torch.device, by_prompt: bool = False
+        self,
+        forward: Forward,
+        most: int,
+        longest: int,
+        device: torch.device,
+        by_prompt: bool = False,
+        tokens: int = MOST_TOKENS,
     ) -> None:
         self._forward = forward
         self._device = device
         self.by_prompt = by_prompt
         self._longest = longest
-        self.shapes = sorted(_shapes(most, longest, by_prompt))
+        self.shapes = sorted(_shapes(most, longest, by_prompt, tokens))
         self._captured: dict[Shape, CapturedPass] = {}
 
     @torch.inference_mode()
@@ -140,23 +147,23 @@ class PrefillGraphs:
         return next((self._captured[shape] for shape in self.shapes if shape.holds(needed)), None)
 
 
-def most_captured(most: int, longest: int, by_prompt: bool) -> int:
-    """Tokens of the longest pass that is captured; arguments as `PrefillGraphs`'."""
-    return min(prefill_bucket(most * longest), MOST_TOKENS if by_prompt else _LONGEST)
+def most_captured(most: int, longest: int, by_prompt: bool, tokens: int) -> int:
+    """Tokens of the longest pass that is captured; arguments as `PrefillGraphs`'. Decoded rows may join the prompts."""
+    return min(prefill_bucket(min(most * longest, tokens + most)), MOST_TOKENS if by_prompt else _LONGEST)
 
 
-def captured_rows(most: int, longest: int, by_prompt: bool) -> int:
+def captured_rows(most: int, longest: int, by_prompt: bool, tokens: int) -> int:
     """Rows of logits that all graphs together hold; arguments as `PrefillGraphs`'."""
-    return sum(shape.prompts for shape in _shapes(most, longest, by_prompt))
+    return sum(shape.prompts for shape in _shapes(most, longest, by_prompt, tokens))
 
 
-def _shapes(most: int, longest: int, by_prompt: bool) -> set[Shape]:
-    return _span_shapes(most, longest) if by_prompt else _mask_shapes(most, longest)
+def _shapes(most: int, longest: int, by_prompt: bool, tokens: int) -> set[Shape]:
+    largest = most_captured(most, longest, by_prompt, tokens)
+    return _span_shapes(most, largest) if by_prompt else _mask_shapes(most, longest, largest)
 
 
-def _span_shapes(most: int, longest: int) -> set[Shape]:
+def _span_shapes(most: int, largest: int) -> set[Shape]:
     """Of passes in which attention takes the prompts' spans: few prompts, many, and of long passes many short ones."""
-    largest = most_captured(most, longest, by_prompt=True)
     shapes = set()
     for tokens in (length for length in (*PREFILL_BUCKETS, *_MORE_LENGTHS) if length <= largest):
         shapes |= {Shape(tokens, min(count, tokens), tokens) for count in (min(_FEW, most), most)}
@@ -165,9 +172,9 @@ def _span_shapes(most: int, longest: int) -> set[Shape]:
     return shapes
 
 
-def _mask_shapes(most: int, longest: int) -> set[Shape]:
+def _mask_shapes(most: int, longest: int, largest: int) -> set[Shape]:
     """Of passes under a mask."""
-    lengths = [length for length in PREFILL_BUCKETS if length <= most_captured(most, longest, by_prompt=False)]
+    lengths = [length for length in PREFILL_BUCKETS if length <= largest]
     most_read = min(prefill_bucket(longest + 1), _LONGEST_READ)
     reads = buckets(_SHORTEST_READ, max(_SHORTEST_READ, most_read))
     parts = [length for length in _PARTS if length in lengths]
