@@ -284,7 +284,7 @@ def test_a_text_that_ends_while_another_one_waits_leaves_at_once(make: Make) -> 
 def test_prompts_without_memory_are_tried_again_with_no_step_behind_them(make: Make) -> None:
     engine = make(True)
     full = iter([False, True])
-    engine._runner._memory.run = lambda prefill, *_: None if next(full, False) else prefill()  # type: ignore[attr-defined]
+    engine._runner._memory.run = lambda prefill, *_, **__: None if next(full, False) else prefill()  # type: ignore[attr-defined]
     engine.admit(GenerationRequest("runs", (7, 8, 9), 9, stop=StopConditions(ignore_eos=True)))
     events = engine.run(1)
     for name in "ab":
