@@ -126,8 +126,10 @@ def _autotp_runner(
                 logger.info("[dsserve] self-check: the engine's logits differ by %.1e", error)
     if rank.is_leader:
         logger.info(
-            "[dsserve] %d slots of %d tokens and %d kept rows, KV cache up to %.2f GiB a rank, %s, %d thread(s) a rank",
-            rows.slots, limits.max_model_len, rows.kept, rows.nbytes / 2**30, replaced, torch.get_num_threads(),
+            "[dsserve] %d slots of %d tokens and %d kept rows, KV cache up to %.2f GiB a rank beside %.2f for passes, "
+            "%s, %d thread(s) a rank",
+            rows.slots, limits.max_model_len, rows.kept, rows.nbytes / 2**30, passes / 2**30, replaced,
+            torch.get_num_threads(),
         )  # fmt: skip
         if rows.slots < config.most_running:
             logger.warning(

@@ -1,6 +1,6 @@
 """How many rows the KV cache gets: what is free beside weights and passes, in rows of a whole context.
 
-On a GPU one pass of prompts is carried out to see what it takes. Covers AutoTP's engine; kernel injection has its
+On a GPU passes of prompts are carried out to see what they take. Covers AutoTP's engine; kernel injection has its
 workspace (`injection.workspace`). Allocates nothing that stays (`kv_cache`) and sets no limits (`limits`).
 """
 
@@ -73,7 +73,7 @@ def plan_kv_rows(
     device: torch.device,
     passes: int = 0,
 ) -> KVPlan:
-    """The rows that fit. Slots that the settings name must fit, and one must in any case; all others are as many as do.
+    """As many rows as fit: the slots that the settings name must, or at least one; kept rows take what is left.
 
     Args:
         passes: bytes that stay free for reading prompts, see `measure_passes`.
