@@ -9,8 +9,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from scripts.random_model import write_tokenizer
-from tests.gpu.tight import NEW_TOKENS
 from tests.ranks import run_ranks
+from tests.tight import NEW_TOKENS
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is visible")
 
@@ -33,7 +33,8 @@ def long_context(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_slots_are_as_many_as_fit_and_all_of_them_serve(long_context: Path, ranks: int) -> None:
     if torch.cuda.device_count() < ranks:
         pytest.skip(f"{ranks} GPUs are needed, {torch.cuda.device_count()} visible")
-    arguments = {"path": str(long_context), "free_gib": 8 / ranks, "prompt": 900, "count": 12}
-    found = run_ranks("tests.gpu.tight:serve", ranks, env={"DS_ACCELERATOR": "cuda"}, **arguments)[0]
+    arguments = {"device_type": "gpu", "dtype": "bf16", "free_mib": [8192 // ranks] * ranks, "prompt": 900, "count": 12}
+    environment = {"DS_ACCELERATOR": "cuda"}
+    found = run_ranks("tests.tight:serve", ranks, env=environment, path=str(long_context), **arguments)[0]
     assert 5 <= found["slots"] <= 7
     assert [len(str(text).split()) for text in found["answers"].values()] == [NEW_TOKENS] * 12
