@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from dsserve.config import AUTO_RUNNING, HandlerConfig
 from dsserve.distributed import RankInfo
@@ -24,6 +24,7 @@ from dsserve.generation.kv_plan import KVPlan, measure_passes, plan_kv_rows
 from dsserve.generation.limits import read_limits
 from dsserve.generation.model_runner import ModelRunner
 from dsserve.generation.prefill_memory import PrefillMemory
+from scripts.random_model import make_config
 
 GIB = 2**30
 ALONE = RankInfo(0, 0, 1, 1)
@@ -96,16 +97,11 @@ def test_a_plan_keeps_within_its_share_and_a_refusal_names_what_fits(
 
 @pytest.fixture
 def module() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=50,
-        max_position_embeddings=64,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).eval()
+    return AutoModelForCausalLM.from_config(make_config("llama-tiny", torch.float32)).eval()
 
 
 def make_memory(device: str) -> PrefillMemory:
-    return PrefillMemory(torch.device(device), ALONE, vocabulary=50)
+    return PrefillMemory(torch.device(device), ALONE, vocabulary=512)
 
 
 def test_passes_are_carried_out_and_nothing_of_them_stays(
@@ -155,7 +151,7 @@ def test_what_is_left_for_passes(
     config = HandlerConfig(model_path="m", max_model_len=longest, max_new_tokens=1, cuda_graphs=graphs)
     limits = read_limits(config, None, LARGE)
     found = measure_passes(module, config, limits, 4096, make_memory("cuda"))
-    assert found == 10 * sum(passes) + rows * 50 * 4 + GIB // 2  # fp32 logits of 50 tokens; what libraries take
+    assert found == 10 * sum(passes) + rows * 512 * 4 + GIB // 2  # fp32 logits of 512 tokens; what libraries take
     assert measure_passes(module, config, limits, 4096, make_memory("cpu")) == 0
 
 

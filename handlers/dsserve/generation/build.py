@@ -37,7 +37,7 @@ from dsserve.generation.runner import Runner
 from dsserve.generation.scheduler import Scheduler
 from dsserve.generation.tuning import tune
 from dsserve.generation.warmup import verify_runner, warm_up, warm_up_batches
-from dsserve.hf_model import LoadedModel
+from dsserve.hf_model import LoadedModel, model_dtype
 from dsserve.load_clock import LoadClock
 
 logger = logging.getLogger(__name__)
@@ -110,7 +110,7 @@ def _autotp_runner(
     ds_engine: Any, config: HandlerConfig, limits: Limits, rank: RankInfo, device: torch.device, clock: LoadClock
 ) -> tuple[Runner, Scheduler]:
     module = ds_engine.module
-    dtype = next(module.parameters()).dtype
+    dtype = model_dtype(module)
     with clock.phase("pack"):
         replaced = tune(module, config, rank, device)
     idle_tokens = _idle_tokens(config, device)

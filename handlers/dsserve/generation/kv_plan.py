@@ -24,6 +24,7 @@ from dsserve.generation.plan import Admission, Plan
 from dsserve.generation.prefill_memory import PrefillMemory
 from dsserve.generation.request import Limits
 from dsserve.generation.runner import prefill_at_load
+from dsserve.hf_model import model_dtype
 from dsserve.sharding.heads import head_size
 
 # Kept rows where the settings leave their number open; fewer where memory is short.
@@ -157,7 +158,7 @@ def measure_passes(module: Any, config: HandlerConfig, limits: Limits, most: int
             rows += prefill_graphs.captured_rows(slots, longest, by_span, most)
     together = min(most, prefill_bucket(slots * longest))
     eager = max(together, captured) if by_span else max(together, longest)
-    logits = rows * module.config.get_text_config().vocab_size * next(module.parameters()).dtype.itemsize
+    logits = rows * module.config.get_text_config().vocab_size * model_dtype(module).itemsize
     return memory.needed(eager) + (memory.needed(captured) if captured else 0) + logits + _LIBRARIES
 
 

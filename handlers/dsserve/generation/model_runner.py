@@ -188,7 +188,7 @@ class ModelRunner:
             logits = self._graphs.decode(tokens, self._lengths, known)
         else:
             lengths = self._lengths[: len(tokens)]
-            kv_len = row_capacity(max(lengths) + 1)
+            kv_len = min(row_capacity(max(lengths) + 1), self._capacity)
             inputs = stage([tokens, lengths], torch.int64, self._device).to(self._device, non_blocking=True)
             logits = self.forward.decode(inputs[0] if known is None else known, inputs[1], kv_len)
         for row in range(len(tokens)):

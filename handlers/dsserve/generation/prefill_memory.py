@@ -21,6 +21,9 @@ class PrefillMemory:
 
     Args:
         vocabulary: width of the logits, which a pass holds twice in fp32 at most.
+
+    Attributes:
+        device: whose memory it is.
     """
 
     def __init__(self, device: torch.device, rank: RankInfo, vocabulary: int) -> None:
