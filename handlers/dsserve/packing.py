@@ -193,9 +193,9 @@ def _fuse(parent: nn.Module, names: tuple[str, ...], make: MakeLinear) -> int:
     if len({layer.bias is None for layer in layers}) != 1:
         return 0
     columns = _FusedColumns(layers, make)
-    for index, (name, layer) in enumerate(zip(names, layers, strict=True)):
+    for index, name in enumerate(names):
         setattr(parent, name, FusedPart(columns, index))
-        _drop(layer)
+    _drop(*layers)
     return 1
 
 
@@ -212,11 +212,14 @@ def _pack_heads(module: nn.Module) -> int:
     return count
 
 
-def _drop(layer: nn.Module) -> None:
-    """Frees a replaced layer's parameters. DeepSpeed's know their layer, which holds them: until Python looks for
-    garbage they would lie beside what replaces them."""
-    for name, _ in list(layer.named_parameters(recurse=False)):
-        delattr(layer, name)
+def _drop(*layers: nn.Module) -> None:
+    """Frees replaced layers' parameters. DeepSpeed's know their layer, which holds them: until Python looks for garbage
+    they would lie beside what replaces them. A GPU gets their memory back at once: else what replaces the next layer is
+    put there, and what it leaves of it (2.0 GiB beside 30 layers of Llama 70B on one H100) nobody else can have."""
+    for layer in layers:
+        for name, _ in list(layer.named_parameters(recurse=False)):
+            delattr(layer, name)
+    torch.cuda.empty_cache()
 
 
 def _children(parent: nn.Module) -> list[tuple[str, Any]]:
