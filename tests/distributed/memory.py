@@ -68,7 +68,7 @@ def load(path: str) -> str:
     rank = RankInfo.from_env()
     runner = make_runner(make_engine(path, "fp32").module, rank, Scarce)
     try:
-        warm_up(runner, rank.is_leader)
+        warm_up(runner, rank.is_leader, runner.slots)
     except LoadError as error:
         return str(error)
     return ""

@@ -1,4 +1,4 @@
-"""Failures are told when they happen: a run on a lent machine may be cut off before its summary."""
+"""Failures are told when they happen: a run that is cut off has no summary."""
 
 from __future__ import annotations
 

@@ -172,11 +172,13 @@ def _sampler(runner: Runner, config: HandlerConfig, rank: RankInfo, device: torc
 def _warm_up(
     runner: ModelRunner, module: Any, config: HandlerConfig, rank: RankInfo, device: torch.device, most: int
 ) -> None:
+    captured = config.cuda_graphs and device.type == "cuda"
     if config.warmup:
-        all_reduces = warm_up(runner, rank.is_leader)
+        # What is captured runs once before it, whatever its number of rows.
+        all_reduces = warm_up(runner, rank.is_leader, 1 if captured else runner.slots)
         all_reduces += sum(part.sums_in_memory for part in module.modules() if isinstance(part, FusedLayer))
         if rank.is_leader:
             layers = module.config.get_text_config().num_hidden_layers
             logger.info("[dsserve] all-reduces in a decode step: %d for %d layers", all_reduces, layers)
-    if config.cuda_graphs and device.type == "cuda":
+    if captured:
         runner.capture_graphs(rank.is_leader, most if uses_decode_attention(module) else 0)

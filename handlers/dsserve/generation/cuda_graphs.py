@@ -23,7 +23,6 @@ logger = logging.getLogger(__name__)
 
 # Cache lengths double from here to the whole context.
 _SHORTEST = 128
-_WARM_UPS = 2
 
 # (tokens [n], positions [n], cache length) -> logits [n, V], all on the device
 Forward = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
@@ -128,8 +127,7 @@ def capture(
     stream.wait_stream(torch.cuda.current_stream(device))
     try:
         with torch.cuda.stream(stream):  # libraries make their handles and workspaces outside the graph
-            for _ in range(_WARM_UPS):
-                run()
+            run()
         torch.cuda.current_stream(device).wait_stream(stream)
         with torch.cuda.graph(graph, pool=pool):  # type: ignore[arg-type]
             return graph, run()

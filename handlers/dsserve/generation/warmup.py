@@ -60,8 +60,9 @@ def _teacher_force(runner: ModelRunner, check: SelfCheck, admit: list[Plan], len
     return worst
 
 
-def warm_up(runner: ModelRunner, is_leader: bool) -> int:
-    """Runs every prefill bucket and every number of rows once; returns the all-reduces of one decode step."""
+def warm_up(runner: ModelRunner, is_leader: bool, most: int) -> int:
+    """Runs every prefill bucket and every number of rows up to `most` once; returns the all-reduces of one decode
+    step."""
     started = time.perf_counter()
     longest = runner.max_model_len - 1
     buckets = [bucket for bucket in PREFILL_BUCKETS if bucket <= longest] or [1]
@@ -69,16 +70,16 @@ def warm_up(runner: ModelRunner, is_leader: bool) -> int:
         prefill_at_load(runner, Plan(admit=(Admission((0,) * bucket),)))
         runner.execute(Plan(evict=(0,)))
     all_reduces = 0
-    for live in range(1, runner.slots + 1):
+    for live in range(1, most + 1):
         prefill_at_load(runner, Plan(admit=(Admission((0,)),)))
         with count_all_reduces() as count:
             runner.execute(Plan(tokens=(0,) * live))
         if live == 1:
             runner.execute(Plan(tokens=(0,), ahead=True))  # the first broadcast of a device's tokens is slower
         all_reduces = count[0]
-        if is_leader and live in (1, runner.slots):
+        if is_leader and live in (1, most):
             seconds = time.perf_counter() - started
-            logger.info("[dsserve] warm-up: %d of %d decode shapes, %.1f s", live, runner.slots, seconds)
+            logger.info("[dsserve] warm-up: %d of %d decode shapes, %.1f s", live, most, seconds)
     _clear(runner)
     return all_reduces
 
