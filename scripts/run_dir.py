@@ -134,6 +134,11 @@ class RunDir:
         return self.path / "live"
 
     @property
+    def bytecode(self) -> Path:
+        """Compiled Python for the next starts, where it is kept nowhere else (`server.worker_environment`)."""
+        return self.path / "bytecode"
+
+    @property
     def key_file(self) -> Path:
         """TorchServe's tokens; absent where it asks for none."""
         return self.path / "key_file.json"
@@ -174,6 +179,7 @@ class RunDir:
     def clear(self, record: Record) -> None:
         """Remove what a stopped server leaves: sockets, unpacked archives, the record. Logs stay."""
         shutil.rmtree(record.temp, ignore_errors=True)
+        shutil.rmtree(self.bytecode / record.temp.lstrip("/"), ignore_errors=True)  # each start unpacks elsewhere
         self._forget()
         (self.path / RECORD).unlink(missing_ok=True)
 

@@ -6,6 +6,7 @@ carry the mark of the run directory are ever ended.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -62,7 +63,19 @@ def worker_environment(run: RunDir, temp: Path, config: dict[str, Any]) -> dict[
         environ["DS_ACCELERATOR"] = "cpu"
     if Path((config.get("handler") or {}).get("model_path", "")).is_absolute():
         environ["HF_HUB_OFFLINE"] = "1"
+    if _compiles_at_each_start(environ):
+        del environ["PYTHONDONTWRITEBYTECODE"]
+        environ.setdefault("PYTHONPYCACHEPREFIX", str(run.bytecode))
     return environ
+
+
+def _compiles_at_each_start(environ: dict[str, str]) -> bool:
+    """Whether each process would compile torch again: Python may write no bytecode, as images for containers often have
+    it, and there is none (uv installs packages without)."""
+    found = importlib.util.find_spec("torch")
+    if found is None or found.origin is None or not environ.get("PYTHONDONTWRITEBYTECODE"):
+        return False
+    return not Path(importlib.util.cache_from_source(found.origin)).is_file()
 
 
 def start(run: RunDir, name: str, archive: Path, ports: Ports, host: str = HOST, tokens: bool = True) -> Record:

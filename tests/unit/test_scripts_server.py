@@ -160,6 +160,34 @@ def test_a_hub_id_may_be_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert "DS_ACCELERATOR" not in environ
 
 
+@pytest.mark.parametrize(
+    ("forbidden", "installed", "kept"), [("1", False, True), ("1", True, False), ("", False, False)]
+)
+def test_bytecode_is_kept_where_each_process_would_compile_torch_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forbidden: str, installed: bool, kept: bool
+) -> None:
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", forbidden)
+    monkeypatch.delenv("PYTHONPYCACHEPREFIX", raising=False)
+    compiled = tmp_path / "torch.pyc"
+    monkeypatch.setattr("importlib.util.cache_from_source", lambda path: str(compiled))
+    if installed:
+        compiled.touch()
+    environ = server.worker_environment(RunDir(tmp_path), tmp_path, {})
+    assert environ.get("PYTHONPYCACHEPREFIX") == (str(tmp_path / "bytecode") if kept else None)
+    assert environ.get("PYTHONDONTWRITEBYTECODE") == (None if kept else forbidden)
+
+
+def test_bytecode_of_unpacked_archives_goes_with_them(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    temp = run.create({})
+    ours, torchs = run.bytecode / str(temp)[1:] / "models/x/handler.pyc", run.bytecode / "usr/lib/torch/x.pyc"
+    for file in (ours, torchs):
+        file.parent.mkdir(parents=True)
+        file.touch()
+    run.clear(Record(1, "m", 8080, str(temp), 0.0))
+    assert torchs.exists() and not ours.exists()
+
+
 def test_stop_ends_marked_processes_only(tmp_path: Path, marked: subprocess.Popen[bytes]) -> None:
     with subprocess.Popen(["sleep", "60"]) as bystander:
         try:
