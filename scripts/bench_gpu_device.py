@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from dsserve.hf_model import model_dtype
 from dsserve.sharding.heads import head_size
 
 READ_BYTES = {"cuda": 2**32, "cpu": 2**28}
@@ -38,7 +39,7 @@ class StepBytes:
         """Of a sharded module whose weights are not packed yet."""
         config = module.config.get_text_config()
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        dtype = next(module.parameters()).dtype
+        dtype = model_dtype(module)
         table = module.get_input_embeddings().weight
         tied = table is module.get_output_embeddings().weight
         weights = sum(weight.nbytes for weight in module.parameters()) - (0 if tied else table.nbytes)

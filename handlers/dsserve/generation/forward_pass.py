@@ -16,6 +16,7 @@ from dsserve.generation.decode_attention import uses_decode_attention
 from dsserve.generation.kv_cache import SlotCache
 from dsserve.generation.packed_prompts import PackedPrompts
 from dsserve.generation.prompt_attention import PROMPT_SPANS, PromptSpans, has_flash
+from dsserve.hf_model import model_dtype
 from dsserve.sharding.heads import head_size
 
 
@@ -31,7 +32,7 @@ class ForwardPass:
     def __init__(self, module: Any, rows: int, capacity: int, device: torch.device) -> None:
         self._module = module
         self._device = device
-        self._dtype = next(module.parameters()).dtype
+        self._dtype = model_dtype(module)
         self._capacity = capacity
         config = module.config.get_text_config()
         self._num_layers = config.num_hidden_layers

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from dsserve.hf_model import model_dtype
 from dsserve.injection.cache import KernelCache
 
 Prompts = Sequence[Sequence[int]]
@@ -27,7 +28,7 @@ class KernelBatch:
     def __init__(self, module: Any, max_tokens: int, device: torch.device) -> None:
         self._module = module
         self._device = device
-        self._dtype = next(module.parameters()).dtype
+        self._dtype = model_dtype(module)
         # BLOOM makes its position bias from the mask of 0 and 1 and asks for no positions.
         self._wants_positions = module.config.model_type != "bloom"
         self._columns = torch.arange(max_tokens, device=device)
