@@ -300,8 +300,9 @@ def test_growth_is_found() -> None:
     for word in ("900", "400 open files", "/dev/shm", "sockets"):
         assert word in found
     assert "TorchServe: 300" not in found
-    report = {"wrong": [], "growth": [], "outcomes": Counter(right=5)}
+    report = {"failed": [], "wrong": [], "growth": [], "outcomes": Counter(right=5)}
     assert soak.is_passed(report)
+    assert not soak.is_passed(report | {"failed": ["not served again"]})
     assert not soak.is_passed(report | {"wrong": ["x"]}) and not soak.is_passed(report | {"outcomes": {}})
 
 
