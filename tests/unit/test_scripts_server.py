@@ -76,6 +76,9 @@ def test_the_server_listens_on_loopback_only() -> None:
     assert properties["number_of_gpu"] == "0"
     assert "number_of_gpu" not in server_properties(Ports(9000), "m", ARCHIVE, {"deviceType": "gpu"})
     assert properties["max_response_size"] == str(64 * 2**20)
+    by_hand = (ROOT / "configs" / "torchserve" / "config.properties").read_text().splitlines()
+    stated = dict(line.split("=", 1) for line in by_hand if line and not line.startswith("#"))
+    assert stated == {"max_response_size": properties["max_response_size"]}
 
 
 @pytest.mark.parametrize(("host", "open_to_all"), [("::1", True), ("fd00::7", False), ("::", False)])
