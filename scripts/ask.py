@@ -9,9 +9,11 @@ from typing import Any
 
 import typer
 
+from scripts.addresses import AddressError
 from scripts.console import fail, say
+from scripts.find_run import find_target
 from scripts.prepare_model import DEMO_MODEL
-from scripts.run_dir import HOST, read_token
+from scripts.run_dir import HOST
 from scripts.web import OK, Unreachable, request_json
 
 QUESTION = "What is the capital of Japan?"
@@ -56,7 +58,8 @@ def error_of(reply: Any) -> dict[str, Any]:
 
 def curl_line(url: str, body: dict[str, Any]) -> str:
     """A shell line that sends the same request."""
-    return f"curl {url} -H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body, ensure_ascii=False))}"
+    data = shlex.quote(json.dumps(body, ensure_ascii=False))
+    return f"curl {shlex.quote(url)} -H 'Content-Type: application/json' -d {data}"
 
 
 def main(
@@ -64,18 +67,23 @@ def main(
     name: str = typer.Option(DEMO_MODEL, help="name of the served model"),
     port: int = typer.Option(8080, help="inference port"),
     max_new_tokens: int = typer.Option(128, help="longest answer, in tokens"),
+    host: str = typer.Option(HOST, help="address that inference is bound to, where no record says it"),
+    run_dir: Path = typer.Option(None, help="folder of the server: its record says address and tokens"),
     key_file: Path = typer.Option(None, help="TorchServe's key_file.json, where it asks for tokens"),
 ) -> None:
     """Ask one question."""
-    url = f"http://{HOST}:{port}/predictions/{name}"
-    token = read_token(key_file, "inference") if key_file else None
     try:
-        answer, body = ask(url, question, max_new_tokens, token)
-    except AskError as error:
+        target = find_target(name, port, run_dir, host, key_file)
+        token = target.token("inference")
+        answer, body = ask(target.url, question, max_new_tokens, token)
+    except (AddressError, AskError) as error:
         fail(str(error))
     say(f"\nquestion: {question}")
     typer.echo(answer)
-    say(f"\nask again:\n  {curl_line(url, body)}" + (' -H "Authorization: Bearer $(make -s token)"' if token else ""))
+    say(
+        f"\nask again:\n  {curl_line(target.url, body)}"
+        + (' -H "Authorization: Bearer $(make -s token)"' if token else "")
+    )
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from scripts.run_dir import HOST, ROOT, is_free
+from scripts.addresses import is_free
+from scripts.run_dir import HOST, ROOT
 
 CONFIG = ROOT / "configs" / "haproxy" / "haproxy.cfg"
 START_TIMEOUT_S = 10.0

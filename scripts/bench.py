@@ -24,7 +24,7 @@ import typer
 from scripts import bench_report, server
 from scripts.bench_client import BenchError, Round, run_round
 from scripts.bench_prompts import PROMPT_TOKENS, cut_prompts
-from scripts.console import exit_on_sigterm, fail, say
+from scripts.console import exit_on_sigterm, extra, fail, print_report, say
 from scripts.machine import AUTO, MachineError, count_cores, cpu_model
 from scripts.package import DS_CONFIG, Choice, PackageError, package
 from scripts.prepare_model import DEMO_MODEL, ROOT, ModelError, prepare
@@ -123,10 +123,14 @@ def bench(model: str, choice: Choice, url: str | None, repeats: int) -> dict[str
             say(f"{repeats} rounds of {', '.join(map(str, CONCURRENT))} concurrent requests ...")
             rounds = measure_http(str(target), prompts, repeats)
         say("transformers' generate, second time ...")
-        after = measure_generate(model_path, setting["dtype"], setting["device"])
+        after: bench_report.Rates = {}
+        with extra("the second time"):
+            after = measure_generate(model_path, setting["dtype"], setting["device"])
     http, generate = bench_report.http_numbers(rounds), bench_report.generate_numbers(before, after)
     report = {"machine": describe_machine(), "setting": setting, "http": http, "generate": generate}
-    return report | {"aims": bench_report.compare(http, generate)}
+    with extra("the aims"):
+        report |= {"aims": bench_report.compare(http, generate)}
+    return report
 
 
 def main(
@@ -143,8 +147,7 @@ def main(
         report = bench(model, Choice(tp, device, dtype), url, repeats)
     except (BenchError, PackageError, MachineError, ModelError, server.ServerError, ValueError) as error:
         fail(str(error))
-    typer.echo(bench_report.table(report))
-    typer.echo(json.dumps(report))
+    print_report(bench_report.table, report)
 
 
 if __name__ == "__main__":

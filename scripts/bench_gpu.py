@@ -26,7 +26,7 @@ from scripts import bench_gpu_http, server
 from scripts.bench import PACKAGES
 from scripts.bench_client import BenchError
 from scripts.bench_gpu_report import WAYS, add_floor, table
-from scripts.console import exit_on_sigterm, fail, say
+from scripts.console import exit_on_sigterm, fail, print_report, say
 from scripts.machine import AUTO, MachineError, count_cores, cpu_model, resolve_device, resolve_dtype, resolve_tp
 from scripts.package import Choice, PackageError
 from scripts.prepare_model import ROOT
@@ -209,8 +209,7 @@ def main(
                 bench.run(way, prompt, numbers_of(batches), part_s)
     except (BenchError, MachineError, ValueError) as error:
         fail(str(error))
-    typer.echo(table(bench.report))
-    typer.echo(json.dumps(bench.report))
+    print_report(table, bench.report)
 
 
 if __name__ == "__main__":

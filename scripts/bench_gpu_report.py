@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from scripts.console import extra
+
 WAYS = {
     "engine": "this engine",
     "http": "this engine through HTTP",
@@ -53,7 +55,9 @@ def table(report: dict[str, Any]) -> str:
         for prompt, part in report["parts"].get(way, {}).items():
             rows = [(int(name), numbers) for name, numbers in part["cases"].items() if name.isdigit()]
             lines += [_line(title, prompt, rows_, numbers, part) for rows_, numbers in sorted(rows)]
-            lines += _quoted(setting, prompt) if way == "engine" else []
+            if way == "engine":
+                with extra("a peer's quoted figures"):
+                    lines += _quoted(setting, prompt)
     return "\n".join([*lines, "", *_admissions(report), *_starts(report), *_left_out(report)])
 
 

@@ -58,15 +58,13 @@ def http_numbers(rounds: dict[str, list[Round]]) -> dict[str, dict[str, float]]:
 
 
 def generate_numbers(before: Rates, after: Rates) -> dict[str, dict[str, float]]:
-    """For each batch: the median of all runs, and how much faster or slower the machine was at the end."""
-    return {
-        str(batch): {
-            "tokens_per_s": round(statistics.median(before[batch] + after[batch]), 1),
-            "before": round(statistics.median(before[batch]), 1),
-            "after": round(statistics.median(after[batch]), 1),
-        }
-        for batch in before
-    }
+    """For each batch: the median of all runs, and of those before and after, where there are any."""
+    numbers: dict[str, dict[str, float]] = {}
+    for batch, rates in before.items():
+        again = after.get(batch, [])
+        found = {"tokens_per_s": rates + again, "before": rates, "after": again}
+        numbers[str(batch)] = {name: round(statistics.median(group), 1) for name, group in found.items() if group}
+    return numbers
 
 
 def compare(http: dict[str, dict[str, float]], generate: dict[str, dict[str, float]]) -> list[dict[str, Any]]:
@@ -95,7 +93,7 @@ def table(report: dict[str, Any]) -> str:
         "",
     ]
     lines += [*http_lines(report["http"]), "", *generate_lines(report["generate"]), ""]
-    for item in report["aims"]:
+    for item in report.get("aims", []):
         verdict = "met" if item["met"] else "MISSED"
         lines.append(f"{item['what']:>36} {item['value']:7.2f}   aim {item['aim']:g}: {verdict}")
     return "\n".join(lines)
@@ -120,5 +118,6 @@ def generate_lines(generate: dict[str, dict[str, float]]) -> list[str]:
     """One line for each batch of transformers' `generate`, below a heading."""
     lines = [f"{'generate':>16} {'tokens/s':>9} {'before':>9} {'after':>9}"]
     for batch, row in generate.items():
-        lines.append(f"{'batch ' + batch:>16} {row['tokens_per_s']:9.1f} {row['before']:9.1f} {row['after']:9.1f}")
+        after = f"{row['after']:9.1f}" if "after" in row else f"{'-':>9}"
+        lines.append(f"{'batch ' + batch:>16} {row['tokens_per_s']:9.1f} {row['before']:9.1f} {after}")
     return lines

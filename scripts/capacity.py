@@ -21,7 +21,7 @@ from scripts.capacity_load import ARRIVALS, POISSON, Demand, Job
 from scripts.capacity_route import LEAST, POLICIES, ROUND_ROBIN, Router
 from scripts.capacity_sim import Failure, Request, Simulation, failures
 from scripts.capacity_speed import CapacityError, Speed
-from scripts.console import fail, say
+from scripts.console import extra, fail, say
 from scripts.open_load import poisson
 
 # The balancer's DSSERVE_SERVER_MAX; round robin stands for a Service, which counts nothing.
@@ -208,10 +208,11 @@ def main(
             demand = Demand(rate, prompt_tokens, new_tokens, arrivals, False, beginnings, shared_tokens)
             typer.echo(answer(speed, demand, Goals(first_ms, token_ms), routing, ranks, spare, hours))
             if plot:
-                from scripts.capacity_plot import draw
+                with extra("the picture"):
+                    from scripts.capacity_plot import draw
 
-                draw(speed, checked, plot)
-                say(f"wrote {plot}")
+                    draw(speed, checked, plot)
+                    say(f"wrote {plot}")
     except (CapacityError, ValueError, KeyError) as error:
         fail(str(error))
 

@@ -5,6 +5,7 @@ Works without the rich package, which a GPU host's own Python may lack: then the
 
 from __future__ import annotations
 
+import json
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -24,6 +25,22 @@ def fail(message: str) -> NoReturn:
     typer.secho("error: ", fg="red", bold=True, err=True, nl=False)
     say(message)
     raise typer.Exit(code=1)
+
+
+@contextmanager
+def extra(what: str) -> Iterator[None]:
+    """The block follows a measurement and is no part of it: whatever fails in it is told in one line, and no more."""
+    try:
+        yield
+    except Exception as error:
+        say(f"left out: {what}: {' '.join(f'{type(error).__name__}: {error}'.split())}")
+
+
+def print_report(table: Callable[[dict[str, Any]], str], report: dict[str, Any]) -> None:
+    """What was measured: a table for people, and one JSON document as the last line, which no table keeps back."""
+    with extra("the table"):
+        typer.echo(table(report))
+    typer.echo(json.dumps(report))
 
 
 def exit_on_sigterm() -> None:

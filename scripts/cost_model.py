@@ -9,7 +9,7 @@ from pathlib import Path
 
 import typer
 
-from scripts.console import say
+from scripts.console import extra, fail, say
 from scripts.cost_fit import fit, read_points
 from scripts.cost_report import error_table, other_table, prediction_table, summary_table
 from scripts.cost_terms import load
@@ -26,17 +26,23 @@ def main(
     plot: Path | None = typer.Option(None, help="also write this picture (.svg, .png); needs matplotlib"),
 ) -> None:
     """Print the model's costs, its error on every measured step, and what it predicts."""
-    given = load(measurements)
+    try:
+        given = load(measurements)
+    except (OSError, ValueError) as error:
+        fail(f"{measurements} holds no measurements: {error}")
     points = read_points(given)
     costs = fit(given, points)
     say(f"{given.what}\n{given.source}")
     tables = [error_table(given, points, costs), summary_table(given, points, costs), prediction_table(given, costs)]
-    print("\n\n".join([*tables, other_table(given, costs)]))
+    print("\n\n".join(tables))
+    with extra("other shapes"):
+        print("\n" + other_table(given, costs))
     if plot is not None:
-        from scripts.cost_plot import draw
+        with extra("the picture"):
+            from scripts.cost_plot import draw
 
-        draw(given, points, costs, plot)
-        say(f"wrote {plot}")
+            draw(given, points, costs, plot)
+            say(f"wrote {plot}")
 
 
 if __name__ == "__main__":

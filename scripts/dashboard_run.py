@@ -26,7 +26,7 @@ from scripts.balancer import Balancer, BalancerError
 from scripts.bench import describe_machine, free_ports
 from scripts.bench_client import BenchError, run_round
 from scripts.bench_prompts import OPENINGS, cut_prompts
-from scripts.console import exit_on_sigterm, fail, say
+from scripts.console import exit_on_sigterm, extra, fail, say
 from scripts.failover import DOWN_S, NAME, UP_TIMEOUT_S, Background, Pair, pair
 from scripts.machine import MachineError
 from scripts.open_load import Load
@@ -116,7 +116,9 @@ def run(model: str, part_s: float, picture: Path) -> dict[str, Any]:
         ended = send(front, load, both, (KILL_IN_PART + 0.5) * part_s)
         time.sleep(AFTERWARDS_S)
         end = time.time()
-        empty = dashboard_picture.draw(target, picture, start, end, SCRAPE_S, SCRAPE_S)
+        empty: list[str] | None = None
+        with extra("the picture"):
+            empty = dashboard_picture.draw(target, picture, start, end, SCRAPE_S, SCRAPE_S)
         report = {"machine": describe_machine(), "one_server_tokens_per_s": round(alone, 1), "part_s": part_s}
         report |= {"requests_per_s": rates, "requests": ended, "alerts": alerts(target, start, end)}
         return report | {"seconds": round(end - start), "panels_without_data": empty}

@@ -42,9 +42,12 @@ def requests_left(run: RunDir, version: management.Version) -> int:
     return version.waiting + running
 
 
-def wait_until_calm(count: Callable[[], int], timeout_s: float, calm_polls: int = CALM_POLLS) -> int:
-    """Returns when `count` was 0 on `calm_polls` polls in a row: 0; or what is left when `timeout_s` is over."""
-    deadline, calm, left = time.monotonic() + timeout_s, 0, 0
+def wait_until_calm(count: Callable[[], int | None], timeout_s: float, calm_polls: int = CALM_POLLS) -> int | None:
+    """Returns 0 when `count` was 0 on `calm_polls` polls in a row; or what it says when `timeout_s` is over.
+
+    None = unknown, which is never taken for 0.
+    """
+    deadline, calm = time.monotonic() + timeout_s, 0
     while calm < calm_polls:
         left = count()
         calm = calm + 1 if left == 0 else 0
@@ -55,20 +58,29 @@ def wait_until_calm(count: Callable[[], int], timeout_s: float, calm_polls: int 
     return 0
 
 
-def drain(run: RunDir, ports: Ports, timeout_s: float, is_over: Callable[[], bool] = lambda: False) -> int:
-    """Refuses new requests and waits for the others. Returns how many were left at the end of the time.
+def drain(run: RunDir, ports: Ports, timeout_s: float, is_over: Callable[[], bool] = lambda: False) -> int | None:
+    """Refuses new requests and waits for the others.
+
+    Returns how many were left at the end of the time; None where the management port did not say it then.
 
     Args:
         is_over: asked at every poll; True ends the wait at once (a second signal, a server that is gone).
     """
     token = run.token("management")
 
-    def count() -> int:
+    def count() -> int | None:
         if is_over():
             return 0
         try:
             return sum(requests_left(run, version) for version in management.all_versions(ports, token))
         except Unreachable:
-            return 0
+            return None
 
     return wait_until_calm(count, timeout_s)
+
+
+def cut_text(left: int | None, timeout_s: float) -> str:
+    """What to tell of requests that had not ended in time; empty if there were none."""
+    if left is None:
+        return f"the management port did not answer for {timeout_s:.0f} s: requests that still ran were cut"
+    return f"{left} request(s) were cut after {timeout_s:.0f} s" if left else ""

@@ -30,7 +30,7 @@ from scripts.bench_client import BenchError, run_round
 from scripts.bench_generate import load
 from scripts.bench_prompts import PROMPT_TOKENS, cut_prompts
 from scripts.bench_report import http_numbers
-from scripts.console import exit_on_sigterm, fail, say
+from scripts.console import exit_on_sigterm, extra, fail, print_report, say
 from scripts.machine import MachineError
 from scripts.open_load import Answer, Load
 from scripts.package import Choice, PackageError, package
@@ -205,10 +205,14 @@ def failover(model: str, dtype: str, rate_per_s: float | None, seconds: float, t
         # Some requests have just come when the server dies, and none of them has its first token.
         moments += [seconds / 2 - BURST_BEFORE_S] * BURST
         steady = Load(sorted(moments), bodies, texts)
-        found = kill_and_add_back(both, front, steady, seconds / 2)
-    setting = {"model": Path(model).name, "dtype": dtype, "prompt_tokens": PROMPT_TOKENS, "new_tokens": tokens}
-    setting |= {"rate_per_s": rate, "seconds": seconds, "seed": 1, "server": "1 rank, 1 thread, max_running 16"}
-    report = {"machine": describe_machine(), "setting": setting, "alone": alone, "phases": phases}
+        setting = {"model": Path(model).name, "dtype": dtype, "prompt_tokens": PROMPT_TOKENS, "new_tokens": tokens}
+        setting |= {"rate_per_s": rate, "seconds": seconds, "seed": 1, "server": "1 rank, 1 thread, max_running 16"}
+        report = {"machine": describe_machine(), "setting": setting, "alone": alone, "phases": phases}
+        try:
+            found = kill_and_add_back(both, front, steady, seconds / 2)
+        except BaseException:
+            typer.echo(json.dumps(report))  # what came before was measured all the same
+            raise
     return report | {"failover": failover_report.kill(found)}
 
 
@@ -226,10 +230,10 @@ def main(
         report = failover(model, dtype, rate, seconds, tokens)
     except (BenchError, BalancerError, PackageError, MachineError, ModelError, server.ServerError) as error:
         fail(str(error))
-    typer.echo(failover_report.table(report))
-    typer.echo(json.dumps(report))
+    print_report(failover_report.table, report)
     if output:
-        output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        with extra(str(output)):
+            output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     lost = failover_report.failures(report)
     if lost:
         fail(f"requests failed that no server had begun to answer: {lost}")

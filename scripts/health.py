@@ -16,8 +16,10 @@ from pathlib import Path
 import typer
 
 from scripts import management
+from scripts.addresses import LOOPBACK, AddressError, url_of
 from scripts.ask import error_of
-from scripts.console import say
+from scripts.console import fail, say
+from scripts.find_run import find_target
 from scripts.prepare_model import DEMO_MODEL
 from scripts.run_dir import HOST, Ports, read_token
 from scripts.web import OK, Unreachable, request_json
@@ -50,11 +52,17 @@ class Health:
         return json.dumps({**asdict(self), "state": self.state.name.lower()})
 
 
-def check(ports: Ports, name: str, key_file: Path | None = None, timeout_s: float = TIMEOUT_S) -> Health:
-    """Looks once; takes `timeout_s` at most, and never raises for a server that is not well."""
+def check(
+    ports: Ports, name: str, key_file: Path | None = None, timeout_s: float = TIMEOUT_S, host: str = HOST
+) -> Health:
+    """Looks once; takes `timeout_s` at most, and never raises for a server that is not well.
+
+    Args:
+        host: the address that a client on this machine asks for inference; management is asked on loopback.
+    """
     deadline = time.monotonic() + timeout_s
     token = read_token(key_file, "management") if key_file else None
-    url = f"http://{HOST}:{ports.management}/models/{name}"
+    url = url_of(LOOPBACK, ports.management, f"/models/{name}")
     try:
         status, _ = request_json(url, timeout_s=timeout_s, token=token)
     except Unreachable as error:
@@ -64,11 +72,12 @@ def check(ports: Ports, name: str, key_file: Path | None = None, timeout_s: floa
     worker = management.worker_of(ports, name, token)
     if worker is None or worker.get("status") != management.READY:
         return Health(State.NOT_READY, f"the worker is {(worker or {}).get('status', 'missing')}")
-    return _ask(ports, name, read_token(key_file, "inference") if key_file else None, deadline)
+    inference = url_of(host, ports.inference, f"/predictions/{name}")
+    return _ask(inference, name, read_token(key_file, "inference") if key_file else None, deadline)
 
 
-def _ask(ports: Ports, name: str, token: str | None, deadline: float) -> Health:
-    url, started = f"http://{HOST}:{ports.inference}/predictions/{name}", time.monotonic()
+def _ask(url: str, name: str, token: str | None, deadline: float) -> Health:
+    started = time.monotonic()
     try:
         status, reply = request_json(url, CANARY, max(0.1, deadline - started), token)
     except Unreachable as error:
@@ -81,13 +90,19 @@ def _ask(ports: Ports, name: str, token: str | None, deadline: float) -> Health:
 def main(
     name: str = typer.Option(DEMO_MODEL, help="name of the served model"),
     port: int = typer.Option(8080, help="inference port"),
+    host: str = typer.Option(HOST, help="address that inference is bound to, where no record says it"),
+    run_dir: Path = typer.Option(None, help="folder of the server: its record says address and tokens"),
     key_file: Path = typer.Option(None, help="TorchServe's key_file.json, where it asks for tokens"),
     timeout_s: float = typer.Option(TIMEOUT_S, help="longest time of the whole probe"),
     live: bool = typer.Option(False, "--live", help="liveness: exit code 0 for everything that is not dead"),
     as_json: bool = typer.Option(False, "--json", help="one JSON line on stdout"),
 ) -> None:
     """Exit code 0 if the model answers now, 1 if not, 2 if the server is dead."""
-    health = check(Ports(port), name, key_file, timeout_s)
+    try:
+        target = find_target(name, port, run_dir, host, key_file)
+    except AddressError as error:
+        fail(str(error))
+    health = check(target.ports, target.name, target.key_file, timeout_s, target.host)
     if as_json:
         typer.echo(health.to_json())
     else:

@@ -9,10 +9,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from scripts.run_dir import HOST, Ports
+from scripts.addresses import LOOPBACK, url_of
+from scripts.run_dir import Ports
 from scripts.web import OK, Unreachable, request_json
 
 READY = "READY"
+NOT_FOUND = 404
 
 
 @dataclass(frozen=True)
@@ -31,9 +33,11 @@ class Version:
 
 def versions_of(ports: Ports, name: str, token: str | None = None, version: str = "all") -> list[Version]:
     """All versions of a model, or one. Empty for a model that is not there. Raises Unreachable."""
-    status, found = request_json(f"http://{HOST}:{ports.management}/models/{name}/{version}", token=token)
-    if status != OK or not isinstance(found, list):
+    status, found = request_json(_url(ports, f"/{name}/{version}"), token=token)
+    if status == NOT_FOUND:
         return []
+    if status != OK or not isinstance(found, list):
+        raise Unreachable(f"status {status} for the versions of {name}")
     return [
         Version(
             str(item["modelName"]),
@@ -47,15 +51,17 @@ def versions_of(ports: Ports, name: str, token: str | None = None, version: str 
 
 def all_versions(ports: Ports, token: str | None = None) -> Iterator[Version]:
     """Every version of every model. Raises Unreachable."""
-    status, reply = request_json(f"http://{HOST}:{ports.management}/models?limit=1000", token=token)
-    for item in reply.get("models", []) if status == OK and isinstance(reply, dict) else []:
+    status, reply = request_json(_url(ports, "?limit=1000"), token=token)
+    if status != OK or not isinstance(reply, dict):
+        raise Unreachable(f"status {status} for the list of models")
+    for item in reply.get("models", []):
         yield from versions_of(ports, item["modelName"], token)
 
 
 def worker_of(ports: Ports, name: str, token: str | None = None) -> dict[str, Any] | None:
     """The default version's worker as TorchServe describes it (`status`, `pid`); None while there is none to be had."""
     try:
-        status, models = request_json(f"http://{HOST}:{ports.management}/models/{name}", token=token)
+        status, models = request_json(_url(ports, f"/{name}"), token=token)
     except Unreachable:
         return None
     workers = models[0].get("workers") if status == OK and isinstance(models, list) and models else None
@@ -66,3 +72,8 @@ def is_ready(ports: Ports, name: str, token: str | None = None) -> bool:
     """Whether the model's default version answers requests now."""
     worker = worker_of(ports, name, token)
     return worker is not None and worker.get("status") == READY
+
+
+def _url(ports: Ports, path: str) -> str:
+    """The management port listens on loopback alone, wherever inference does."""
+    return url_of(LOOPBACK, ports.management, f"/models{path}")

@@ -91,18 +91,19 @@ def main(
     """Measure and print a table."""
     model = folder or Path(tempfile.mkdtemp(prefix="dsserve-load-model-"))
     model.mkdir(parents=True, exist_ok=True)
+    found: dict[str, list[dict[str, Any]]] = {}
     try:
         if not (model / "config.json").is_file():
             say(f"wrote {make_checkpoint(model, gigabytes) / 1e9:.1f} GB of weights")
-        found = {}
         for way in ways.split(","):
             if way == "cache":
                 shard("measure", str(model), Choice(str(tp), "cpu", AUTO))
             forget(model)
             found[way] = measure(way, model, tp, device)
             say(f"{way}: {[round(rank['peak'] / 2**30, 2) for rank in found[way]]} GiB")
-        typer.echo("\n".join(table(found)))
     finally:
+        if found:  # also of a run that a later way ended
+            typer.echo("\n".join(table(found)))
         if folder is None:
             shutil.rmtree(model, ignore_errors=True)
 

@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,14 @@ ENTRY = "deepspeed_handler.py"
 MODEL_CONFIG = "model-config.yaml"
 DS_CONFIG = "ds-config.json"
 STARTUP_KEY = "startupTimeout"
+# What the handler holds where `handler:` does not say it (`dsserve.config.HandlerConfig`).
+DEFAULT_RUNNING, DEFAULT_WAITING = 16, 64
+# Requests of a call beyond those: the handler refuses so many at once, with a 429, a reason and advice.
+SPARE_ROWS = 64
+# Requests that TorchServe holds while a call runs; beyond them it answers 503 by itself, without advice. As many as the
+# balancer lets in; with bodies of 128 KiB, the longest that a balancer can send again, they fill half of Java's memory.
+JOB_QUEUE_SIZE = 4096
+ROOM_KEYS = ("batchSize", "jobQueueSize")
 BASE_LOAD_S = 300  # imports, compiled operations, warm-up, CUDA graphs
 SLOWEST_BYTES_PER_S = 50e6
 DOWNLOAD_S = 3600
@@ -51,8 +60,10 @@ class Choice:
     dtype: str = AUTO
 
 
-def render(config_dir: Path, model_path: str, choice: Choice) -> tuple[dict[str, Any], dict[str, Any]]:
-    """model-config.yaml and ds-config.json of `config_dir` with the path and the choice written in.
+def render(
+    config_dir: Path, model_path: str, choice: Choice, handler: Mapping[str, Any] | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """model-config.yaml and ds-config.json of `config_dir` with the path, the choice and keys of `handler:` written in.
 
     Raises MachineError for a choice this machine cannot honour, PackageError for a configuration without TP size.
     """
@@ -66,7 +77,8 @@ def render(config_dir: Path, model_path: str, choice: Choice) -> tuple[dict[str,
     if device == "cpu":
         model_config.pop("deviceIds", None)
     model_config["torchrun"]["nproc-per-node"] = resolve_tp(choice.tp, device, configured)
-    model_config.setdefault("handler", {})["model_path"] = model_path
+    model_config["handler"] = {**(model_config.get("handler") or {}), "model_path": model_path, **(handler or {})}
+    model_config = room(model_config["handler"]) | model_config
     ds_config["dtype"] = resolve_dtype(choice.dtype, device, ds_config.get("dtype", "bf16"))
     return model_config, ds_config
 
@@ -81,8 +93,18 @@ def read_model_config(config_dir: Path) -> dict[str, Any]:
     if not (folder / MODEL_CONFIG).is_file():
         raise PackageError(f"{config_dir.name}/{MODEL_CONFIG}: template: no configs/{template}/{MODEL_CONFIG}")
     base = read_model_config(folder)
-    base.pop(STARTUP_KEY, None)  # that of another model's size
+    for key in (STARTUP_KEY, *ROOM_KEYS):  # those of another model's size and limits
+        base.pop(key, None)
     return merge(base, own)
+
+
+def room(handler: Mapping[str, Any]) -> dict[str, int]:
+    """TorchServe's sizes for what this `handler:` holds: each request reaches the handler, to be served or refused."""
+    running, waiting = handler.get("max_running", AUTO), handler.get("max_waiting", DEFAULT_WAITING)
+    held = [DEFAULT_RUNNING if running == AUTO else running, waiting]
+    # What is no number is for the handler to refuse, in its own words.
+    rows = sum(value for value in held if isinstance(value, int)) + SPARE_ROWS
+    return dict(zip(ROOM_KEYS, (rows, JOB_QUEUE_SIZE), strict=True))
 
 
 def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -111,11 +133,12 @@ def package(
             raise PackageError(f"{variable}={value} is not fit for a URL: use letters, digits, '_', '.' and '-'")
     has_own = (CONFIGS / name).is_dir()
     config_dir = CONFIGS / (name if has_own else DEMO_MODEL)
-    model_config, ds_config = render(config_dir, model_path, choice)
+    model_config, ds_config = render(config_dir, model_path, choice, handler)
     check_ranks(model_config["torchrun"]["nproc-per-node"], Path(model_path))
     if not has_own or STARTUP_KEY not in model_config:
         model_config[STARTUP_KEY] = startup_timeout_s(Path(model_path))
-    model_config["handler"] |= handler or {}
+    if not has_own:
+        model_config |= room(model_config["handler"])
     model_store.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="dsserve-mar-") as scratch:
         folder = Path(scratch)

@@ -1,6 +1,6 @@
-"""TorchServe's limit of a request body, from the context of the model: what cannot fit is refused before it is read.
+"""TorchServe's limits of bodies. A request's follows from the model's context: what cannot fit is refused unread.
 
-Only the number; `run_dir` writes it into config.properties.
+Only the numbers; `run_dir` writes them into config.properties.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ from scripts.model_facts import context_of
 BYTES_A_TOKEN = 128
 LEAST_BYTES = 2**20
 TORCHSERVES_OWN = 6_553_500
+# TorchServe drops a worker's connection, and every stream with it, for an item above its limit (6,553,500 bytes by
+# default). The handler refuses at half of this, when it reads a request.
+MAX_RESPONSE_BYTES = 64 * 2**20
 
 
 def max_request_bytes(config: Mapping[str, Any]) -> int:

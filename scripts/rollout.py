@@ -17,7 +17,9 @@ from typing import Any
 import typer
 
 from scripts import drain, health, management, server
+from scripts.addresses import LOOPBACK, asked_address, url_of
 from scripts.console import fail, say
+from scripts.find_run import describe, has_server, running
 from scripts.prepare_model import DEMO_MODEL
 from scripts.run_dir import HOST, Ports, RunDir
 from scripts.web import Unreachable, request_json
@@ -55,10 +57,12 @@ class Manager:
         self.run = run
         self.ports = Ports(port)
         self.token = run.token("management")
+        record = run.read_record()
+        self.host = asked_address(record.host if record else HOST)
 
     def send(self, method: str, path: str, timeout_s: float = 120) -> Any:
         """One call that must succeed. Raises RolloutError with TorchServe's own message."""
-        url = f"http://{HOST}:{self.ports.management}/models{path}"
+        url = url_of(LOOPBACK, self.ports.management, f"/models{path}")
         try:
             status, reply = request_json(url, timeout_s=timeout_s, token=self.token, method=method)
         except Unreachable as error:
@@ -69,8 +73,11 @@ class Manager:
         return reply
 
     def version(self, name: str, version: str) -> management.Version | None:
-        """One version as it is now; None where it is not registered."""
-        return next(iter(management.versions_of(self.ports, name, self.token, version)), None)
+        """One version as it is now; None where it is not registered. Raises RolloutError."""
+        try:
+            return next(iter(management.versions_of(self.ports, name, self.token, version)), None)
+        except Unreachable as error:
+            raise RolloutError(f"no answer from the management port {self.ports.management}: {error}") from None
 
     def default_version(self, name: str) -> str:
         """Raises RolloutError where the model is not served."""
@@ -94,19 +101,24 @@ class Manager:
             if time.monotonic() > deadline:
                 raise RolloutError(f"version {version} is not ready after {timeout_s:.0f} s")
             time.sleep(server.POLL_S)
-        answer = health.check(self.ports, f"{name}/{version}", self.run.key_file, timeout_s=60)
+        answer = health.check(self.ports, f"{name}/{version}", self.run.key_file, 60, self.host)
         if answer.state is not health.State.READY:
             raise RolloutError(f"version {version} is loaded, but {answer.line()}")
 
-    def requests_left(self, name: str, version: str) -> int:
-        found = self.version(name, version)
+    def requests_left(self, name: str, version: str) -> int | None:
+        """None where the management port does not say it now."""
+        try:
+            found = self.version(name, version)
+        except RolloutError:
+            return None
         return drain.requests_left(self.run, found) if found else 0
 
 
 def roll_out(
     manager: Manager, name: str, archive: Path, on_stage: Callable[[str], None], drain_s: float = DRAIN_S
-) -> int:
-    """Replaces the default version by the archive's; returns the requests that were cut (0 unless `drain_s` passed).
+) -> int | None:
+    """Replaces the default version by the archive's; returns the requests that were cut (0 unless `drain_s` passed,
+    None where that is unknown).
 
     Raises RolloutError; the old version is then still the default, and the new one is gone again.
     """
@@ -136,13 +148,17 @@ def main(
     drain_s: float = typer.Option(DRAIN_S, help="seconds that requests of the old version have to end"),
 ) -> None:
     """Replace the served version by the archive's without a failed request."""
-    started_s = time.monotonic()
+    started_s, run = time.monotonic(), RunDir(run_dir.resolve())
     try:
-        left = roll_out(Manager(RunDir(run_dir.resolve()), port), name, archive.resolve(), say, drain_s)
+        if not has_server(run):
+            # The archive belongs to NAME: a server that has the port may serve another model.
+            raise RolloutError(
+                f"no server runs in {run.path}: {describe(list(running()))}; name MODEL, NAME or RUN_DIR"
+            )
+        left = roll_out(Manager(run, port), name, archive.resolve(), say, drain_s)
     except RolloutError as error:
         fail(str(error))
-    cut = f"; {left} request(s) of the old version were cut after {drain_s:.0f} s" if left else ""
-    say(f"done after {time.monotonic() - started_s:.1f} s{cut}")
+    say("; ".join(filter(None, [f"done after {time.monotonic() - started_s:.1f} s", drain.cut_text(left, drain_s)])))
 
 
 if __name__ == "__main__":

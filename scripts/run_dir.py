@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import json
 import shutil
-import socket
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from scripts.request_size import max_request_bytes
+from scripts.addresses import LOOPBACK, is_free, is_ipv6, is_loopback, url_of
+from scripts.request_size import MAX_RESPONSE_BYTES, max_request_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 LOG4J_TEMPLATE = ROOT / "configs" / "torchserve" / "log4j2.xml"
 METRICS_CONFIG = ROOT / "configs" / "torchserve" / "metrics.yaml"
-HOST = "127.0.0.1"
+HOST = LOOPBACK
+# A name for an IPv6 address: TorchServe takes none as it is, and Java reads the name from the run directory's file.
+BIND_NAME, HOSTS_FILE = "dsserve.bind", "hosts"
 RECORD = "server.json"
 # 30 days; TorchServe's default of 60 minutes would lock everybody out within the hour.
 TOKEN_MINUTES = 30 * 24 * 60
@@ -60,25 +62,18 @@ class Ports:
         http = [self.inference, self.management, self.metrics, self.server_metrics]
         return [*http, self.grpc_inference, self.grpc_management]
 
-    def taken(self) -> list[int]:
-        """Those on which something listens already."""
-        return [port for port in self.all() if not is_free(port)]
+    def taken(self, host: str = HOST) -> list[int]:
+        """Those on which something listens already; `host` is the address of inference and of the model's metrics.
 
-
-def is_free(port: int) -> bool:
-    """Whether a server could listen on HOST:`port` now."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((HOST, port))
-        except OSError:
-            return False
-    return True
+        Raises AddressError for an address of another machine.
+        """
+        open_ports = (self.inference, self.metrics)
+        return [port for port in self.all() if not is_free(port, host if port in open_ports else HOST)]
 
 
 @dataclass(frozen=True)
 class Record:
-    """What `start` wrote down for `status`, `stop` and `logs`."""
+    """What `start` wrote down for `status`, `stop` and `logs`. `host` is the address that inference is bound to."""
 
     pid: int
     name: str
@@ -113,6 +108,11 @@ class RunDir:
     @property
     def config_file(self) -> Path:
         return self.path / "config.properties"
+
+    @property
+    def hosts_file(self) -> Path:
+        """The IPv6 address of a server that has one, for Java (`server_properties`)."""
+        return self.path / HOSTS_FILE
 
     @property
     def log4j_file(self) -> Path:
@@ -158,6 +158,7 @@ class RunDir:
         shutil.rmtree(self.logs, ignore_errors=True)
         self.logs.mkdir(parents=True)
         self.config_file.write_text("".join(f"{key}={value}\n" for key, value in properties.items()), encoding="utf-8")
+        self.hosts_file.unlink(missing_ok=True)
         shutil.copyfile(LOG4J_TEMPLATE, self.log4j_file)
         temp = self.path / "tmp"
         if len(str(temp).encode()) > SOCKET_FOLDER_BYTES:
@@ -198,11 +199,6 @@ def read_token(key_file: Path, kind: str) -> str | None:
         return None
 
 
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach the address."""
-    return host == "localhost" or host.startswith("127.")
-
-
 def server_properties(
     ports: Ports, name: str, archive: Path, config: Mapping[str, Any], host: str = HOST, tokens: bool = True
 ) -> dict[str, str]:
@@ -212,9 +208,9 @@ def server_properties(
     then every call needs a token, unless `tokens` is False: for networks that only a balancer reaches.
     """
     properties = {
-        "inference_address": f"http://{host}:{ports.inference}",
-        "management_address": f"http://{HOST}:{ports.management}",
-        "metrics_address": f"http://{HOST}:{ports.server_metrics}",
+        "inference_address": url_of(BIND_NAME if is_ipv6(host) else host, ports.inference),
+        "management_address": url_of(HOST, ports.management),
+        "metrics_address": url_of(HOST, ports.server_metrics),
         "metrics_config": str(METRICS_CONFIG),
         "grpc_inference_address": HOST,
         "grpc_inference_port": str(ports.grpc_inference),
@@ -224,6 +220,7 @@ def server_properties(
         "load_models": f"{name}={archive.name}",
         "disable_token_authorization": str(is_loopback(host) or not tokens).lower(),
         "max_request_size": str(max_request_bytes(config)),
+        "max_response_size": str(MAX_RESPONSE_BYTES),
         "token_expiration_min": str(TOKEN_MINUTES),
         "enable_model_api": "true",  # rolling restarts register versions
         "allowed_urls": "file:///nowhere",  # out of the model store alone
@@ -233,4 +230,6 @@ def server_properties(
     }
     if config.get("deviceType") == "cpu":
         properties["number_of_gpu"] = "0"
+    if is_ipv6(host):
+        properties["vmargs"] += f" -Djdk.net.hosts.file={HOSTS_FILE}"  # the run directory is Java's own folder
     return properties

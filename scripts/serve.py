@@ -12,8 +12,10 @@ from pathlib import Path
 import typer
 
 from scripts import health, server
+from scripts.addresses import asked_address, is_free, url_of
 from scripts.console import fail, progress, say
 from scripts.drain import DRAIN_S
+from scripts.find_run import Ambiguous, NotFound, find_run
 from scripts.machine import MachineError
 from scripts.package import STARTUP_KEY
 from scripts.run_dir import HOST, Ports, Record, RunDir
@@ -31,6 +33,7 @@ TOKENS = typer.Option(True, help="whether calls from beyond loopback need a toke
 SERVER_START_S = 60.0  # of TorchServe itself, beside the load
 TORCHSERVE_STARTUP_S = 120.0  # its own startupTimeout
 CANARY_S = 60.0  # the first token of a server that was not warmed up
+FIND_PORT = typer.Option(None, help="finds the server by its inference port where `run-dir` has none")
 DRAIN = typer.Option(DRAIN_S, min=0, help="seconds that running requests have to end")
 
 
@@ -65,10 +68,8 @@ def run(
     def note(number: int, _: object) -> None:
         signals.append(number)
 
-    signal.signal(signal.SIGTERM, interrupt)
     record = launch(folder, archive, name, Ports(port), host, tokens, timeout_s)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, note)
+    on_signals(note)
     tail = LogTail(folder.model_log)
     while not signals and server.is_alive(folder, record):
         for line in tail.new_lines():
@@ -79,13 +80,20 @@ def run(
         server.stop(folder)
         fail(f"TorchServe ended: {server.last_line(folder.server_log)}")
     say(f"draining for up to {drain_s:.0f} s; a second signal ends at once")
-    killed = server.stop(folder, drain_s, lambda: len(signals) > 1)
+    killed = server.stop(folder, drain_s, lambda: len(signals) > 1, say)
     say("stopped" + (f" ({killed} processes had to be killed)" if killed else ""))
 
 
 def interrupt(*_: object) -> None:
-    """While the model loads, a signal ends the start."""
+    """While the server starts and the model loads, a signal ends the start."""
     raise KeyboardInterrupt
+
+
+def on_signals(handler: Callable[[int, object], None]) -> None:
+    """Ctrl-C, SIGTERM and a terminal that closes call `handler` from now on; `nohup` is respected."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 def reap_children() -> None:
@@ -100,17 +108,21 @@ def launch(
 ) -> Record:
     """Start the server and return when the model has given a token; on failure say why and stop it again."""
     started_s = time.monotonic()
+    on_signals(interrupt)
     try:
         record = server.start(run, name, archive.resolve(), ports, host, tokens)
     except (server.ServerError, MachineError) as error:
         fail(str(error))
-    say(f"TorchServe started in {run.path}")
-    allowed_s = server.read_archive(archive).get(STARTUP_KEY, TORCHSERVE_STARTUP_S)
-    limit_s = allowed_s + SERVER_START_S if timeout_s is None else timeout_s
+    except KeyboardInterrupt:
+        fail("interrupted; nothing runs")
+    asked = asked_address(record.host)
     try:
+        say(f"TorchServe started in {run.path}")
+        allowed_s = server.read_archive(archive).get(STARTUP_KEY, TORCHSERVE_STARTUP_S)
+        limit_s = allowed_s + SERVER_START_S if timeout_s is None else timeout_s
         with progress(f"loading {name}") as show:
             server.wait_until_ready(run, record, elapsed(show, started_s), limit_s)
-        found = health.check(ports, name, run.key_file, CANARY_S)
+        found = health.check(ports, name, run.key_file, CANARY_S, asked)
         if found.state is not health.State.READY:
             raise server.ServerError(f"loaded, but {found.line()}")
     except server.ServerError as error:
@@ -119,7 +131,7 @@ def launch(
     except KeyboardInterrupt:
         server.stop(run)
         fail("interrupted; the server was stopped")
-    say(f"ready after {time.monotonic() - started_s:.1f} s: http://{host}:{ports.inference}/predictions/{name}")
+    say(f"ready after {time.monotonic() - started_s:.1f} s: {url_of(asked, ports.inference)}/predictions/{name}")
     if run.key_file.is_file():
         say("calls need a token: `make token` prints it")
     return record
@@ -131,29 +143,43 @@ def elapsed(show: Callable[[str], None], started_s: float) -> Callable[[str], No
 
 
 @app.command()
-def stop(run_dir: Path = RUN_DIR, drain_s: float = DRAIN) -> None:
+def stop(run_dir: Path = RUN_DIR, port: int | None = FIND_PORT, drain_s: float = DRAIN) -> None:
     """Refuse new requests, let the running ones end, stop the server. A second `stop` beside it ends at once."""
-    killed = server.stop(RunDir(run_dir.resolve()), drain_s)
-    if killed is None:
-        say(f"no server runs in {run_dir}")
-    else:
-        say("stopped" + (f" ({killed} processes had to be killed)" if killed else ""))
+    try:
+        run = find_run(run_dir, port)
+    except NotFound as error:
+        if isinstance(error, Ambiguous):
+            fail(str(error))
+        if port is not None and not is_free(port, "0.0.0.0"):
+            fail(f"{error}; another program listens on port {port}")
+        say(str(error))
+        return
+    killed = server.stop(run, drain_s, tell=say)
+    say(f"stopped the server in {run.path}" + (f" ({killed} processes had to be killed)" if killed else ""))
 
 
 @app.command()
-def status(run_dir: Path = RUN_DIR) -> None:
+def status(run_dir: Path = RUN_DIR, port: int | None = FIND_PORT) -> None:
     """Show model, ports, processes and uptime."""
-    for line in server.status(RunDir(run_dir.resolve())):
+    try:
+        lines = server.status(find_run(run_dir, port))
+    except NotFound as error:
+        lines = [str(error)]
+    for line in lines:
         typer.echo(line)
 
 
 @app.command()
 def logs(
     run_dir: Path = RUN_DIR,
+    port: int | None = FIND_PORT,
     follow: bool = typer.Option(False, help="go on showing new lines until interrupted"),
 ) -> None:
     """Print what the workers wrote."""
     run = RunDir(run_dir.resolve())
+    if not run.model_log.is_file():
+        with suppress(NotFound):
+            run = find_run(run_dir, port)
     if not run.model_log.is_file():
         fail(f"no log in {run.logs}: nothing was started there")
     tail = LogTail(run.model_log)

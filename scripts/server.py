@@ -14,6 +14,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,15 @@ import psutil
 import yaml
 
 from scripts import drain, management, processes
+from scripts.addresses import LOOPBACK, AddressError, is_ipv6, resolve, url_of
 from scripts.machine import find_java_home
-from scripts.run_dir import HOST, Ports, Record, RunDir, server_properties
+from scripts.run_dir import BIND_NAME, HOST, Ports, Record, RunDir, server_properties
 from scripts.worker_log import LogTail, find_error, find_stages
 
 START_TIMEOUT_S = 300.0
 STOP_GRACE_S = 20.0
 POLL_S = 0.2
+UNKNOWN_PID = 0  # of a server that is being started
 METRICS_VARIABLE = "DSSERVE_METRICS"  # `dsserve.metrics_endpoint` reads it
 TRACEBACK_S = 1.0  # the announcement of a worker's death comes before the traceback
 
@@ -79,10 +82,17 @@ def _compiles_at_each_start(environ: dict[str, str]) -> bool:
 
 
 def start(run: RunDir, name: str, archive: Path, ports: Ports, host: str = HOST, tokens: bool = True) -> Record:
-    """Start TorchServe in the background and return at once. Raises ServerError, MachineError."""
+    """Start TorchServe in the background and return at once; a start that is interrupted ends what it started.
+
+    Raises ServerError, MachineError.
+    """
     if processes.find_marked(run.path):
         raise ServerError(f"a server runs already in {run.path}: end it with `make stop`, or look with `make status`")
-    taken = ports.taken()
+    try:
+        host = resolve(host)
+        taken = ports.taken(host)
+    except AddressError as error:
+        raise ServerError(str(error)) from None
     if taken:
         raise ServerError(
             f"port {', '.join(map(str, taken))} is in use (needed: {', '.join(map(str, ports.all()))}): "
@@ -91,6 +101,22 @@ def start(run: RunDir, name: str, archive: Path, ports: Ports, host: str = HOST,
     config = read_archive(archive)
     temp = run.create(server_properties(ports, name, archive, config, host, tokens))
     environ = worker_environment(run, temp, config) | {METRICS_VARIABLE: f"{host}:{ports.metrics}"}
+    if is_ipv6(host):
+        run.hosts_file.write_text(f"{host} {BIND_NAME}\n", encoding="utf-8")
+    record = Record(UNKNOWN_PID, name, ports.inference, str(temp), time.time(), host)
+    run.write_record(record)  # first: whoever ends us, `stop` finds what there is
+    try:
+        record = replace(record, pid=_launch(run, temp, environ))
+        run.write_record(record)
+    except BaseException:
+        processes.end_all(run.path, STOP_GRACE_S)
+        run.clear(record)
+        raise
+    return record
+
+
+def _launch(run: RunDir, temp: Path, environ: dict[str, str]) -> int:
+    """TorchServe's pid. Raises ServerError."""
     command = [sys.executable, "-m", "ts.model_server", "--start", "--ncs"]
     command += ["--ts-config", str(run.config_file), "--log-config", str(run.log4j_file)]
     with run.console_log.open("wb") as console:
@@ -102,9 +128,7 @@ def start(run: RunDir, name: str, archive: Path, ports: Ports, host: str = HOST,
     pid_file = temp / ".model_server.pid"
     if launched.returncode != 0 or not pid_file.is_file():
         raise ServerError(f"TorchServe did not start: {last_line(run.console_log)}")
-    record = Record(int(pid_file.read_text()), name, ports.inference, str(temp), time.time(), host)
-    run.write_record(record)
-    return record
+    return int(pid_file.read_text())
 
 
 def wait_until_ready(
@@ -145,16 +169,24 @@ def is_alive(run: RunDir, record: Record) -> bool:
         return False
 
 
-def stop(run: RunDir, drain_s: float = 0.0, is_over: Callable[[], bool] = lambda: False) -> int | None:
+def stop(
+    run: RunDir,
+    drain_s: float = 0.0,
+    is_over: Callable[[], bool] = lambda: False,
+    tell: Callable[[str], None] = lambda _: None,
+) -> int | None:
     """End the server and all its workers. None if none ran, else how many processes had to be killed.
 
-    Running requests have `drain_s` seconds to end, unless this is the second `stop`, or `is_over` says so.
+    Running requests have `drain_s` seconds to end, unless this is the second `stop`, or `is_over` says so. `tell` hears
+    of those that had not ended then.
     """
     record = run.read_record()
     if record is None and not processes.find_marked(run.path):
         return None
     if record is not None and drain_s > 0 and is_alive(run, record) and drain.raise_flag(run):
-        drain.drain(run, Ports(record.port), drain_s, lambda: is_over() or not is_alive(run, record))
+        left = drain.drain(run, Ports(record.port), drain_s, lambda: is_over() or not is_alive(run, record))
+        if left != 0:
+            tell(drain.cut_text(left, drain_s))
     killed = processes.end_all(run.path, STOP_GRACE_S)
     if record is not None:
         run.clear(record)
@@ -172,10 +204,10 @@ def status(run: RunDir) -> list[str]:
     draining = ", draining: new requests are refused" if run.drain_file.exists() else ""
     return [
         f"model       {record.name}: {worker['status'] if worker else 'no worker'}{draining}",
-        f"inference   http://{record.host}:{ports.inference}/predictions/{record.name}",
-        f"management  http://{HOST}:{ports.management}/models/{record.name}",
-        f"metrics     http://{record.host}:{ports.metrics}/metrics",
-        f"TorchServe  http://{HOST}:{ports.server_metrics}/metrics",
+        f"inference   {url_of(record.host, ports.inference)}/predictions/{record.name}",
+        f"management  {url_of(LOOPBACK, ports.management)}/models/{record.name}",
+        f"metrics     {url_of(record.host, ports.metrics)}/metrics",
+        f"TorchServe  {url_of(LOOPBACK, ports.server_metrics)}/metrics",
         f"processes   {', '.join(f'{processes.describe(item)} {item.pid}' for item in found)}",
         f"up for      {(time.time() - record.started_at_s) / 60:.1f} minutes",
         f"logs        {run.logs}",

@@ -7,7 +7,6 @@ document. Does not measure speed (`bench`).
 
 from __future__ import annotations
 
-import json
 import tempfile
 import threading
 import time
@@ -21,7 +20,7 @@ from scripts import server
 from scripts.bench import describe_machine, free_ports
 from scripts.bench_client import BenchError
 from scripts.bench_prompts import OPENINGS
-from scripts.console import exit_on_sigterm, fail, say
+from scripts.console import exit_on_sigterm, fail, print_report, say
 from scripts.health import State, check
 from scripts.machine import MachineError
 from scripts.package import Choice, PackageError, package
@@ -67,7 +66,7 @@ def wait_until_served(ports: Ports) -> None:
 
 
 def soak(run: RunDir, record: Record, references: list[Reference], minutes: float, period_s: float) -> dict[str, Any]:
-    """Load and faults for so long; returns the report. Raises BenchError."""
+    """Load and faults for so long, or until the server does not come back; returns the report."""
     ports, tally, over = Ports(record.port), Tally(), threading.Event()
     url = f"http://{HOST}:{record.port}/predictions/{NAME}"
     clients = [Client(url, references, tally, over, seed) for seed in range(CLIENTS)]
@@ -76,6 +75,7 @@ def soak(run: RunDir, record: Record, references: list[Reference], minutes: floa
     events: list[dict[str, Any]] = []
     samples: list[Sample] = []
     sequence, started = faults(run, record), time.monotonic()
+    failed: list[str] = []
     try:
         while True:
             time.sleep(period_s)
@@ -90,10 +90,13 @@ def soak(run: RunDir, record: Record, references: list[Reference], minutes: floa
             wait_until_served(ports)
             events.append({"fault": name, "served_again_after_s": round(time.monotonic() - began, 1)})
             say(f"{(time.monotonic() - started) / 60:5.1f} min  {name}: served again; {dict(tally.outcomes)}")
+    except Exception as error:  # the report says what was seen until then
+        failed.append(f"{type(error).__name__}: {error}")
     finally:
         over.set()
         for client in clients:
             client.join(60)
+    samples = samples or [take_sample(run, record)]
     outcomes = dict(sorted(tally.outcomes.items()))
     return {
         "minutes": round((time.monotonic() - started) / 60, 1),
@@ -104,6 +107,7 @@ def soak(run: RunDir, record: Record, references: list[Reference], minutes: floa
         "start": asdict(samples[0]),
         "end": asdict(samples[-1]),
         "growth": grown(samples[0], samples[-1]),
+        "failed": failed,
     }
 
 
@@ -139,12 +143,14 @@ def table(report: dict[str, Any]) -> str:
         "",
         *(f"  {item['fault']:<20} served again after {item['served_again_after_s']} s" for item in report["faults"]),
     ]
-    verdict = "FAILED: " + "; ".join([*report["wrong"], *report["growth"]])
+    verdict = "FAILED: " + "; ".join([*report["failed"], *report["wrong"], *report["growth"]])
     return "\n".join([*lines, "", "passed" if is_passed(report) else verdict])
 
 
 def is_passed(report: dict[str, Any]) -> bool:
-    return not report["wrong"] and not report["growth"] and report["outcomes"].get("right", 0) > 0
+    return (
+        not report["failed"] and not report["wrong"] and not report["growth"] and report["outcomes"].get("right", 0) > 0
+    )
 
 
 def main(
@@ -173,8 +179,7 @@ def main(
     except (BenchError, PackageError, MachineError, ModelError, server.ServerError) as error:
         fail(str(error))
     report["killed_at_the_end"] = killed
-    typer.echo(table(report))
-    typer.echo(json.dumps({"machine": describe_machine(), **report}))
+    print_report(table, {"machine": describe_machine(), **report})
     raise typer.Exit(code=0 if is_passed(report) else 1)
 
 

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import typer
 
+from scripts.addresses import LOOPBACK, url_of
 from scripts.console import fail
-from scripts.run_dir import HOST, Ports, RunDir
+from scripts.find_run import NotFound, find_run
+from scripts.run_dir import Ports, RunDir
 from scripts.web import OK, Unreachable, request_json
 
 
@@ -24,7 +26,7 @@ class Kind(str, Enum):
 
 def rotate(run: RunDir, ports: Ports, kind: Kind) -> None:
     """A new token in place of the old one, which is refused from now on. Raises Unreachable, ValueError."""
-    url = f"http://{HOST}:{ports.management}/token?type={kind.value}"
+    url = url_of(LOOPBACK, ports.management, f"/token?type={kind.value}")
     status, reply = request_json(url, token=run.token("API"))
     if status != OK:
         raise ValueError(f"TorchServe refuses a new token: {status} {reply}")
@@ -37,7 +39,10 @@ def main(
     new: bool = typer.Option(False, "--new", help="make a new one first; the old one is refused from then on"),
 ) -> None:
     """Print a token of the server."""
-    run = RunDir(run_dir.resolve())
+    try:
+        run = find_run(run_dir, port)
+    except NotFound as error:
+        fail(str(error))
     if run.token(kind.value) is None:
         fail(f"no token in {run.path}: servers on loopback ask for none (HOST=0.0.0.0 makes them)")
     if new:

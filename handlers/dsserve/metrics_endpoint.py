@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import io
 import logging
 import os
+import socket
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -36,8 +38,10 @@ FOLDER = "metrics"
 LOOPBACK = "127.0.0.1"
 PLAIN = "text/plain;version=0.0.4"
 RETRY_S = 1.0
-# A client that sends no request so long is gone; more at once than any Prometheus opens are closed.
+# A connection costs rank 0 a thread, and the port may be open to others. One that sends or takes nothing so long ends,
+# and so does one of that age. More at once than any Prometheus opens: the oldest ends for the next one.
 IDLE_S = 5.0
+LONGEST_S = 10.0
 MOST_CONNECTIONS = 32
 _SCRAPE_S = 1.0
 
@@ -69,6 +73,89 @@ class Workers(Collector):
                 yield _scrape(int(path.read_text()))
 
 
+class Connections:
+    """Bounds the open connections of a server: their number, their age, and how long each read and write may take.
+
+    Args:
+        server: one that serves each connection in a thread; some of its methods are replaced.
+    """
+
+    def __init__(self, server: Any) -> None:
+        self._server = server
+        self._room = threading.BoundedSemaphore(MOST_CONNECTIONS)
+        self._lock = threading.Lock()
+        self._opened: dict[socket.socket, float] = {}  # the oldest first; times of the monotonic clock
+        self._begin, self._work = server.process_request, server.process_request_thread
+        server.RequestHandlerClass = _patient(server.RequestHandlerClass)
+        server.process_request, server.process_request_thread = self._accept, self._serve
+        server.service_actions = self._end_old  # called twice a second, and after each new connection
+        server.socket.listen(MOST_CONNECTIONS)  # of 5, its default, a sixth at the same moment waits for a second
+
+    def _accept(self, connection: socket.socket, address: Any) -> None:
+        """A newcomer has a place, if need be that of the oldest connection: who is slow does not keep others out."""
+        if not self._room.acquire(blocking=False):
+            self._end(self._older_than(0)[:1])
+            if not self._room.acquire(timeout=IDLE_S):
+                self._server.shutdown_request(connection)
+                return
+        with self._lock:
+            self._opened[connection] = time.monotonic()
+        self._begin(connection, address)
+
+    def _serve(self, connection: socket.socket, address: Any) -> None:
+        try:
+            self._work(connection, address)
+        finally:
+            with self._lock:
+                del self._opened[connection]
+            self._room.release()
+
+    def _end_old(self) -> None:
+        self._end(self._older_than(LONGEST_S))
+
+    def _older_than(self, seconds: float) -> list[socket.socket]:
+        before = time.monotonic() - seconds
+        with self._lock:
+            return [connection for connection, opened in self._opened.items() if opened <= before]
+
+    def _end(self, connections: list[socket.socket]) -> None:
+        """Its thread closes a connection; from now on it neither reads nor writes, and so ends at once."""
+        for connection in connections:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+
+def _patient(handler: Any) -> Any:
+    """The request handler with time-outs. A client that is slow or gone is no error: nothing is logged of it."""
+
+    class Writer(io.BufferedIOBase):
+        def __init__(self, connection: socket.socket) -> None:
+            self._connection = connection
+
+        def writable(self) -> bool:
+            return True
+
+        def write(self, data: Any) -> int:
+            try:
+                self._connection.sendall(data)  # the time-out is for all of it
+            except TimeoutError:
+                raise ConnectionAbortedError from None  # which wsgiref takes for a client that left
+            return len(data)
+
+    class Handler(handler):  # type: ignore[misc]
+        timeout = IDLE_S
+
+        def setup(self) -> None:
+            super().setup()
+            self.wfile = Writer(self.connection)
+
+        def handle(self) -> None:
+            with contextlib.suppress(OSError):
+                super().handle()
+
+    return Handler
+
+
 def _serve(host: str, port: int, registry: CollectorRegistry) -> WSGIServer:
     """Serves in threads of its own from now on. Raises OSError."""
     server, _ = start_http_server(port, host, registry)
@@ -78,38 +165,8 @@ def _serve(host: str, port: int, registry: CollectorRegistry) -> WSGIServer:
         return app(environ | {"HTTP_ACCEPT": PLAIN}, start_response)
 
     server.set_app(plain)
-    _bound(server)
+    Connections(server)
     return server
-
-
-def _bound(server: Any) -> None:
-    """Connections that say nothing are ended, and more than a few at once are closed: each costs rank 0 a thread, and
-    the port may be open to others."""
-
-    class Handler(server.RequestHandlerClass):
-        timeout = IDLE_S
-
-        def handle(self) -> None:
-            with contextlib.suppress(TimeoutError):
-                super().handle()
-
-    room = threading.BoundedSemaphore(MOST_CONNECTIONS)
-    begin, work = server.process_request, server.process_request_thread
-
-    def process_request(request: Any, client_address: Any) -> None:
-        if room.acquire(blocking=False):
-            begin(request, client_address)
-        else:
-            server.shutdown_request(request)
-
-    def process_request_thread(request: Any, client_address: Any) -> None:
-        try:
-            work(request, client_address)
-        finally:
-            room.release()
-
-    server.RequestHandlerClass = Handler
-    server.process_request, server.process_request_thread = process_request, process_request_thread
 
 
 def _scrape(port: int) -> str:
@@ -164,7 +221,8 @@ class MetricsEndpoint:
         except OSError as error:
             return error
         self._end_private()
-        logger.info("[dsserve] metrics at http://%s:%d/metrics", *self._address)
+        host, port = self._address
+        logger.info("[dsserve] metrics at http://%s:%d/metrics", f"[{host}]" if ":" in host else host, port)
         return None
 
     def _listen_privately(self) -> None:

@@ -5,12 +5,16 @@ Checks what would otherwise hang or lose requests without an error; reads nothin
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from dsserve.config import YAML_FILE
 from dsserve.errors import LoadError
+
+logger = logging.getLogger(__name__)
 
 # Key -> the one value with which TorchServe 0.12 serves this handler, and what happens otherwise.
 _REQUIRED = {
@@ -21,8 +25,12 @@ _REQUIRED = {
 }
 
 
+# Requests that wait for the worker's next call. TorchServe's own default, and what holds any burst.
+_DEFAULT_QUEUE, ENOUGH_QUEUE = 100, 4096
+
+
 def check_server_settings(yaml_config: Mapping[str, Any] | None, batch_size: int | None, sequences: int) -> None:
-    """Checks TorchServe's keys, and its `batchSize` against the sequences that run or wait.
+    """Checks TorchServe's keys, and its `batchSize` against the sequences that run or wait. Warns of a short queue.
 
     Args:
         batch_size: rows that TorchServe hands over in one call.
@@ -44,6 +52,23 @@ def check_server_settings(yaml_config: Mapping[str, Any] | None, batch_size: int
             f"{sequences} requests are held, and one more must get through to be refused; set batchSize: "
             f"{sequences + 1} or more"
         )
+    _check_queue(config.get("jobQueueSize", _DEFAULT_QUEUE))
+
+
+def _check_queue(size: Any) -> None:
+    """A request beyond TorchServe's queue never reaches the handler, which would say why it is refused and until when.
+
+    Raises:
+        LoadError: no size of a queue.
+    """
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise LoadError(f"{YAML_FILE}: jobQueueSize must be a whole number above 0 (found {size!r:.80})")
+    if size < ENOUGH_QUEUE and os.environ.get("RANK", "0") == "0":
+        logger.warning(
+            "[dsserve] %s: jobQueueSize %d: in a burst of more, TorchServe answers 503 by itself, without Retry-After, "
+            "where the handler would answer 429; set jobQueueSize: %d",
+            YAML_FILE, size, ENOUGH_QUEUE,
+        )  # fmt: skip
 
 
 # TorchServe's own defaults of responseTimeout and startupTimeout.

@@ -18,7 +18,6 @@ from scripts import server
 from scripts.package import Choice, package
 from scripts.run_dir import HOST, Ports, Record, RunDir
 
-SPARE_ROWS = 4
 # What the small server runs and lets wait.
 RUNNING, WAITING = 2, 3
 
@@ -106,7 +105,8 @@ def package_with(
     template = scripts.package.CONFIGS / "smollm2"
     settings = yaml.safe_load((template / "model-config.yaml").read_text())
     settings["handler"] |= handler
-    settings["batchSize"] = handler.get("max_running", 16) + handler.get("max_waiting", 64) + SPARE_ROWS
+    for key in scripts.package.ROOM_KEYS:
+        del settings[key]  # they follow from what the handler holds
     (own / "model-config.yaml").write_text(yaml.safe_dump(settings))
     ds_config = json.loads((template / "ds-config.json").read_text()) | (deepspeed or {})
     (own / "ds-config.json").write_text(json.dumps(ds_config))

@@ -12,6 +12,7 @@ import pytest
 
 from tests.e2e.conftest import RUNNING, WAITING, Served
 
+BURST = 300
 GONE = "client gone, slot freed"
 
 
@@ -54,6 +55,24 @@ def test_beyond_what_may_wait_there_is_429_with_retry_after(small: Served) -> No
     for response in refused:
         assert response.status_code == 429 and response.headers["retry-after"] == "1"
         assert response.json()["error"]["code"] == "rate_limit_exceeded"
+
+
+def test_each_request_of_a_burst_is_served_or_told_when_to_come_back(small: Served) -> None:
+    """More than TorchServe's own queue would hold (100): none gets its 503, which has no advice."""
+
+    async def burst() -> list[httpx.Response]:
+        limits = httpx.Limits(max_connections=BURST)
+        async with httpx.AsyncClient(timeout=120, limits=limits) as client:
+            url, asked = f"{small.base_url}/completions", body(max_tokens=2)
+            return await asyncio.gather(*(client.post(url, json=asked) for _ in range(BURST)))
+
+    wait_for_idle(small)
+    replies = asyncio.run(burst())
+    assert {reply.status_code for reply in replies} == {200, 429}
+    assert sum(reply.status_code == 200 for reply in replies) >= RUNNING + WAITING
+    for reply in replies:
+        if reply.status_code == 429:
+            assert reply.json()["error"]["code"] == "rate_limit_exceeded" and int(reply.headers["retry-after"]) > 0
 
 
 def test_the_official_client_retries_a_429_and_is_served(small: Served) -> None:

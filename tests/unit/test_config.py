@@ -83,6 +83,23 @@ def test_server_settings_that_lose_requests_are_refused(key: str) -> None:
         check_server_settings({name: value for name, value in GOOD.items() if name != key}, 17, 16)
 
 
+@pytest.mark.parametrize("size", [0, -1, True, "4096", 1.5, None])
+def test_what_is_no_size_of_a_queue_is_refused(size: object) -> None:
+    with pytest.raises(LoadError, match="jobQueueSize"):
+        check_server_settings({**GOOD, "jobQueueSize": size}, 17, 16)
+
+
+@pytest.mark.parametrize(
+    ("queue", "rank", "warned"), [({}, "0", True), ({}, "1", False), ({"jobQueueSize": 4096}, "0", False)]
+)
+def test_a_queue_that_a_burst_would_fill_is_told_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, queue: dict[str, int], rank: str, warned: bool
+) -> None:
+    monkeypatch.setenv("RANK", rank)
+    check_server_settings(GOOD | queue, 17, 16)
+    assert ("jobQueueSize 100: in a burst" in caplog.text) is warned
+
+
 def test_async_communication_is_refused() -> None:
     with pytest.raises(LoadError, match="asyncCommunication"):
         check_server_settings({**GOOD, "asyncCommunication": True}, 17, 16)

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -125,3 +126,66 @@ def test_idle_connections_neither_pile_up_nor_stay(port: int, monkeypatch: pytes
     finally:
         for connection in idle:
             connection.close()
+
+
+def test_slow_clients_do_not_keep_prometheus_out(
+    port: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each place is taken by one who never ends its request."""
+    monkeypatch.setattr("dsserve.metrics_endpoint.IDLE_S", 60)
+    monkeypatch.setattr("dsserve.metrics_endpoint.LONGEST_S", 60)
+    MetricsEndpoint(make_registry("1.0", 4), HOST, port, None).start()
+    slow = [socket.create_connection((HOST, port), timeout=5) for _ in range(MOST_CONNECTIONS)]
+    try:
+        for connection in slow:
+            connection.sendall(b"GET /met")
+        started = time.monotonic()
+        for _ in range(3):
+            assert Scrape.at(port).sum("vllm:prompt_tokens_total") == 4
+        assert time.monotonic() - started < 5
+        assert slow[0].recv(1) == b""  # the oldest left for it
+        slow[-1].sendall(b"rics HTTP/1.0\r\n\r\n")
+        assert slow[-1].recv(4) == b"HTTP"
+    finally:
+        for connection in slow:
+            connection.close()
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_who_sends_byte_by_byte_is_ended(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dsserve.metrics_endpoint.LONGEST_S", 1.0)
+    MetricsEndpoint(make_registry("1.0", 4), HOST, port, None).start()
+    with socket.create_connection((HOST, port), timeout=0.1) as connection:
+        started = time.monotonic()
+        while time.monotonic() - started < 10:
+            try:
+                connection.sendall(b"G")
+                if connection.recv(1) == b"":
+                    break
+            except TimeoutError:
+                continue
+            except OSError:
+                break
+    assert 0.5 < time.monotonic() - started < 5
+
+
+def test_who_reads_nothing_is_ended_and_nothing_is_logged(
+    port: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The page fits into no socket's buffers."""
+    monkeypatch.setattr("dsserve.metrics_endpoint.LONGEST_S", 60)
+    monkeypatch.setattr("dsserve.metrics_endpoint.IDLE_S", 0.5)
+    registry = make_registry("1.0", 4)
+    rows = Counter("long", "x" * 2**20, ["name"], registry=registry)
+    for number in range(8):
+        rows.labels(f"{number}" * 2**20).inc()
+    MetricsEndpoint(registry, HOST, port, None).start()
+    before = threading.active_count()
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.settimeout(10)
+        connection.connect((HOST, port))
+        connection.sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert connection.recv(16).startswith(b"HTTP/1.0 200")  # the page is made, and no more of it is taken
+        wait_for(lambda: threading.active_count() == before)
+    assert "Traceback" not in capsys.readouterr().err

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.server
 import json
 import os
+import socket
 import threading
 import time
 import zipfile
@@ -18,12 +19,15 @@ import psutil
 import pytest
 import typer
 
-from scripts import audit, drain, health, soak
+from scripts import audit, drain, health, server, soak
+from scripts.addresses import is_loopback
+from scripts.ask import main as ask_main
 from scripts.management import Version
-from scripts.rollout import RolloutError, archive_version
-from scripts.run_dir import HOST, Ports, RunDir, is_loopback, server_properties
+from scripts.rollout import Manager, RolloutError, archive_version
+from scripts.run_dir import HOST, Ports, Record, RunDir, server_properties
 from scripts.soak_faults import Sample
 from scripts.soak_load import Client, Reference, Tally
+from scripts.web import Unreachable
 
 TEXT = Reference("prompt", 4, "one two three")
 
@@ -72,6 +76,46 @@ def test_a_second_signal_ends_the_wait(tmp_path: Path, monkeypatch: pytest.Monke
     assert drain.drain(RunDir(tmp_path), Ports(8080), 0.05) == 1
 
 
+def test_a_management_port_that_does_not_answer_is_no_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drain, "POLL_S", 0.01)
+    with socket.socket() as closed:
+        closed.bind((HOST, 0))  # bound, not listening: refused
+        ports = Ports(closed.getsockname()[1] - 1)
+        started = time.monotonic()
+        assert drain.drain(RunDir(tmp_path), ports, 0.3) is None
+    assert time.monotonic() - started >= 0.3
+    assert "did not answer" in drain.cut_text(None, 0.3) and drain.cut_text(0, 1) == ""
+    # It answers again, and is asked again.
+    answers = iter([Unreachable("busy"), [Version("m", "1.0", 2, None)], Unreachable("busy"), *[[]] * drain.CALM_POLLS])
+
+    def all_versions(ports: Ports, token: str | None) -> list[Version]:
+        answer = next(answers)
+        if isinstance(answer, Unreachable):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(drain.management, "all_versions", all_versions)
+    assert drain.drain(RunDir(tmp_path), ports, 60) == 0
+    assert list(answers) == []
+
+
+@pytest.mark.parametrize("refusal", [(401, {"message": "token"}), (500, "x")])
+def test_a_refusal_is_no_end_either(torchserve: Ports, tmp_path: Path, refusal: Any) -> None:
+    """A token that was changed, say: TorchServe answers, and does not tell."""
+    Answers.replies = {"/models?limit=1000": refusal, "/models/m/1.0": refusal}
+    assert drain.drain(RunDir(tmp_path), torchserve, 0.3) is None
+    assert Manager(RunDir(tmp_path), torchserve.inference).requests_left("m", "1.0") is None
+
+
+def test_what_a_drain_could_not_learn_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, told = RunDir(tmp_path), list[str]()
+    run.write_record(Record(os.getpid(), "m", 9000, str(tmp_path / "tmp"), 0.0))
+    monkeypatch.setattr(server, "is_alive", lambda run, record: True)
+    monkeypatch.setattr(drain, "drain", lambda *_: None)
+    assert server.stop(run, 3.0, tell=told.append) == 0
+    assert told == ["the management port did not answer for 3 s: requests that still ran were cut"]
+
+
 class Answers(http.server.BaseHTTPRequestHandler):
     """Answers as TorchServe and a handler would: by path, as the test says."""
 
@@ -97,22 +141,28 @@ class Answers(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def torchserve() -> Iterator[Ports]:
-    """Management and inference on two ports in a row."""
+def bound() -> str:
+    """The address that inference is bound to."""
+    return HOST
+
+
+@pytest.fixture
+def torchserve(bound: str) -> Iterator[Ports]:
+    """Management on loopback and inference on `bound`, on two ports in a row."""
     while True:
-        inference = http.server.ThreadingHTTPServer((HOST, 0), Answers)
+        inference = http.server.ThreadingHTTPServer((bound, 0), Answers)
         try:
             management = http.server.ThreadingHTTPServer((HOST, inference.server_port + 1), Answers)
             break
         except OSError:
             inference.server_close()
     servers = (inference, management)
-    for server in servers:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+    for listener in servers:
+        threading.Thread(target=listener.serve_forever, daemon=True).start()
     yield Ports(inference.server_port)
-    for server in servers:
-        server.shutdown()
-        server.server_close()
+    for listener in servers:
+        listener.shutdown()
+        listener.server_close()
 
 
 def model(status: str | None) -> list[dict[str, Any]]:
@@ -144,14 +194,43 @@ def test_what_the_probe_says(torchserve: Ports, described: Any, canary: Any, sta
     assert json.loads(found.to_json())["state"] == state.name.lower()
 
 
+@pytest.mark.parametrize("bound", ["127.0.0.2"])
+def test_inference_is_asked_where_it_is_bound_and_management_on_loopback(torchserve: Ports, bound: str) -> None:
+    Answers.replies = {"/models/m": (200, model("READY")), "/predictions/m": (200, {"text": "a"})}
+    assert health.check(torchserve, "m", timeout_s=5, host=bound).state is health.State.READY
+    elsewhere = health.check(torchserve, "m", timeout_s=5)
+    assert elsewhere.state is health.State.NOT_READY and "gave no token" in elsewhere.detail
+
+
+@pytest.mark.parametrize("bound", ["127.0.0.2"])
+def test_the_command_lines_take_the_address_from_the_record(
+    torchserve: Ports, bound: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Answers.replies = {"/models/m": (200, model("READY")), "/predictions/m": (200, {"text": "Tokyo"})}
+    RunDir(tmp_path).write_record(Record(1, "m", torchserve.inference, str(tmp_path), 0.0, bound))
+    port = torchserve.inference
+    ask_main("q", "m", port, 8, HOST, tmp_path, None)
+    printed = capsys.readouterr()
+    assert printed.out == "Tokyo\n" and f"curl http://{bound}:{port}/predictions/m" in printed.err
+    with pytest.raises(typer.Exit) as left:
+        health.main("m", port, HOST, tmp_path, None, 5.0, False, False)
+    assert left.value.exit_code == 0
+    assert Manager(RunDir(tmp_path), port).host == bound
+
+
 @pytest.mark.parametrize(
-    ("host", "open_to_all"), [("127.0.0.1", True), ("127.0.0.9", True), ("localhost", True), ("0.0.0.0", False)]
+    ("host", "open_to_all"),
+    [
+        *[(host, True) for host in ("127.0.0.1", "127.0.0.9", "localhost", "LocalHost", "::ffff:127.0.0.1")],
+        *[(host, False) for host in ("0.0.0.0", "127.example.org", "localhost.example.org", "::ffff:10.0.0.1")],
+    ],
 )
 def test_tokens_are_asked_for_beyond_loopback(host: str, open_to_all: bool) -> None:
     properties = server_properties(Ports(9000), "m", Path("/store/m.mar"), {}, host)
     assert is_loopback(host) is open_to_all
     assert properties["disable_token_authorization"] == str(open_to_all).lower()
-    assert properties["inference_address"] == f"http://{host}:9000"
+    if ":" not in host:
+        assert properties["inference_address"] == f"http://{host}:9000"
     assert all(HOST in properties[key] for key in ("management_address", "metrics_address", "grpc_inference_address"))
     assert int(properties["token_expiration_min"]) > 60
 
@@ -221,8 +300,9 @@ def test_growth_is_found() -> None:
     for word in ("900", "400 open files", "/dev/shm", "sockets"):
         assert word in found
     assert "TorchServe: 300" not in found
-    report = {"wrong": [], "growth": [], "outcomes": Counter(right=5)}
+    report = {"failed": [], "wrong": [], "growth": [], "outcomes": Counter(right=5)}
     assert soak.is_passed(report)
+    assert not soak.is_passed(report | {"failed": ["not served again"]})
     assert not soak.is_passed(report | {"wrong": ["x"]}) and not soak.is_passed(report | {"outcomes": {}})
 
 

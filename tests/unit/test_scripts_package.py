@@ -5,13 +5,28 @@ from __future__ import annotations
 import json
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
+from dsserve.config import HandlerConfig
+from dsserve.settings import ENOUGH_QUEUE
 from scripts import package as packaging
 from scripts.machine import MachineError
-from scripts.package import Choice, PackageError, package, render
+from scripts.package import (
+    CONFIGS,
+    DEFAULT_RUNNING,
+    DEFAULT_WAITING,
+    JOB_QUEUE_SIZE,
+    ROOM_KEYS,
+    SPARE_ROWS,
+    Choice,
+    PackageError,
+    package,
+    render,
+    room,
+)
 from scripts.prepare_model import ROOT
 from scripts.server import ServerError, read_archive
 
@@ -107,6 +122,42 @@ def test_what_is_no_archive_is_refused(tmp_path: Path) -> None:
     (tmp_path / "bad.mar").write_bytes(b"not a zip file")
     with pytest.raises(ServerError, match="no archive"):
         read_archive(tmp_path / "bad.mar")
+
+
+@pytest.mark.parametrize(
+    ("handler", "rows"),
+    [
+        ({}, 16 + 64 + 64),
+        ({"max_running": "auto", "max_waiting": 8}, 16 + 8 + 64),
+        ({"max_running": 512, "max_waiting": 0}, 512 + 64),
+        ({"max_running": "many"}, 64 + 64),
+    ],
+)
+def test_each_request_of_a_burst_reaches_the_handler(tmp_path: Path, handler: dict[str, Any], rows: int) -> None:
+    """Rows of a call follow from what the handler holds, also where the template states others."""
+    archive = package("burst", "/models/x", Choice("1", "cpu", "fp32"), model_store=tmp_path, handler=handler)
+    config = read_archive(archive)
+    assert (config["batchSize"], config["jobQueueSize"]) == (rows, ENOUGH_QUEUE)
+
+
+def test_a_folder_of_its_own_states_its_sizes_or_has_them_derived(tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    own.mkdir()
+    (tmp_path / "smollm2").symlink_to(CONFIGS / "smollm2")
+    (own / "ds-config.json").write_text("{}")
+    (own / "model-config.yaml").write_text("template: smollm2\nhandler: {max_running: 100}\n")
+    assert render(own, "/x", Choice("1", "cpu"))[0]["batchSize"] == 100 + 64 + SPARE_ROWS
+    (own / "model-config.yaml").write_text("template: smollm2\nbatchSize: 81\njobQueueSize: 7\n")
+    assert [render(own, "/x", Choice("1", "cpu"))[0][key] for key in ROOM_KEYS] == [81, 7]
+
+
+def test_the_scripts_and_the_handler_mean_the_same() -> None:
+    """Also where TorchServe is started by hand, with the template as it is."""
+    stated = yaml.safe_load((CONFIGS / "smollm2" / "model-config.yaml").read_text())
+    config = HandlerConfig(model_path="x")
+    assert (config.most_running, config.max_waiting) == (DEFAULT_RUNNING, DEFAULT_WAITING)
+    assert JOB_QUEUE_SIZE == ENOUGH_QUEUE
+    assert room(stated["handler"]) == {key: stated[key] for key in ROOM_KEYS}
 
 
 def test_startup_timeout_follows_from_the_models_size(tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import random
+import signal
 import socket
 import subprocess
 import sys
@@ -16,9 +18,12 @@ import psutil
 import pytest
 
 from scripts import processes, server
+from scripts.addresses import is_free
 from scripts.clean import clean, running
-from scripts.run_dir import HOST, SOCKET_FOLDER_BYTES, Ports, Record, RunDir, is_free, server_properties
+from scripts.run_dir import BIND_NAME, HOST, SOCKET_FOLDER_BYTES, Ports, Record, RunDir, server_properties
 from scripts.worker_log import LogTail, find_error, find_stages
+from tests.conftest import ROOT
+from tests.waiting import wait_for
 
 ARCHIVE = Path("/store/m.mar")
 PREFIX = "2026-01-01T00:00:00,000 [INFO ] W-29500-m_1.0-stdout MODEL_LOG - "
@@ -26,6 +31,11 @@ PREFIX = "2026-01-01T00:00:00,000 [INFO ] W-29500-m_1.0-stdout MODEL_LOG - "
 
 def log(text: str) -> list[str]:
     return [PREFIX + line for line in text.splitlines()]
+
+
+def free_block() -> int:
+    """The first of six ports that nobody uses now."""
+    return next(port for port in random.sample(range(30000, 39000, 10), 50) if not Ports(port).taken())
 
 
 @pytest.fixture
@@ -65,6 +75,72 @@ def test_the_server_listens_on_loopback_only() -> None:
     assert properties["load_models"] == "m=m.mar"
     assert properties["number_of_gpu"] == "0"
     assert "number_of_gpu" not in server_properties(Ports(9000), "m", ARCHIVE, {"deviceType": "gpu"})
+    assert properties["max_response_size"] == str(64 * 2**20)
+    by_hand = (ROOT / "configs" / "torchserve" / "config.properties").read_text().splitlines()
+    stated = dict(line.split("=", 1) for line in by_hand if line and not line.startswith("#"))
+    assert stated == {"max_response_size": properties["max_response_size"]}
+
+
+@pytest.mark.parametrize(("host", "open_to_all"), [("::1", True), ("fd00::7", False), ("::", False)])
+def test_an_ipv6_address_reaches_torchserve_as_a_name(host: str, open_to_all: bool) -> None:
+    """TorchServe's pattern of an address has no room for colons."""
+    properties = server_properties(Ports(9000), "m", ARCHIVE, {}, host)
+    assert properties["inference_address"] == f"http://{BIND_NAME}:9000"
+    assert f"-Djdk.net.hosts.file={RunDir(Path('/run')).hosts_file.name}" in properties["vmargs"].split()
+    assert properties["disable_token_authorization"] == str(open_to_all).lower()
+    assert "hosts.file" not in server_properties(Ports(9000), "m", ARCHIVE, {})["vmargs"]
+
+
+@pytest.mark.parametrize(
+    ("host", "word"), [("no.such.name.invalid", "name that resolves"), ("192.0.2.77", "no address of this machine")]
+)
+def test_a_host_of_no_use_is_told_before_anything_starts(tmp_path: Path, host: str, word: str) -> None:
+    run = RunDir(tmp_path / "run")
+    with pytest.raises(server.ServerError, match=word):
+        server.start(run, "m", make_archive(tmp_path / "m.mar"), Ports(20001), host)
+    assert not run.path.exists()
+
+
+@pytest.fixture
+def launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """In TorchServe's place: a program that leaves one behind, says so in the file, and goes on itself."""
+    package, started = tmp_path / "fake" / "ts", tmp_path / "started"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    code = "import subprocess, sys, time\nleft = subprocess.Popen(['sleep', '600'], start_new_session=True)\n"
+    (package / "model_server.py").write_text(
+        f"{code}open({str(started)!r}, 'w').write(str(left.pid))\ntime.sleep(600)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(package.parent), os.environ.get("PYTHONPATH", "")]))
+    return started
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_start_that_is_interrupted_leaves_nothing(tmp_path: Path, launcher: Path, number: signal.Signals) -> None:
+    run, archive = RunDir(tmp_path / "run"), make_archive(tmp_path / "m.mar")
+    command = [sys.executable, "-m", "scripts.serve", "start", "--run-dir", str(run.path), "--archive", str(archive)]
+    with subprocess.Popen(
+        [*command, "--name", "m", "--port", str(free_block())], cwd=ROOT, stderr=subprocess.PIPE, text=True
+    ) as start:
+        wait_for(launcher.exists, 30)
+        assert run.read_record() is not None  # `stop` would find it, whatever became of this start
+        assert len(processes.find_marked(run.path)) == 2
+        start.send_signal(number)
+        assert start.wait(30) == 1
+        assert start.stderr is not None and "interrupted" in start.stderr.read()
+    assert processes.find_marked(run.path) == [] and run.read_record() is None
+
+
+def test_a_start_that_was_killed_is_found_by_stop(tmp_path: Path, launcher: Path) -> None:
+    run, archive = RunDir(tmp_path / "run"), make_archive(tmp_path / "m.mar")
+    command = [sys.executable, "-m", "scripts.serve", "start", "--run-dir", str(run.path), "--archive", str(archive)]
+    with subprocess.Popen([*command, "--name", "m", "--port", str(free_block())], cwd=ROOT) as start:
+        wait_for(launcher.exists, 30)
+        start.kill()
+    record = run.read_record()
+    assert record is not None and Path(record.temp).is_dir()
+    assert server.stop(run, 5.0) == 0
+    assert processes.find_marked(run.path) == [] and not Path(record.temp).exists()
 
 
 @pytest.mark.parametrize(
