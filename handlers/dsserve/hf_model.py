@@ -123,7 +123,7 @@ def load_model(config: HandlerConfig, folder: Path, outline: Any = None) -> Load
     model = load_weights(config, folder) if outline is None else outline
     with _loading(config):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
-    return LoadedModel(model, tokenizer, _eos_ids(model, tokenizer), _max_position(model.config))
+    return LoadedModel(model, tokenizer, _eos_ids(model, tokenizer), max_position(model.config))
 
 
 def load_weights(config: HandlerConfig, folder: Path) -> Any:
@@ -184,7 +184,8 @@ def _eos_ids(model: Any, tokenizer: Any) -> frozenset[int]:
     return frozenset([ids] if isinstance(ids, int) else ids)
 
 
-def _max_position(model_config: Any) -> int | None:
+def max_position(model_config: Any) -> int | None:
+    """The model's context in tokens, if its config names one."""
     text_config = model_config.get_text_config()
     for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
         value = getattr(text_config, name, None)
