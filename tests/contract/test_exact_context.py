@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from dsserve.errors import LoadError
 from tests.contract import tiny
@@ -82,3 +84,17 @@ def test_a_pass_of_several_texts_that_reaches_floor_scale_is_refused(tmp_path: P
     folder = tiny.save_model(tmp_path, case.model_type, **case.members)
     with pytest.raises(LoadError, match=r"floor_scale.*lower handler\.max_batch_prefill_tokens"):
         tiny.load(folder, max_model_len=case.bound, max_num_batched_tokens=128)
+
+
+def test_fp8_weights_that_nothing_announces_are_refused(tmp_path: Path) -> None:
+    folder = tiny.save_model(tmp_path, "llama")
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    scales = {}
+    for name in [name for name in tensors if name.endswith("proj.weight")]:
+        scales[f"{name}_scale"] = tensors[name].abs().max() / 448
+        tensors[name] = (tensors[name] / scales[f"{name}_scale"]).to(torch.float8_e4m3fn)
+    save_file({**tensors, **scales}, file, metadata={"format": "pt"})
+    with pytest.raises(LoadError, match=r"quantized \(FP8.*proj\.weight is F8_E4M3") as error:
+        tiny.load(folder)
+    assert "\n" not in str(error.value)
