@@ -48,7 +48,7 @@ def tokenizer(own: int | None, **extra: int) -> Any:
 def test_ids_of_both_files_end_a_text_if_the_model_has_them(
     configured: Any, own: int | None, expected: set[int], words: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="dsserve"):
         assert end_ids(model(configured), tokenizer(own)) == expected
     for word in words:
         assert word in caplog.text
