@@ -20,8 +20,9 @@ from dsserve.errors import LoadError
 from dsserve.generation.build import build_engine
 from dsserve.generation.call_length import CallLength
 from dsserve.generation.leader import EngineThread, LeaderEngine
+from dsserve.generation.limits import read_limits
 from dsserve.generation.observer import Observers
-from dsserve.hf_model import LoadedModel, load_model, load_outline, locate_model, model_dtype
+from dsserve.hf_model import LoadedModel, load_model, load_outline, locate_model, max_position, model_dtype
 from dsserve.injection.attempt import KernelInjection
 from dsserve.load_clock import LoadClock
 from dsserve.logs import set_serving_level
@@ -108,6 +109,7 @@ class DeepSpeedHandler(BaseDeepSpeedHandler):
             injects = settings.kernel_inject and KernelInjection(settings, self.rank, self.device).is_possible(outline)
             if not injects:
                 plan_kv_copies(outline, self.rank.world_size)
+                read_limits(config, max_position(outline.config), outline.config)
             numbers = sum(parameter.numel() for parameter in outline.parameters())
             clock.share_bytes = numbers * settings.dtype.itemsize // settings.tp_size
             cache = self.model_dir / config.shard_cache if config.shard_cache else folder / shard_cache.FOLDER

@@ -27,6 +27,7 @@ from dsserve.precision import convert_parameters, without_deepspeeds_conversion
 from dsserve.quantization import check_device, quantize_engine
 from dsserve.self_check import SelfCheck, answers
 from dsserve.sharding.alibi import use_rank_alibi
+from dsserve.sharding.experts import LayerWeights
 from dsserve.sharding.heads import plan_kv_copies, repeat_kv_heads
 from dsserve.sharding.phi3 import use_rank_query_heads
 
@@ -124,6 +125,7 @@ def _autotp(load: _Load, model: Any, check: SelfCheck | None) -> Any:
     init = {**settings.init, "replace_with_kernel_inject": False}
     if settings.checkpoint:
         init["checkpoint"] = _prepare_checkpoint(load, model, settings.checkpoint)
+    whole = LayerWeights.of(model)
     with load.clock.phase("shard"):
         engine = _shard(model, init, settings, rank)
         engine.workspace = None
@@ -133,6 +135,8 @@ def _autotp(load: _Load, model: Any, check: SelfCheck | None) -> Any:
         checkpoint.check_nothing_on_meta(engine.module)
         checkpoint.check_finite(engine.module)
         _report(engine, rank, settings.tp_size, load.clock.seconds["shard"])
+        if rank.is_leader:
+            whole.warn_of_whole_experts(engine.module, settings.tp_size)
         if check:
             _verify(engine, check, rank)
     return engine

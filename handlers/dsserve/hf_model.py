@@ -17,7 +17,9 @@ from typing import Any
 import torch
 
 from dsserve.config import YAML_FILE, HandlerConfig
+from dsserve.end_of_text import end_ids, warn_of_extra_tokens
 from dsserve.errors import LoadError
+from dsserve.quantized_files import refuse_quantized_files
 from dsserve.weights import check_weight_files, find_weight_files
 
 logger = logging.getLogger(__name__)
@@ -90,6 +92,7 @@ def load_outline(config: HandlerConfig, folder: Path) -> Any:
     with _loading(config):
         model_config = AutoConfig.from_pretrained(folder, **trust)
         _refuse_quantized(model_config)
+        refuse_quantized_files(folder)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(model_config, dtype=model_config.dtype or torch.float32, **trust)
         if (folder / "generation_config.json").is_file():
@@ -123,7 +126,8 @@ def load_model(config: HandlerConfig, folder: Path, outline: Any = None) -> Load
     model = load_weights(config, folder) if outline is None else outline
     with _loading(config):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
-    return LoadedModel(model, tokenizer, _eos_ids(model, tokenizer), _max_position(model.config))
+    warn_of_extra_tokens(model, tokenizer)
+    return LoadedModel(model, tokenizer, end_ids(model, tokenizer), max_position(model.config))
 
 
 def load_weights(config: HandlerConfig, folder: Path) -> Any:
@@ -174,17 +178,8 @@ def _loading(config: HandlerConfig) -> Iterator[None]:
         ) from error
 
 
-def _eos_ids(model: Any, tokenizer: Any) -> frozenset[int]:
-    """All end-of-text ids of generation_config.json, else the tokenizer's."""
-    ids = getattr(model.generation_config, "eos_token_id", None)
-    if ids is None:
-        ids = tokenizer.eos_token_id
-    if ids is None:
-        return frozenset()
-    return frozenset([ids] if isinstance(ids, int) else ids)
-
-
-def _max_position(model_config: Any) -> int | None:
+def max_position(model_config: Any) -> int | None:
+    """The model's context in tokens, if its config names one."""
     text_config = model_config.get_text_config()
     for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
         value = getattr(text_config, name, None)

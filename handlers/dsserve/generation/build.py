@@ -24,6 +24,7 @@ from dsserve.generation.decode_attention import uses_decode_attention
 from dsserve.generation.detokenizer import TextStream
 from dsserve.generation.device_sampler import DeviceSampler
 from dsserve.generation.engine import Engine
+from dsserve.generation.exact_context import check_pass_tokens
 from dsserve.generation.grammar import GrammarCompiler
 from dsserve.generation.kernel_runner import KernelRunner
 from dsserve.generation.kv_plan import measure_passes, plan_kv_rows
@@ -114,6 +115,7 @@ def _autotp_runner(
     with clock.phase("pack"):
         replaced = tune(module, config, rank, device)
     idle_tokens = _idle_tokens(config, device)
+    check_pass_tokens(module.config, idle_tokens + config.most_running)  # a pass may hold decoded rows, too
     memory = PrefillMemory(device, rank, module.config.get_text_config().vocab_size)
     with clock.phase("warm-up"):
         passes = measure_passes(module, config, limits, idle_tokens, memory)

@@ -9,6 +9,7 @@ from typing import Any
 
 from dsserve.config import YAML_FILE, HandlerConfig
 from dsserve.errors import LoadError
+from dsserve.generation.exact_context import exact_context
 from dsserve.generation.request import Limits
 
 
@@ -22,13 +23,20 @@ def read_limits(
         max_out_tokens: what the kernels' workspace was taken for; None without kernel injection.
 
     Raises:
-        LoadError: a context that the model or the kernels' workspace does not have, or one that sliding-window layers
-            would cut.
+        LoadError: a context that the model or the kernels' workspace does not have, or one that is not exact to its end
+            (`exact_context`).
     """
     most = [length for length in (max_position, max_out_tokens) if length is not None]
     length = config.max_model_len or min(most, default=None)
     if length is None:
         raise LoadError(f"{YAML_FILE}: the model's config names no context length; set handler.max_model_len")
+    bound = exact_context(model_config)
+    if bound is not None and length > bound.tokens:
+        asked = "handler.max_model_len" if config.max_model_len else "the model's context"
+        raise LoadError(
+            f"{YAML_FILE}: texts of up to {bound.tokens} tokens are served exactly ({bound.member} in config.json: "
+            f"{bound.reason}), {asked} is {length}; set handler.max_model_len: {bound.tokens}"
+        )
     if max_position is not None and length > max_position:
         raise LoadError(
             f"{YAML_FILE}: handler.max_model_len {length} is above the model's context of {max_position}; lower it"
@@ -38,25 +46,9 @@ def read_limits(
             f"{YAML_FILE}: handler.max_model_len {length} is above deepspeed.max_out_tokens {max_out_tokens}, for "
             "which the kernels' workspace is taken; raise the one, or lower the other"
         )
-    window = _sliding_window(model_config)
-    if window is not None and length > window:
-        raise LoadError(
-            f"{YAML_FILE}: the model attends to the last {window} tokens in some layers, which this engine serves only "
-            f"up to that length; set handler.max_model_len: {window}"
-        )
     limit = min(config.max_new_tokens_limit or length - 1, length - 1)
     default = min(config.max_new_tokens, limit)
     return Limits(
         length, default, limit, config.most_running, config.max_waiting, config.request_timeout,
         config.max_n, config.max_stops,
     )  # fmt: skip
-
-
-def _sliding_window(model_config: Any) -> int | None:
-    text_config = model_config.get_text_config()
-    layer_types = getattr(text_config, "layer_types", None)
-    if layer_types is not None and not any("sliding" in kind or "chunked" in kind for kind in layer_types):
-        return None
-    if getattr(text_config, "use_sliding_window", True) is False:
-        return None
-    return getattr(text_config, "sliding_window", None)
