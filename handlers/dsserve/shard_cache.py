@@ -82,7 +82,8 @@ class Shards:
         self._check(_REFERENCE)
         found = load_file(self.folder / _REFERENCE)
         dtype = getattr(torch, self.manifest.dtype)
-        return SelfCheck(found["token_ids"], found["logits"], dtype, float(found["limit"]))
+        limit = float(found["limit"])
+        return SelfCheck(found["token_ids"], found["logits"], dtype, limit, self.manifest.architecture)
 
     def _check(self, name: str) -> None:
         if crc32(self.folder / name) != self.manifest.files[name].crc32:

@@ -20,6 +20,8 @@ from dsserve.errors import LoadError
 _SINGLE = ("model.safetensors", "pytorch_model.bin")
 # What a fingerprint reads of a file: a short piece of every stretch.
 _STRETCH, _PIECE = 4 * 2**20, 4 * 2**10
+# Named where there are no weights: other names, or formats of other programs.
+_OTHER_FORMATS = ("*.safetensors", "*.bin", "*.gguf", "*.pth", "*.pt", "*.h5", "*.msgpack", "*.onnx", "*.ot")
 _MEND = "; download or save the model again"
 
 
@@ -57,9 +59,12 @@ def find_weight_files(folder: Path, kinds: Iterable[str] = _SINGLE) -> WeightFil
             return WeightFiles((folder / name,), {})
         if (folder / f"{name}.index.json").is_file():
             return _read_index(folder, f"{name}.index.json")
-    others = sorted(path.name for pattern in ("*.safetensors", "*.bin") for path in folder.glob(pattern))
-    found = f" (not weights: {', '.join(others[:5])})" if others else ""
-    raise LoadError(f"{folder} holds no weights: none of {', '.join(kinds)}, and no index of them{found}")
+    others = sorted(path.name for pattern in _OTHER_FORMATS for path in folder.glob(pattern))
+    found = f" (found, and not served: {', '.join(others[:5])})" if others else ""
+    raise LoadError(
+        f"{folder} holds no weights: none of {', '.join(kinds)}, and no index of them{found}; download or save the "
+        "model in that format"
+    )
 
 
 def _read_index(folder: Path, name: str) -> WeightFiles:

@@ -106,7 +106,7 @@ CORRUPTIONS: dict[str, tuple[str, Callable[[Path], object], list[str]]] = {
     "a .bin cut short": ("bin", lambda f: cut(f / BIN), [BIN, "its end is missing"]),
     "a .bin that is none": ("bin", lambda f: (f / BIN).write_bytes(b"weights"), [BIN, "no file of torch.save"]),
     "training_args.bin alone": (
-        "bin", lambda f: (f / BIN).rename(f / "training_args.bin"), ["no weights", "training_args.bin", "not weights"],
+        "bin", lambda f: (f / BIN).rename(f / "training_args.bin"), ["no weights", "training_args.bin", "not served"],
     ),
 }  # fmt: skip
 
