@@ -16,7 +16,6 @@ from dsserve.config import HandlerConfig, read_handler_config
 from dsserve.control import ControlFiles
 from dsserve.distributed import end_rank
 from dsserve.ds_engine import get_ds_engine, read_settings
-from dsserve.errors import LoadError
 from dsserve.generation.build import build_engine
 from dsserve.generation.call_length import CallLength
 from dsserve.generation.leader import EngineThread, LeaderEngine
@@ -25,6 +24,7 @@ from dsserve.generation.observer import Observers
 from dsserve.hf_model import LoadedModel, load_model, load_outline, locate_model, max_position, model_dtype
 from dsserve.injection.attempt import KernelInjection
 from dsserve.load_clock import LoadClock
+from dsserve.load_guard import LoadGuard
 from dsserve.logs import set_serving_level
 from dsserve.metrics import Metrics
 from dsserve.metrics_endpoint import MetricsEndpoint
@@ -52,21 +52,21 @@ class DeepSpeedHandler(BaseDeepSpeedHandler):
         Raises:
             LoadError: one line that says what to mend; it is also in the worker's log.
         """
-        try:
+        self._guard = LoadGuard()
+        with self._guard.load():
             self._initialize(ctx)
-        except LoadError as error:
-            logger.error("[dsserve] LoadError: %s", error)
-            raise
 
     def _initialize(self, ctx: Any) -> None:
         config = read_handler_config(ctx.model_yaml_config or {})
+        self._guard.what = config.model_path
         sequences = config.most_running + config.max_waiting
         check_server_settings(ctx.model_yaml_config, ctx.system_properties["batch_size"], sequences)
         self._limits = read_time_limits(ctx.model_yaml_config, config.collective_timeout)
         super().initialize(ctx)
-        clock = LoadClock(self.rank.rank, self.device)
+        self._guard.clock = clock = LoadClock(self.rank.rank, self.device)
         with self.watchdog.limit(self._limits.load_s, "the load"):
             self._load(ctx, config, clock)
+            self._guard.meet("the end")
         # What a load leaves lives as long as the process: looking for garbage in it would stop all streams for 0.2 s.
         gc.collect()
         gc.freeze()
@@ -77,7 +77,9 @@ class DeepSpeedHandler(BaseDeepSpeedHandler):
     def _load(self, ctx: Any, config: HandlerConfig, clock: LoadClock) -> None:
         logger.info("[dsserve] rank %d of %d: loading on %s", self.rank.rank, self.rank.world_size, self.device)
         loaded, shards = self._read(ctx, config, clock)
+        self._guard.meet("files")
         ds_engine = get_ds_engine(loaded.model, ctx, shards, clock, config.most_running)
+        self._guard.meet("shards")
         self.model = ds_engine.module
         if not self.rank.is_leader:
             self._engine, _, _ = build_engine(ds_engine, loaded, config, self.rank, self.device, clock)
@@ -104,6 +106,7 @@ class DeepSpeedHandler(BaseDeepSpeedHandler):
         with clock.phase("files"):
             folder = locate_model(config, self.model_dir)
             outline = load_outline(config, folder)
+            self._guard.what = type(outline).__name__
             settings = read_settings(ctx, self.rank.world_size, model_dtype(outline))
             # Refusals come before the long load.
             injects = settings.kernel_inject and KernelInjection(settings, self.rank, self.device).is_possible(outline)

@@ -19,6 +19,7 @@ from dsserve.config import read_handler_config
 from dsserve.ds_engine import get_ds_engine, read_settings
 from dsserve.errors import LoadError
 from dsserve.hf_model import load_outline, load_weights, locate_model, model_dtype
+from dsserve.load_guard import LoadGuard
 from dsserve.shard_manifest import Manifest
 from dsserve.sharding.heads import plan_kv_copies
 
@@ -27,7 +28,13 @@ class ShardRank(BaseDeepSpeedHandler):
     """The handler's load, with the shards written at its end."""
 
     def write(self, yaml_config: dict[str, Any], model_dir: Path) -> Path:
-        """Returns the folder of the shards. Raises LoadError."""
+        """Returns the folder of the shards. Raises LoadError, on all ranks the same."""
+        with LoadGuard(str((yaml_config.get("handler") or {}).get("model_path", "the model"))).load() as guard:
+            folder = self._write(yaml_config, model_dir)
+            guard.meet("the end")
+            return folder
+
+    def _write(self, yaml_config: dict[str, Any], model_dir: Path) -> Path:
         context = Context("shard", str(model_dir), None, 1, None, "0.12.0", model_yaml_config=yaml_config)
         self.initialize(context)
         config = read_handler_config(yaml_config)
@@ -54,8 +61,7 @@ def main() -> None:
     rank = ShardRank()
     try:
         written = rank.write(json.loads((folder / "model-config.json").read_text()), folder)
-    except (LoadError, OSError) as error:
-        logging.getLogger(__name__).error("[dsserve] %s", error)
+    except LoadError as error:
         (folder / "error").write_text(str(error))
         sys.exit(1)
     if rank.rank.is_leader:

@@ -23,6 +23,7 @@ from dsserve.errors import LoadError, first_line
 from dsserve.hf_model import model_dtype
 from dsserve.injection.attempt import KernelInjection
 from dsserve.load_clock import LoadClock
+from dsserve.load_failure import is_memory_error, lost_peer
 from dsserve.precision import convert_parameters, without_deepspeeds_conversion
 from dsserve.quantization import check_device, quantize_engine
 from dsserve.self_check import SelfCheck, answers
@@ -205,8 +206,13 @@ def _init_inference(model: Any, init: dict[str, Any], settings: DeepSpeedSetting
         # DeepSpeed prints AutoTP's findings to stdout, which TorchServe parses.
         with contextlib.redirect_stdout(io.StringIO()), without_deepspeeds_conversion():
             return deepspeed.init_inference(model, config=config)
-    except (AssertionError, ValueError, NotImplementedError) as error:
-        raise LoadError(f"DeepSpeed refuses {type(model).__name__}: {error}") from error
+    except Exception as error:
+        if is_memory_error(error):
+            raise
+        raise LoadError(
+            f"DeepSpeed refuses {type(model).__name__} on {settings.tp_size} rank(s): {type(error).__name__}: "
+            f"{first_line(error)}; use another number of ranks (torchrun.nproc-per-node), or another model"
+        ) from error
 
 
 def _report(engine: Any, rank: RankInfo, tp_size: int, seconds: float) -> None:
@@ -229,7 +235,9 @@ def shard_shapes(module: torch.nn.Module) -> dict[str, list[int]]:
 def _verify(engine: Any, check: SelfCheck, rank: RankInfo) -> None:
     try:
         logits = answers(engine.module, check.token_ids)
-    except (RuntimeError, ValueError, IndexError) as error:  # parts that were not sharded alike do not fit together
+    except Exception as error:  # parts that were not sharded alike do not fit together
+        if is_memory_error(error) or lost_peer(error):
+            raise
         raise LoadError(
             f"{type(engine.module).__name__} cannot run after DeepSpeed's sharding over {rank.world_size} ranks "
             f"({first_line(error)}); this architecture is not served with this number of ranks"

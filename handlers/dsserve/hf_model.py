@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,9 @@ import torch
 
 from dsserve.config import YAML_FILE, HandlerConfig
 from dsserve.end_of_text import end_ids, warn_of_extra_tokens
-from dsserve.errors import LoadError
+from dsserve.errors import LoadError, first_line
+from dsserve.load_failure import is_memory_error
+from dsserve.model_kind import check_config, check_folder, check_states, describe_headless
 from dsserve.quantized_files import refuse_quantized_files
 from dsserve.weights import check_weight_files, find_weight_files
 
@@ -49,17 +50,17 @@ def locate_model(config: HandlerConfig, model_dir: Path) -> Path:
     """
     name = config.model_path
     folder = Path(name) if Path(name).is_absolute() else model_dir / name
-    if not folder.is_dir():
-        if _looks_like_hub_id(name):
-            return _download(config)
+    if not folder.exists() and _looks_like_hub_id(name):
+        folder = _download(config)
+    elif not folder.exists():
         raise LoadError(
             f"{YAML_FILE}: handler.model_path: no folder {name}; give an absolute path, a path relative to the "
             "model folder, or a hub id"
         )
-    if not (folder / "config.json").is_file():
-        raise LoadError(
-            f"{YAML_FILE}: handler.model_path: {name} holds no config.json; name a Hugging Face model folder"
-        )
+    try:
+        check_folder(folder, name)
+    except LoadError as error:
+        raise LoadError(f"{YAML_FILE}: handler.model_path: {error}") from None
     return folder
 
 
@@ -93,10 +94,12 @@ def load_outline(config: HandlerConfig, folder: Path) -> Any:
         model_config = AutoConfig.from_pretrained(folder, **trust)
         _refuse_quantized(model_config)
         refuse_quantized_files(folder)
+        check_config(model_config)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(model_config, dtype=model_config.dtype or torch.float32, **trust)
         if (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)
+        check_states(model)
     return model.eval()
 
 
@@ -124,10 +127,24 @@ def load_model(config: HandlerConfig, folder: Path, outline: Any = None) -> Load
     from transformers import AutoTokenizer
 
     model = load_weights(config, folder) if outline is None else outline
-    with _loading(config):
+    with _loading(config), _tokenizer_packages_named(folder):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
     warn_of_extra_tokens(model, tokenizer)
     return LoadedModel(model, tokenizer, end_ids(model, tokenizer), max_position(model.config))
+
+
+@contextlib.contextmanager
+def _tokenizer_packages_named(folder: Path) -> Iterator[None]:
+    """transformers asks for tiktoken where SentencePiece's package is missing, and the other way round."""
+    try:
+        yield
+    except Exception as error:
+        if not (folder / "tokenizer.model").is_file() or (folder / "tokenizer.json").is_file():
+            raise
+        raise LoadError(
+            f"tokenizer.model cannot be read ({first_line(error):.200}): SentencePiece's files need the packages "
+            "sentencepiece and protobuf, tiktoken's the package tiktoken; or save the tokenizer as tokenizer.json"
+        ) from error
 
 
 def load_weights(config: HandlerConfig, folder: Path) -> Any:
@@ -145,18 +162,21 @@ def load_weights(config: HandlerConfig, folder: Path) -> Any:
             ignore_mismatched_sizes=True,
             trust_remote_code=config.trust_remote_code,
         )
-    _check_names(info)
+    with _loading(config):
+        _check_names(info, model)
     return model.eval()
 
 
-def _check_names(info: dict[str, Any]) -> None:
+def _check_names(info: dict[str, Any], model: Any) -> None:
     """transformers gives random values to what is missing or of another shape, with a warning; that is never served."""
     missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
     shapes = [f"{name} is {list(found)} and not {list(wanted)}" for name, found, wanted in info["mismatched_keys"]]
     mend = "download or save the model again, or correct config.json"
     if missing:
+        headless = describe_headless(model) if all("head" in name or "output" in name for name in missing) else None
         raise LoadError(
-            f"the weight files lack {len(missing)} tensor(s) of the model ({', '.join(missing[:5])}): {mend}"
+            headless
+            or f"the weight files lack {len(missing)} tensor(s) of the model ({', '.join(missing[:5])}): {mend}"
         )
     if shapes:
         raise LoadError(f"the weight files hold {len(shapes)} tensor(s) of another shape ({shapes[0]}): {mend}")
@@ -171,7 +191,9 @@ def _loading(config: HandlerConfig) -> Iterator[None]:
         yield
     except LoadError as error:
         raise LoadError(f"{YAML_FILE}: handler.model_path: {config.model_path}: {error}") from None
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
+    except Exception as error:
+        if is_memory_error(error):
+            raise
         reason = f"{type(error).__name__}: {error}"[:400]
         raise LoadError(
             f"{YAML_FILE}: handler.model_path: {config.model_path} could not be loaded: {reason}"

@@ -32,11 +32,13 @@ class LoadClock:
     Attributes:
         share_bytes: what this rank will hold of the weights, where it is known.
         seconds: phase -> seconds it took.
+        current: the phase that runs, or the last one that ran.
     """
 
     def __init__(self, rank: int, device: torch.device, report_every_s: float = REPORT_EVERY_S) -> None:
         self.share_bytes: int | None = None
         self.seconds: dict[str, float] = {}
+        self.current = "start"
         self._rank = rank
         self._device = device
         self._report_every_s = report_every_s
@@ -46,6 +48,7 @@ class LoadClock:
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Times the block; phases do not nest, and one that comes twice is added up."""
+        self.current = name
         started, over = time.perf_counter(), threading.Event()
         reporter = threading.Thread(target=self._report, args=(name, started, over), name="load-clock", daemon=True)
         reporter.start()

@@ -31,12 +31,14 @@ class SelfCheck:
         logits: `[T, V]`, fp32, on the CPU.
         dtype: the dtype that the model is served in.
         limit: largest relative error that rounding explains.
+        architecture: the model's class.
     """
 
     token_ids: torch.Tensor
     logits: torch.Tensor
     dtype: torch.dtype
     limit: float
+    architecture: str = "this architecture"
 
     @classmethod
     def capture(cls, model: Any, dtype: torch.dtype, reference: torch.dtype | None = None) -> SelfCheck:
@@ -53,7 +55,8 @@ class SelfCheck:
         with torch.no_grad(), computing_in(model, reference or dtype):
             logits = answers(model, token_ids)
         layers = getattr(model.config.get_text_config(), "num_hidden_layers", _LAYERS)
-        return cls(token_ids, logits.float().cpu(), dtype, TOLERANCE[dtype] * max(1.0, (layers / _LAYERS) ** 0.5))
+        limit = TOLERANCE[dtype] * max(1.0, (layers / _LAYERS) ** 0.5)
+        return cls(token_ids, logits.float().cpu(), dtype, limit, type(model).__name__)
 
     def until(self, length: int) -> SelfCheck:
         """The check of the first `length` tokens alone."""
@@ -78,7 +81,7 @@ class SelfCheck:
         if not relative <= self.limit:
             raise LoadError(
                 f"self-check failed: {what} changed the logits by {relative:.2e} (limit {self.limit:.0e} in "
-                f"{str(self.dtype).removeprefix('torch.')}); this architecture is not served exactly this way. "
+                f"{str(self.dtype).removeprefix('torch.')}); {self.architecture} is not served exactly this way. "
                 "deepspeed.self_check: false in model-config.yaml switches the check off, not the fault"
             )
         return relative

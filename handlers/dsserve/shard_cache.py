@@ -26,6 +26,7 @@ from dsserve.distributed import RankInfo, agree_on_least
 from dsserve.errors import LoadError
 from dsserve.self_check import SelfCheck
 from dsserve.shard_manifest import MANIFEST, FileEntry, Manifest, cache_folder, crc32, read_manifest
+from dsserve.weight_source import find_changed, read
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +83,8 @@ class Shards:
         self._check(_REFERENCE)
         found = load_file(self.folder / _REFERENCE)
         dtype = getattr(torch, self.manifest.dtype)
-        return SelfCheck(found["token_ids"], found["logits"], dtype, float(found["limit"]))
+        limit = float(found["limit"])
+        return SelfCheck(found["token_ids"], found["logits"], dtype, limit, self.manifest.architecture)
 
     def _check(self, name: str) -> None:
         if crc32(self.folder / name) != self.manifest.files[name].crc32:
@@ -96,6 +98,9 @@ def find_shards(wanted: Manifest, cache: Path, rank: RankInfo) -> Shards | None:
     """The cache for this model, or None, with the reason in the log; all ranks find the same. All must call it."""
     folder = cache_folder(cache, wanted.tp_size, getattr(torch, wanted.dtype))
     reason, manifest = read_manifest(folder, wanted)
+    if manifest is not None:
+        reason = _other_weights(folder, manifest, wanted, rank)
+        manifest = None if reason else manifest
     if reason and (folder.is_dir() or rank.is_leader):
         level = logging.WARNING if folder.is_dir() else logging.INFO
         logger.log(level, "[dsserve] rank %d: no shard cache: %s", rank.rank, reason)
@@ -103,11 +108,35 @@ def find_shards(wanted: Manifest, cache: Path, rank: RankInfo) -> Shards | None:
     return Shards(folder, manifest) if usable and manifest else None
 
 
+def _other_weights(folder: Path, written: Manifest, wanted: Manifest, rank: RankInfo) -> str:
+    """Why the cache is not of these weights; empty where it is. The ranks of a host share the files."""
+    if wanted.folder is None or not written.source:
+        return ""
+    names, sharers = sorted(wanted.source)[rank.local_rank :: rank.local_world_size], rank.local_world_size
+    changed = find_changed(wanted.folder, written.source, names, folder, sharers)
+    if not changed:
+        return ""
+    return f"{folder} was made from another {', '.join(changed[:3])} (source); write it again with `make shard`"
+
+
 def write_shards(module: nn.Module, check: SelfCheck | None, manifest: Manifest, cache: Path, rank: RankInfo) -> Path:
     """Writes this rank's part; rank 0 adds reference and manifest and gives the folder its name. All must call it.
 
     Returns the folder. One that has the name already is replaced when the new one is complete.
+
+    Raises:
+        LoadError: a folder that cannot be written, tensors that would be lost, weight files that changed meanwhile.
     """
+    try:
+        return _write(module, check, manifest, cache, rank)
+    except OSError as error:
+        raise LoadError(
+            f"shard cache {cache} cannot be written ({error}): free space there, or name another folder by "
+            "handler.shard_cache"
+        ) from error
+
+
+def _write(module: nn.Module, check: SelfCheck | None, manifest: Manifest, cache: Path, rank: RankInfo) -> Path:
     folder = cache_folder(cache, manifest.tp_size, getattr(torch, manifest.dtype))
     partial = folder.with_name(f".{folder.name}.partial")
     if rank.is_leader:
@@ -148,7 +177,11 @@ def _complete(partial: Path, folder: Path, check: SelfCheck | None, manifest: Ma
         file = partial / _REFERENCE
         file.chmod(0o644)
         files[_REFERENCE] = FileEntry(bytes=file.stat().st_size, crc32=crc32(file))
-    whole = manifest.model_copy(update={"files": files, "aliases": [part["aliases"] for part in parts]})
+    source = read(manifest.folder, sorted(manifest.source)) if manifest.folder else {}
+    if any(manifest.source[name].is_other(now) for name, now in source.items()):
+        raise LoadError(f"the weight files in {manifest.folder} changed while they were sharded; shard them again")
+    aliases = [part["aliases"] for part in parts]
+    whole = manifest.model_copy(update={"files": files, "aliases": aliases, "source": source})
     (partial / MANIFEST).write_text(whole.model_dump_json(indent=2) + "\n")
     for file in partial.iterdir():  # on the disk before the name says so
         with file.open("rb") as opened:

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dsserve import weights
 from dsserve.errors import LoadError
+from dsserve.weight_source import SourceFile, look_at
 
 MANIFEST = "manifest.json"
 _CRC_BYTES = 2**24
@@ -37,46 +38,52 @@ class Manifest(BaseModel):
     Attributes:
         architecture: class of the model.
         config: digest of config.json.
-        source: weight file -> `weights.fingerprint`.
+        source: weight file -> what it was; `describe` does not read them, see `find_changed`.
+        folder: of the weight files, where there are some; not written.
         files: file name -> its entry; those of rank r begin with `rank-<r>-`.
         aliases: for each rank, tensor name -> the name under which the same tensor is written (tied weights).
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    format: Literal[1] = 1
+    format: Literal[2] = 2
     architecture: str
     config: str
-    source: dict[str, str]
+    source: dict[str, SourceFile]
     tp_size: int
     dtype: str
     libraries: dict[str, str]
     revision: str | None = None
     files: dict[str, FileEntry] = {}
     aliases: list[dict[str, str]] = []
+    folder: Path | None = Field(None, exclude=True)
 
     @classmethod
     def describe(cls, model: Any, model_folder: Path, tp_size: int, dtype: torch.dtype) -> Manifest:
         """The manifest, without files, of a cache that would fit `model` here."""
         try:
-            source = weights.fingerprint(weights.find_weight_files(model_folder))
+            files = weights.find_weight_files(model_folder).files
         except LoadError:
-            source = {}  # a folder that holds nothing but the cache
+            files = ()  # a folder that holds nothing but the cache
         text = json.dumps(json.loads((model_folder / "config.json").read_text("utf-8")), sort_keys=True)
         return cls(
             architecture=type(model).__name__,
             config=hashlib.sha256(text.encode()).hexdigest(),
-            source=source,
+            source={file.name: look_at(file) for file in files},
+            folder=model_folder if files else None,
             tp_size=tp_size,
             dtype=dtype_name(dtype),
             libraries={name: version(name) for name in _LIBRARIES},
         )
 
     def differences(self, other: Manifest) -> list[str]:
-        """The fields in which two caches differ; a model folder without weights says nothing of the source."""
+        """The fields in which two caches differ, their weights' content aside; a model folder without weights says
+        nothing of the source."""
         fields = ["architecture", "config", "tp_size", "dtype", "libraries"]
-        fields += ["source"] if self.source and other.source else []
-        return [name for name in fields if getattr(self, name) != getattr(other, name)]
+        different = [name for name in fields if getattr(self, name) != getattr(other, name)]
+        if self.source and other.source and self.source.keys() != other.source.keys():
+            different.append("source")
+        return different
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -5,7 +5,6 @@ Reads names, sizes and headers only, never the weights (`hf_model`, `shard_cache
 
 from __future__ import annotations
 
-import hashlib
 import json
 import zipfile
 from collections.abc import Iterable
@@ -18,8 +17,8 @@ from dsserve.errors import LoadError
 
 # In the order in which transformers looks for them.
 _SINGLE = ("model.safetensors", "pytorch_model.bin")
-# What a fingerprint reads of a file: a short piece of every stretch.
-_STRETCH, _PIECE = 4 * 2**20, 4 * 2**10
+# Named where there are no weights: other names, or formats of other programs.
+_OTHER_FORMATS = ("*.safetensors", "*.bin", "*.gguf", "*.pth", "*.pt", "*.h5", "*.msgpack", "*.onnx", "*.ot")
 _MEND = "; download or save the model again"
 
 
@@ -57,9 +56,12 @@ def find_weight_files(folder: Path, kinds: Iterable[str] = _SINGLE) -> WeightFil
             return WeightFiles((folder / name,), {})
         if (folder / f"{name}.index.json").is_file():
             return _read_index(folder, f"{name}.index.json")
-    others = sorted(path.name for pattern in ("*.safetensors", "*.bin") for path in folder.glob(pattern))
-    found = f" (not weights: {', '.join(others[:5])})" if others else ""
-    raise LoadError(f"{folder} holds no weights: none of {', '.join(kinds)}, and no index of them{found}")
+    others = sorted(path.name for pattern in _OTHER_FORMATS for path in folder.glob(pattern))
+    found = f" (found, and not served: {', '.join(others[:5])})" if others else ""
+    raise LoadError(
+        f"{folder} holds no weights: none of {', '.join(kinds)}, and no index of them{found}; download or save the "
+        "model in that format"
+    )
 
 
 def _read_index(folder: Path, name: str) -> WeightFiles:
@@ -119,21 +121,6 @@ def _check_bin(file: Path) -> None:
         raise LoadError(f"{file.name} is not a whole file of torch.save: its end is missing{_MEND}")
     if start != b"PK" and start[:1] != b"\x80":
         raise LoadError(f"{file.name} is no file of torch.save{_MEND}")
-
-
-def fingerprint(weights: WeightFiles) -> dict[str, str]:
-    """File name -> digest of its size and of 4 KiB of every 4 MiB: other weights of the same shapes differ."""
-    return {file.name: _sample(file) for file in weights.files}
-
-
-def _sample(file: Path) -> str:
-    size = file.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    with file.open("rb") as opened:
-        for at in range(0, size, _STRETCH):
-            opened.seek(at)
-            digest.update(opened.read(_PIECE))
-    return digest.hexdigest()
 
 
 def _some(names: list[str]) -> str:

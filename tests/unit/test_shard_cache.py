@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -96,6 +97,18 @@ def change_weights(folder: Path) -> None:
     save_file({name: tensor * 1.5 for name, tensor in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
 
 
+def repair_a_norm(folder: Path) -> None:
+    """In place, far from the beginning of the file, its size and modification time kept."""
+    file = folder / "model.safetensors"
+    before, tensors = file.stat(), load_file(file)
+    tensors["model.norm.weight"] *= 1.25
+    save_file(tensors, folder / "repaired", {"format": "pt"})
+    with file.open("r+b") as opened:
+        opened.write((folder / "repaired").read_bytes())
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert file.stat().st_size == before.st_size
+
+
 def change_config(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "rope_theta": 5.0}))
@@ -112,10 +125,11 @@ def cut_part(folder: Path) -> None:
 
 
 UNFIT: dict[str, tuple[Callable[[Path], object], str]] = {
-    "other weights of the same shapes": (change_weights, "another source"),
+    "other weights of the same shapes": (change_weights, "another model.safetensors (source)"),
+    "a norm repaired in place": (repair_a_norm, "another model.safetensors (source)"),
     "another config.json": (change_config, "another config"),
     "another DeepSpeed": (lambda f: change_manifest(f, libraries={"deepspeed": "0.1"}), "another libraries"),
-    "another format": (lambda f: change_manifest(f, format=2), "not a manifest of this version"),
+    "another format": (lambda f: change_manifest(f, format=1), "not a manifest of this version"),
     "a manifest cut short": (
         lambda f: (f / "shards" / "tp1-float32" / "manifest.json").write_text("{"), "not a manifest",
     ),
@@ -138,6 +152,14 @@ def test_a_cache_that_does_not_fit_is_named_and_left(
     with caplog.at_level("INFO"):
         assert find_shards(wanted, folder / "shards", ALONE) is None
     assert reason in caplog.text and "make shard" in caplog.text
+
+
+def test_weights_that_are_copied_elsewhere_are_the_same(written: tuple[Path, Manifest], tmp_path: Path) -> None:
+    folder, _ = written
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").write_bytes(content)
+    fill(folder, Manifest.describe(make(), folder, 1, torch.float32))
 
 
 def test_another_size_or_dtype_is_another_folder(written: tuple[Path, Manifest]) -> None:
@@ -173,7 +195,7 @@ def test_writing_that_is_interrupted_leaves_the_old_cache(
         raise OSError("No space left on device")
 
     monkeypatch.setattr(shard_cache, "save_file", fail)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(LoadError, match=r"shards cannot be written \(No space left.*handler\.shard_cache"):
         write_shards(make(), None, manifest, folder / "shards", ALONE)
     fill(folder, manifest)
     monkeypatch.undo()

@@ -11,6 +11,7 @@ from dsserve.config import YAML_FILE, HandlerConfig
 from dsserve.errors import LoadError
 from dsserve.generation.exact_context import exact_context
 from dsserve.generation.request import Limits
+from dsserve.model_kind import describe_scaling
 
 
 def read_limits(
@@ -40,6 +41,7 @@ def read_limits(
     if max_position is not None and length > max_position:
         raise LoadError(
             f"{YAML_FILE}: handler.max_model_len {length} is above the model's context of {max_position}; lower it"
+            + describe_scaling(model_config)
         )
     if max_out_tokens is not None and length > max_out_tokens:
         raise LoadError(
