@@ -100,8 +100,6 @@ class Sequence:
         Args:
             may_wait: the text of a token that ends nothing may be made later, by `speak`, with that of others: None.
         """
-        if self.state.failed:
-            return self.failure()
         self._generated.append(token)
         self.state.accept(token)
         count = len(self._generated)
