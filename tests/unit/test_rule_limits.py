@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from dsserve.generation import candidates
 from dsserve.generation.candidates import Rules, find_candidates
 from dsserve.generation.choice import HostChoice
 from dsserve.generation.device_draw import row_numbers
@@ -43,6 +44,9 @@ def kept(logits: list[float], width: int, **rules: Any) -> list[int]:
         (HALVES, {"min_p": 0.5001}, [1]),
         (HALVES, {"top_p": 1.0}, [1, 3, 5, 7]),
         (HALVES, {"top_p": 1 - 2**-53}, [1, 3, 5, 7]),
+        ([0.0, -50.0, OFF], {"top_p": 1.0}, [0, 1]),  # which the sum of the first does not show
+        ([0.0, -50.0, OFF], {"typical_p": 1.0}, [0, 1]),
+        (HALVES, {"top_p": 0.0}, [1]),
         (HALVES, {"top_p": 5e-324}, [1]),
         (HALVES, {"top_p": 1e-9}, [1]),
         (HALVES, {"top_p": 0.4999}, [1]),
@@ -63,6 +67,19 @@ def kept(logits: list[float], width: int, **rules: Any) -> list[int]:
 def test_what_a_rule_keeps_at_its_limit(logits: list[float], rules: dict[str, Any], ids: list[int], width: int) -> None:
     if len(logits) <= width:
         assert kept(logits, width, **rules) == ids
+
+
+@pytest.mark.parametrize(("top_p", "count"), [(0.25, 1), (0.2501, 2), (0.5, 2), (0.75, 3), (0.7501, 4), (1.0, 4)])
+@pytest.mark.parametrize("width", [8, 40_000])
+def test_a_token_at_which_top_p_is_reached_exactly_is_the_last_one(top_p: float, count: int, width: int) -> None:
+    assert len(kept(EQUAL, width, top_p=top_p)) == count
+
+
+@pytest.mark.parametrize(("typical_p", "kept"), [(0.25, [1]), (0.2501, [0, 1]), (0.75, [0, 1]), (0.7501, [0, 1, 2, 3])])
+def test_a_token_at_which_typical_p_is_reached_exactly_is_the_last_one(typical_p: float, kept: list[int]) -> None:
+    """Of weights that fp64 holds exactly, which logits do not give."""
+    found = candidates._typical(np.array([[0.5, 0.25, 0.125, 0.125]]), np.array([typical_p]))
+    assert np.flatnonzero(found[0]).tolist() == kept
 
 
 @pytest.mark.parametrize("width", [100, 128, 129, 20_000])
