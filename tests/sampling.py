@@ -53,7 +53,7 @@ def assert_same(ways: list[Launch], logits: torch.Tensor, rows: list[SamplingPar
     for _ in range(steps):
         tokens, *others = (way(logits, own).read() for way, own in zip(ways, states, strict=True))
         assert all(other == tokens for other in others)
-        failed, *also_failed = ([state.failed for state in own] for own in states)
+        failed, *also_failed = ([state.fault and state.fault.cause for state in own] for own in states)
         assert all(other == failed for other in also_failed)
         for own in states:
             for state, token in zip(own, tokens, strict=True):

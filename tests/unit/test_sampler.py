@@ -226,7 +226,7 @@ def test_logits_that_are_no_numbers_fail_their_own_row_alone(value: float, rules
     logits[0, 5] = value
     states = [state(SamplingParams(temperature=1.0, seed=1, **rules)) for _ in range(2)]
     tokens = choose(logits, states)
-    assert [each.failed for each in states] == [True, False]
+    assert [each.fault is not None for each in states] == [True, False]
     assert tokens[1] == choose(LOGITS[None], [state(SamplingParams(temperature=1.0, seed=1, **rules))])[0]
 
 

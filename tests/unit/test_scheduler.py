@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -369,3 +371,37 @@ def test_a_large_step_without_memory_is_tried_in_halves_and_then_one_by_one() ->
         sizes.append(len(plan.admit))
         assert book.take_back(plan) is None or len(plan.admit) == 1
     assert sizes == [8, 4, 2, 1]
+
+
+def test_a_step_without_a_free_row_looks_at_no_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever waits: 46 ms a step were spent so at 256 rows of 8k tokens."""
+    looked: list[str] = []
+    computed = Sequence.computed.fget
+    assert computed is not None
+    monkeypatch.setattr(
+        Sequence, "computed", property(lambda self: looked.append(self.request.request_id) or computed(self))
+    )
+    book = scheduler(2, kept=2)
+    for name in "abc":
+        book.put(name, prompt=100)
+    step(book)
+    looked.clear()
+    step(book)
+    assert looked == [] and book.waiting == 1
+    book.cancel("a")
+    step(book)
+    assert looked == ["a", "b"], "one is kept, the other one may share"
+
+
+def test_the_tokens_of_a_row_are_not_copied_for_each_look() -> None:
+    book = scheduler(1, kept=1)
+    book.put("a", prompt=100, new=900)
+    (sequence,) = book.rows(book.plan(last=False))
+    looks = []
+    for token in range(300):
+        sequence.accept(65 + token % 3, None)
+        looks.append(sequence.computed)
+        assert looks[-1].tolist() == [1] * 100 + [65 + one % 3 for one in range(token)]
+    copies = [not np.shares_memory(*pair) for pair in itertools.pairwise(looks)]
+    assert sum(copies) <= 3
+    assert np.shares_memory(sequence.prompt, sequence.computed) and sequence.prompt.tolist() == [1] * 100

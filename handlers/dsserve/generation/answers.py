@@ -11,10 +11,11 @@ from collections.abc import Callable
 
 import torch
 
+from dsserve.generation.faults import Fault, attempt, describe
 from dsserve.generation.flight import Flight
 from dsserve.generation.observer import Observer, Outcome, Step
 from dsserve.generation.request import TokenEvent, TokenLogprob
-from dsserve.generation.sampler import report_logprobs
+from dsserve.generation.sampler import note, report_logprobs
 from dsserve.generation.scheduler import Scheduler
 from dsserve.generation.sequence import Sequence
 
@@ -52,10 +53,7 @@ class Answers:
         logprobs = _logprobs(flight, going, tokens)
         events: list[TokenEvent] = []
         for row, sequence in going:
-            told = self._enter(sequence, sequence.speak) if sequence.state.failed else []
-            if not any(event.is_last for event in told):
-                told += self._accept(sequence, tokens[row], logprobs.get(row), prompts.get(sequence))
-            events += told
+            events += self._take(sequence, tokens[row], logprobs.get(row), prompts.get(sequence))
         if len(flight.rows) > len(complete) and flight.rows[-1] in prompts:
             part, logits_of_part = flight.rows[-1], prompts[flight.rows[-1]]  # there is an event only if that fails
             events += self._enter(part, lambda: part.report_prompt(logits_of_part))
@@ -98,6 +96,16 @@ class Answers:
         sequence.timeline.ended = at
         self._observer.ended(sequence, outcome)
 
+    def _take(
+        self, sequence: Sequence, token: int, logprob: TokenLogprob | None, prompt: torch.Tensor | None
+    ) -> list[TokenEvent]:
+        """What a row's token means, or that there is none: then the text before it is told, and the failure."""
+        fault = sequence.state.fault
+        if fault is None:
+            return self._accept(sequence, token, logprob, prompt)
+        told = self._enter(sequence, sequence.speak)
+        return told if any(event.is_last for event in told) else [*told, self._fail(sequence, fault)]
+
     def _accept(
         self, sequence: Sequence, token: int, logprob: TokenLogprob | None, prompt: torch.Tensor | None
     ) -> list[TokenEvent]:
@@ -120,24 +128,40 @@ class Answers:
         """
         try:
             event = enter()
-        except torch.OutOfMemoryError:
-            event = sequence.out_of_memory()
-        except Exception as error:
-            logger.error("[dsserve] %s: %s while decoding text", sequence.name, type(error).__name__)
-            event = sequence.failure()
+        except torch.OutOfMemoryError as error:
+            return [self._fail(sequence, Fault(describe(error), sequence.out_of_memory().error))]
+        except BaseException as error:
+            return [self._fail(sequence, Fault.of(error))]
         if event is None:
             return []
         if event.is_last:
-            self._scheduler.end(sequence)
-            self._ended.append((sequence, event))
+            self._leave(sequence, event)
         return [event]
+
+    def _fail(self, sequence: Sequence, fault: Fault) -> TokenEvent:
+        logger.error("[dsserve] %s: the text cannot go on: %s", sequence.name, fault.cause)
+        event = sequence.failure(fault.error)
+        self._leave(sequence, event)
+        return event
+
+    def _leave(self, sequence: Sequence, event: TokenEvent) -> None:
+        self._scheduler.end(sequence)
+        self._ended.append((sequence, event))
 
 
 def _logprobs(flight: Flight, going: list[tuple[int, Sequence]], tokens: list[int]) -> dict[int, TokenLogprob]:
-    """What clients want to know of their rows' tokens, by row."""
-    counts = {row: count for row, sequence in going if (count := sequence.request.sampling.logprobs) is not None}
-    if not counts:
-        return {}
-    rows = list(counts)
-    reported = report_logprobs(flight.logits.next[rows], [tokens[row] for row in rows], list(counts.values()))
-    return dict(zip(rows, reported, strict=True))
+    """What clients want to know of their rows' tokens, by row. A row for which that raises has a fault."""
+    asking = [
+        (row, sequence.state, count)
+        for row, sequence in going
+        if (count := sequence.request.sampling.logprobs) is not None and sequence.state.fault is None
+    ]
+    found: dict[int, TokenLogprob] = {}
+
+    def report(part: range) -> None:
+        rows, _, counts = zip(*asking[part.start : part.stop], strict=True)
+        logits = flight.logits.next[list(rows)]
+        found.update(zip(rows, report_logprobs(logits, [tokens[row] for row in rows], list(counts)), strict=True))
+
+    note(attempt(range(len(asking)), report), [state for _, state, _ in asking])
+    return found

@@ -19,6 +19,8 @@ from dsserve.generation.request import SamplingParams
 
 # The likeliest tokens of a row that the rules look at first.
 FIRST = 128
+# More than any vocabulary has, and exact in fp64.
+_MOST = 2**53
 
 
 @dataclass(frozen=True)
@@ -92,12 +94,14 @@ class Rules:
 
     @classmethod
     def of(cls, rows: list[SamplingParams]) -> Rules:
-        def column(name: str, off: float) -> np.ndarray:
-            return np.array([off if (value := getattr(row, name)) is None else value for row in rows])
+        def column(name: str, lowest: float, highest: float, off: float) -> np.ndarray:
+            """Clipped: a number of Python's may be larger than any array's."""
+            values = [getattr(row, name) for row in rows]
+            return np.array([off if value is None else min(max(value, lowest), highest) for value in values], float)
 
-        top_p, typical_p = column("top_p", np.inf), column("typical_p", np.inf)
+        top_p, typical_p = column("top_p", 0.0, 1.0, 1.0), column("typical_p", 0.0, 1.0, 1.0)
         top_p[top_p >= 1], typical_p[typical_p >= 1] = np.inf, np.inf
-        return cls(column("top_k", np.inf), top_p, column("min_p", 0.0), typical_p)
+        return cls(column("top_k", 1, _MOST, np.inf), top_p, column("min_p", 0.0, 1.0, 0.0), typical_p)
 
 
 def _apply(
@@ -128,7 +132,7 @@ def _apply(
         keep &= _typical(weights * keep, rules.typical_p)
     found: list[Candidates | None] = [None] * len(values)
     for row in np.flatnonzero(bounded & ~lost):
-        kept = np.flatnonzero(keep[row])
+        kept = np.flatnonzero(keep[row] & (weights[row] > 0))  # rounding must not draw what is banned
         kept = kept[np.argsort(ids[row, kept])]
         probabilities = weights[row, kept]
         found[row] = Candidates(ids[row, kept], probabilities / probabilities.sum())

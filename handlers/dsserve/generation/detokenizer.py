@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from dsserve.generation.stop_strings import StopStrings
+
 _REPLACEMENT = "\ufffd"
 # A character of UTF-8 has at most 4 bytes: more tokens that still end in U+FFFD hold broken bytes for good.
 _MAX_PENDING = 8
@@ -27,12 +29,15 @@ class TextStream:
     """
 
     def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
-        self.stopped = False
         self._tokenizer = tokenizer
-        self._stop = tuple(stop)
+        self._stop = StopStrings(stop) if stop else None
         self._window: list[int] = []  # decoded together; the first `_read` of them have given their text already
         self._read = 0
-        self._held = ""  # text that may be the beginning of a stop string
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string is complete."""
+        return self._stop is not None and self._stop.found
 
     def push(self, token: int, may_stop: bool = True) -> str:
         """Takes the next token and returns the text that is safe to send, often none.
@@ -70,29 +75,14 @@ class TextStream:
         """The rest at the end of the text, incomplete characters as U+FFFD."""
         text = self._decode(self._window)[len(self._decode(self._window[: self._read])) :]
         self._window, self._read = [], 0
-        released = self._release(text)
-        if self.stopped:
-            return released
-        held, self._held = self._held, ""
-        return released + held
+        return self._release(text) + (self._stop.flush() if self._stop else "")
 
     def _decode(self, tokens: list[int]) -> str:
         return self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def _release(self, text: str, may_stop: bool = True) -> str:
-        """Adds `text` to what is held, and gives out all that can no longer belong to a stop string."""
-        if not self._stop or not may_stop:
-            return text
-        held = self._held + text
-        # The one that is complete first counts, wherever the tokens' boundaries lie.
-        found = [(at + len(stop), at) for stop in self._stop if (at := held.find(stop)) >= 0]
-        if found:
-            self.stopped, self._held = True, ""
-            return held[: min(found)[1]]
-        keep = max(overlap(held, stop) for stop in self._stop)
-        cut = len(held) - keep
-        self._held = held[cut:]
-        return held[:cut]
+        """What of `text`, and of what was held before, can no longer belong to a stop string."""
+        return self._stop.push(text) if self._stop and may_stop else text
 
 
 def overlap(text: str, stop: str) -> int:

@@ -13,7 +13,7 @@ import torch
 from dsserve.generation.blocks import find_places, sum_blocks, weigh
 from dsserve.generation.candidates import FIRST, Rules, find_top, has_rules
 from dsserve.generation.request import SamplingParams
-from dsserve.generation.temperature import GREEDY_BELOW, scaled
+from dsserve.generation.temperature import GREEDY_BELOW, clipped, scaled
 
 _GREEDY, _FREE, _RULED = 0.0, 1.0, 2.0
 # Numbers of a row, fp64: its kind, temperature, top_k, top_p, min_p, typical_p, and where a rule is off the value that
@@ -26,11 +26,10 @@ _CLOSE = 1e-11
 
 def row_numbers(params: SamplingParams) -> tuple[float, ...]:
     """The `ROW_NUMBERS` of one row."""
-    temperature = max(params.temperature, GREEDY_BELOW)
     kind = _GREEDY if params.temperature < GREEDY_BELOW else _RULED if has_rules(params) else _FREE
     rules = Rules.of([params])
     columns = (rules.top_k, rules.top_p, rules.min_p, rules.typical_p)
-    return (kind, temperature, *(float(column[0]) for column in columns))
+    return (kind, clipped(params.temperature), *(float(column[0]) for column in columns))
 
 
 def may_find(params: SamplingParams) -> bool:
@@ -60,8 +59,8 @@ def draw(logits: torch.Tensor, numbers: torch.Tensor, with_rules: bool = True) -
     drawn = find_places(weights, cumulative, uniforms)
     if with_rules:
         drawn = torch.where(kinds == _RULED, _draw_with_rules(rows, total, uniforms, limits), drawn)
-    drawn = drawn.masked_fill_((total < torch.inf).logical_not_(), -1)
-    return torch.where(kinds == _GREEDY, likeliest, drawn)[:, 0]
+    chosen = torch.where(kinds == _GREEDY, likeliest, drawn)
+    return chosen.masked_fill_((total < torch.inf).logical_not_(), -1)[:, 0]
 
 
 def _draw_with_rules(

@@ -17,9 +17,17 @@ import torch
 
 from dsserve.generation.cuda_graphs import buckets, capture
 from dsserve.generation.device_draw import ROW_NUMBERS, draw, is_ruled
+from dsserve.generation.faults import Fault, attempt
 from dsserve.generation.pinned import Readback, stage
-from dsserve.generation.sampler import SamplingState, edit_in_place, next_uniforms
-from dsserve.generation.sampler import draw as draw_on_host
+from dsserve.generation.sampler import (
+    SamplingState,
+    choose_edited,
+    edit_in_place,
+    likeliest,
+    note,
+    settle,
+    take_uniforms,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -37,38 +45,59 @@ class DeviceChoice:
 
     Args:
         found: `[n]`, int64; negative where the host must choose.
-        logits: `[n, V]`, edited, as they are still when the tokens are read.
-        uniforms: the number that each row's stream gave; a greedy one's means nothing.
+        raw: `[n, V]`, the model's own logits.
+        edited: `[n, V]`, as they are still when the tokens are read.
+        uniforms: the number that each row's stream gave; a greedy one's means nothing, and a row may lack it.
+        faults: of rows that failed before anything could be chosen; their states hear of it when the tokens are read.
     """
 
     def __init__(
-        self, found: torch.Tensor, logits: torch.Tensor, states: list[SamplingState], uniforms: list[float]
+        self,
+        found: torch.Tensor,
+        raw: torch.Tensor,
+        edited: torch.Tensor,
+        states: list[SamplingState],
+        uniforms: dict[int, float],
+        faults: dict[int, Fault],
     ) -> None:
         self.tokens = found.clamp(min=0)  # a copy: the next replay of the graph overwrites what it found
         self.revised = False
         self._found = Readback(found)
-        self._logits = logits
+        self._raw = raw
+        self._edited = edited
         self._states = states
         self._uniforms = uniforms
+        self._faults = faults
 
     @torch.inference_mode()
     def read(self) -> list[int]:
         """See `Choice`."""
         tokens = self._found.read()
-        left = [row for row, token in enumerate(tokens) if token < 0]
+        note(self._faults, self._states)
+        left = [row for row, token in enumerate(tokens) if token < 0 and row not in self._faults]
         if left:
             self.revised = True
-            states, uniforms = [self._states[row] for row in left], [self._uniforms[row] for row in left]
-            drawn = draw_on_host(self._logits[left].float(), states, uniforms)
-            for row, token in zip(left, drawn, strict=True):
-                tokens[row] = token
+            self._choose_on_host(left, tokens)
         return tokens
+
+    def _choose_on_host(self, left: list[int], tokens: list[int]) -> None:
+        """Enters the tokens of these rows."""
+
+        def choose_some(part: range) -> None:
+            rows = left[part.start : part.stop]
+            states = [self._states[row] for row in rows]
+            uniforms = [self._uniforms[row] for row in rows]
+            found = choose_edited(self._edited[rows].float(), states, uniforms)
+            for row, token in zip(rows, settle(found, self._raw[rows], states), strict=True):
+                tokens[row] = token
+
+        note(attempt(range(len(left)), choose_some), [self._states[row] for row in left])
 
     def take_back(self) -> None:
         """See `Choice`."""
-        for state, uniform in zip(self._states, self._uniforms, strict=True):
-            if not state.is_greedy:
-                state.uniforms.put_back(uniform)
+        for row, uniform in self._uniforms.items():
+            if not self._states[row].is_greedy:
+                self._states[row].uniforms.put_back(uniform)
 
 
 class DeviceSampler:
@@ -112,21 +141,36 @@ class DeviceSampler:
 
         Where some row's logits are edited, the choice must be read before the next one is launched.
         """
+        uniforms, faults = dict[int, float](), dict[int, Fault]()
         if all(state.is_plain for state in states):
-            return DeviceChoice(logits.argmax(dim=-1), logits, states, [0.0] * len(states))
-        uniforms = next_uniforms(states)
+            uniforms = dict.fromkeys(range(len(states)), 0.0)
+            return DeviceChoice(likeliest(logits), logits, logits, states, uniforms, faults)
         rows = self._logits[: len(states)]
-        rows.copy_(logits)
-        if all(state.is_unedited for state in states):
-            return DeviceChoice(self._draw(states, uniforms), logits, states, uniforms)
-        edit_in_place(rows, states)
-        return DeviceChoice(self._draw(states, uniforms), rows, states, uniforms)
+        edited = logits if all(state.is_unedited for state in states) else rows
 
-    def _draw(self, states: list[SamplingState], uniforms: list[float]) -> torch.Tensor:
+        def prepare(some: range) -> None:
+            take_uniforms(some, states, uniforms)
+            part = rows[some.start : some.stop]
+            part.copy_(logits[some.start : some.stop])
+            if edited is rows:
+                edit_in_place(part, states[some.start : some.stop])
+
+        faults = attempt(range(len(states)), prepare)
+        return DeviceChoice(self._find(states, uniforms), logits, edited, states, uniforms, faults)
+
+    def _find(self, states: list[SamplingState], uniforms: dict[int, float]) -> torch.Tensor:
+        """What `_draw` gives; where that raises, all rows are left to the host, which finds the guilty one."""
+        try:
+            return self._draw(states, uniforms)
+        except BaseException as error:
+            logger.error("[dsserve] %s: the host chooses this step's tokens", Fault.of(error).cause)
+            return torch.full((len(states),), -1, device=self._device)
+
+    def _draw(self, states: list[SamplingState], uniforms: dict[int, float]) -> torch.Tensor:
         """The tokens of the first rows of `self._logits`, -1 for those that are left to the host."""
         count = len(states)
         rows = next(bucket for bucket in self._rows if bucket >= count)
-        numbers = [(uniform, *state.numbers) for uniform, state in zip(uniforms, states, strict=True)]
+        numbers = [(uniforms.get(row, 0.0), *state.numbers) for row, state in enumerate(states)]
         self._numbers[:count].copy_(stage(numbers, torch.float64, self._device), non_blocking=True)
         with_rules = any(is_ruled(state.numbers) for state in states)
         captured = self._captured.get((rows, with_rules))

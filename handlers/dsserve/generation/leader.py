@@ -10,7 +10,6 @@ import logging
 import math
 import queue
 import threading
-import traceback
 from collections import Counter
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -19,6 +18,7 @@ import torch
 
 from dsserve.errors import RequestError
 from dsserve.generation.engine import Engine
+from dsserve.generation.faults import describe
 from dsserve.generation.request import GenerationRequest, Origin, TokenEvent
 
 logger = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ class EngineThread:
 
     def __init__(self, device: torch.device) -> None:
         self._calls: queue.SimpleQueue[Callable[[], Any]] = queue.SimpleQueue()
-        self._results: queue.SimpleQueue[tuple[Any, Exception | None]] = queue.SimpleQueue()
+        self._results: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
         self._device = device
         # A daemon: the interpreter must not wait for it at its end.
         threading.Thread(target=self._work, name="dsserve-engine", daemon=True).start()
@@ -42,16 +42,23 @@ class EngineThread:
 
         Raises:
             TimeoutError: it did not end in time, and goes on.
-            Exception: what the function raised.
+            BaseException: what the function raised.
         """
-        self._calls.put(function)
-        try:
-            result, error = self._results.get(timeout=timeout_s)
-        except queue.Empty:
-            raise TimeoutError from None
+        result, error = self.outcome(function, timeout_s)
         if error is not None:
             raise error
-        return result
+        return result  # type: ignore[return-value]
+
+    def outcome(
+        self, function: Callable[[], Result], timeout_s: float | None = None
+    ) -> tuple[Result | None, BaseException | None]:
+        """As `call`, but what the function raised is returned beside its result: a BaseException of the thread's, such
+        as a Rust panic, is none of the caller's."""
+        self._calls.put(function)
+        try:
+            return self._results.get(timeout=timeout_s)
+        except queue.Empty:
+            raise TimeoutError from None
 
     def _work(self) -> None:
         if self._device.type == "cuda":
@@ -60,7 +67,7 @@ class EngineThread:
             function = self._calls.get()
             try:
                 self._results.put((function(), None))
-            except Exception as error:
+            except BaseException as error:  # else the thread would end, and its caller wait for the time limit
                 self._results.put((None, error))
 
 
@@ -104,15 +111,13 @@ class LeaderEngine:
     def run(self, max_steps: int, limit_s: float = math.inf) -> list[TokenEvent]:
         """See `Engine.run`; never raises, and never takes longer than `timeout_s`."""
         try:
-            events = self._thread.call(lambda: self._engine.run(max_steps, limit_s), self._timeout_s)
+            events, error = self._thread.outcome(lambda: self._engine.run(max_steps, limit_s), self._timeout_s)
         except TimeoutError:
             return self._fail(f"a rank stalled: no end of a call after {self._timeout_s:.1f} s")
-        except Exception as error:
-            # The message of an exception may hold a user's text: the type and the place are what can be logged.
-            where = traceback.extract_tb(error.__traceback__)[-1]
-            return self._fail(f"{type(error).__name__} at {where.filename}:{where.lineno}")
-        ended = Counter(event.request_id for event in events if event.is_last)
-        self._live -= ended
+        if error is not None:
+            return self._fail(describe(error))
+        events = events or []
+        self._live -= Counter(event.request_id for event in events if event.is_last)
         return events
 
     def _fail(self, why: str) -> list[TokenEvent]:

@@ -12,7 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from dsserve.generation.grammar import GrammarError
 from dsserve.generation.token_history import TokenHistory
+
+_NOTHING = np.zeros(0, dtype=np.float32)
 
 
 def edit_logits(logits: torch.Tensor, histories: list[tuple[TokenHistory, float]]) -> None:
@@ -22,25 +25,18 @@ def edit_logits(logits: torch.Tensor, histories: list[tuple[TokenHistory, float]
         histories: of each row, with its repetition penalty.
     """
     flat, width = logits.view(-1), logits.shape[1]
-    bias, repeated, penalized, banned = [], [], [], []
-    added, factors, taken = [], [], []
+    bias, repeated, penalized, banned = _Places(width), _Places(width), _Places(width), _Places(width)
     for row, (history, factor) in enumerate(histories):
         if history.is_plain:
             continue
-        first = row * width
-        ids, values = history.bias()
-        bias.append(ids + first)
-        added.append(values)
+        bias.add(row, *history.bias())
         ids = history.repeated()
-        repeated.append(ids + first)
-        factors.append(np.full(len(ids), factor, dtype=np.float32))
-        ids, values = history.penalties()
-        penalized.append(ids + first)
-        taken.append(values)
-        banned.append(history.banned() + first)
+        repeated.add(row, ids, np.full(len(ids), factor, dtype=np.float32))
+        penalized.add(row, *history.penalties())
+        banned.add(row, history.banned())
     if not banned:
         return
-    parts = [np.concatenate(part) for part in (bias, added, repeated, factors, penalized, taken, banned)]
+    parts = [*bias.arrays(), *repeated.arrays(), *penalized.arrays(), banned.arrays()[0]]
     bias_at, bias_by, repeated_at, factor_at, penalized_at, taken_by, banned_at = to_device(parts, logits.device)
     if len(bias_at):
         flat.index_add_(0, bias_at, bias_by)
@@ -51,6 +47,30 @@ def edit_logits(logits: torch.Tensor, histories: list[tuple[TokenHistory, float]
         flat.index_add_(0, penalized_at, -taken_by)
     if len(banned_at):
         flat.index_fill_(0, banned_at, float("-inf"))
+
+
+class _Places:
+    """Places in rows of so many tokens, and a number for each. Ids that no token of the row has are left out: in the
+    flat tensor they would be another row's, or none."""
+
+    def __init__(self, width: int) -> None:
+        self._width = width
+        self._parts: list[tuple[int, np.ndarray, np.ndarray]] = []
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    def add(self, row: int, ids: np.ndarray, values: np.ndarray = _NOTHING) -> None:
+        """Token ids `[n]` of a row, with their numbers `[n]` if they have some."""
+        self._parts.append((row, ids, values))
+
+    def arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        """The places in the flat tensor, int64, and the numbers, fp32."""
+        rows, ids, values = zip(*self._parts, strict=True)
+        at, by = np.concatenate(ids), np.concatenate(values)
+        is_within = (at >= 0) & (at < self._width)
+        at = at + self._width * np.repeat(np.array(rows, dtype=np.int64), [len(part) for part in ids])
+        return at[is_within], by[is_within] if len(by) else by
 
 
 def to_device(parts: list[np.ndarray], device: torch.device) -> list[torch.Tensor]:
@@ -79,6 +99,12 @@ def unpack(packed: torch.Tensor, parts: list[np.ndarray]) -> list[torch.Tensor]:
 
 
 def mask_logits(row: torch.Tensor, grammar: Any) -> None:
-    """Bans what a grammar does not allow next, in place. `row` is `[V]`; see `grammar.Grammar.allowed`."""
-    allowed = torch.from_numpy(grammar.allowed(row.shape[0])).to(row.device)
-    row.masked_fill_(~allowed, float("-inf"))
+    """Bans what a grammar does not allow next, in place. `row` is `[V]`; see `grammar.Grammar.allowed`.
+
+    Raises:
+        GrammarError: nothing is allowed, or the matcher gave up.
+    """
+    allowed = grammar.allowed(row.shape[0])
+    if not allowed.any():
+        raise GrammarError("no token may come next")
+    row.masked_fill_(~torch.from_numpy(allowed).to(row.device), float("-inf"))

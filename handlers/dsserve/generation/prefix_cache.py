@@ -15,6 +15,10 @@ import numpy as np
 
 # Shorter beginnings are computed again: a few tokens more in a pass cost less than a copy.
 SHORTEST = 16
+# Most prompts differ within so many tokens.
+_COMPARED_FIRST = 64
+
+Tokens = Sequence[int] | np.ndarray
 
 
 @dataclass(frozen=True)
@@ -33,14 +37,14 @@ class PrefixCache:
         self._free = list(range(first, first + size))
         self._kept: OrderedDict[int, np.ndarray] = OrderedDict()  # row -> its tokens, least recently used first
 
-    def keep(self, tokens: Sequence[int]) -> int | None:
+    def keep(self, tokens: Tokens) -> int | None:
         """The row to copy an ended row with these tokens to; None where it is not worth it.
 
         A kept row that begins or continues these tokens is used again, so that turns of a conversation take one row.
         """
-        new = np.asarray(tokens, dtype=np.int64)
-        if not self.enabled or len(new) < SHORTEST:
+        if not self.enabled or len(tokens) < SHORTEST:
             return None
+        new = np.array(tokens, dtype=np.int64)  # a copy: what a sequence gives is its own, and has room to grow
         for row, known in self._kept.items():
             shared = common_length(known, new)
             if shared == len(new):
@@ -56,7 +60,7 @@ class PrefixCache:
         self._kept.move_to_end(row)
         return row
 
-    def find(self, prompt: Sequence[int], live: Sequence[tuple[int, Sequence[int]]]) -> Hit | None:
+    def find(self, prompt: Tokens, live: Sequence[tuple[int, Tokens]]) -> Hit | None:
         """The row with the longest common beginning, at least `SHORTEST` and less than the whole prompt.
 
         Args:
@@ -75,10 +79,16 @@ class PrefixCache:
 
 
 def common_length(first: np.ndarray, second: np.ndarray) -> int:
-    """Number of equal tokens at the beginning of both."""
+    """Number of equal tokens at the beginning of both; costs so much and no more, however long they are."""
     length = min(len(first), len(second))
-    different = np.flatnonzero(first[:length] != second[:length])
-    return int(different[0]) if len(different) else length
+    begun, size = 0, _COMPARED_FIRST
+    while begun < length:
+        end = min(begun + size, length)
+        different = np.flatnonzero(first[begun:end] != second[begun:end])
+        if len(different):
+            return begun + int(different[0])
+        begun, size = end, 4 * size
+    return length
 
 
 def _length(hit: Hit) -> int:

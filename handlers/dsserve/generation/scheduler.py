@@ -11,8 +11,6 @@ from __future__ import annotations
 import math
 from collections import deque
 
-import numpy as np
-
 from dsserve.config import PREFILL_TOKENS_A_STEP
 from dsserve.generation.plan import Admission, Plan, moves
 from dsserve.generation.prefix_cache import PrefixCache, common_length
@@ -158,7 +156,8 @@ class Scheduler:
         Without spans a step that reads the cache attends under a mask of its tokens by all that they see, which grows
         with the square of its prompts: together they stay within the limit of a busy step.
         """
-        live = [(row, sequence.computed) for row, sequence in enumerate(self._running)] if self._waiting else []
+        may_share = self._prefixes.enabled and self._waiting and len(self._running) < self._slots
+        live = [(row, sequence.computed) for row, sequence in enumerate(self._running)] if may_share else []
         admitted: list[Admission] = []
         used, reads_cache = 0, False
         if (part := self._part) is not None:
@@ -166,12 +165,11 @@ class Scheduler:
             used, reads_cache = len(admitted[0].tokens), not self._by_span
         while self._waiting and len(self._running) < self._slots and self._part is None:
             sequence = self._waiting[0]
-            prompt = sequence.request.prompt_ids
             # The logits of a prompt that is taken over would be missing.
-            hit = None if sequence.request.prompt_logprobs else self._prefixes.find(prompt, live)
+            hit = None if sequence.request.prompt_logprobs else self._prefixes.find(sequence.prompt, live)
             shared = 0 if hit is None else hit.length
             reads_cache = not self._by_span and (reads_cache or shared > 0)
-            used += len(prompt) - shared
+            used += len(sequence.prompt) - shared
             if admitted and (
                 used > (min(most, self._prefill_tokens) if reads_cache else most)
                 or self._one_by_one
@@ -216,11 +214,10 @@ class Scheduler:
 
     def _is_worth_waiting(self, sequence: Sequence, admitted: int, shared: int) -> bool:
         """Whether one of the prompts of this very step has much more in common with the sequence than `shared`."""
-        if not self._prefixes.enabled or len(sequence.request.prompt_ids) <= WORTH_A_STEP:
+        if not self._prefixes.enabled or len(sequence.prompt) <= WORTH_A_STEP:
             return False
-        prompt = np.asarray(sequence.request.prompt_ids)
-        others = (np.asarray(other.request.prompt_ids) for other in self._running[-admitted:])
-        return any(common_length(prompt, other) >= shared + WORTH_A_STEP for other in others)
+        others = (other.prompt for other in self._running[-admitted:])
+        return any(common_length(sequence.prompt, other) >= shared + WORTH_A_STEP for other in others)
 
     def rows(self, plan: Plan) -> list[Sequence]:
         """The sequences whose logits the step gives: those it decodes, then those it admits; the last one's prompt may

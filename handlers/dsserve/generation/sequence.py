@@ -5,6 +5,9 @@ Does not know rows, steps or other sequences (`scheduler`).
 
 from __future__ import annotations
 
+from functools import cached_property
+
+import numpy as np
 import torch
 
 from dsserve.errors import RequestError
@@ -12,6 +15,7 @@ from dsserve.generation.detokenizer import TextStream
 from dsserve.generation.observer import Timeline
 from dsserve.generation.request import FinishReason, GenerationRequest, Origin, TokenEvent, TokenLogprob
 from dsserve.generation.sampler import SamplingState, report_logprobs
+from dsserve.generation.token_ids import TokenIds
 
 # Rows of a prompt's logits that are converted to fp32 together.
 _REPORTED_AT_ONCE = 128
@@ -62,9 +66,20 @@ class Sequence:
         return len(self._generated)
 
     @property
-    def computed(self) -> list[int]:
-        """The tokens whose keys and values are in the cache: all but the newest."""
-        return [*self.request.prompt_ids[: self.prefilled], *self._generated[:-1]]
+    def prompt(self) -> np.ndarray:
+        """The tokens of its prompt, `[T]`, int64; not a copy."""
+        return self._ids.first(len(self.request.prompt_ids))
+
+    @property
+    def computed(self) -> np.ndarray:
+        """The tokens whose keys and values are in the cache, all but the newest: `[T]`, int64; not a copy."""
+        self._ids.extend(self._generated[len(self._ids) - len(self.request.prompt_ids) :])
+        return self._ids.first(self.prefilled + max(0, self.generated - 1))
+
+    @cached_property
+    def _ids(self) -> TokenIds:
+        """The prompt, and the new tokens up to when somebody last asked for them: most steps nobody does."""
+        return TokenIds(self.request.prompt_ids)
 
     @property
     def is_prefilled(self) -> bool:
@@ -85,8 +100,6 @@ class Sequence:
         Args:
             may_wait: the text of a token that ends nothing may be made later, by `speak`, with that of others: None.
         """
-        if self.state.failed:
-            return self.failure()
         self._generated.append(token)
         self.state.accept(token)
         count = len(self._generated)

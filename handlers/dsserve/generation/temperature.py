@@ -8,6 +8,14 @@ import torch
 GREEDY_BELOW = 1e-5
 # Below this one the largest logit is taken off first, so that nothing overflows.
 _TINY = 1e-3
+# Above this one fp32's range ends, and a banned token's logit would be no number. All tokens are equally likely long
+# before.
+_HIGHEST = 1e30
+
+
+def clipped(temperature: float) -> float:
+    """The nearest one that rows can be divided by."""
+    return float(min(max(temperature, GREEDY_BELOW), _HIGHEST))
 
 
 def scale(logits: torch.Tensor, temperatures: list[float]) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 from dsserve.errors import RequestError
 from dsserve.generation.call_length import CallLength
+from dsserve.generation.faults import Fault
 from dsserve.generation.leader import LeaderEngine
 from dsserve.generation.request import Origin, TokenEvent
 from dsserve.protocol import refusals
@@ -133,11 +134,12 @@ class LiveBatch:
             self._admit(request_id, found, origin)
         except RequestError as error:
             return error
-        except Exception as error:  # an exception that left `handle` would cut every stream of the worker
-            # Its message may hold the user's text, so only its type is logged.
-            logger.error("[dsserve] %s: %s while reading the request", name, type(error).__name__)
+        except BaseException as error:  # one that left `handle` would cut every stream of the worker
+            fault = Fault.of(error)
+            logger.error("[dsserve] %s: %s while reading the request", name, fault.cause)
             self._engine.evict(request_id)
-            return refusals.unreadable()
+            self._rows.pop(request_id, None)
+            return fault.error or refusals.unreadable()
         return None
 
     def _refuse(self, name: str, error: RequestError) -> None:
@@ -169,8 +171,8 @@ class LiveBatch:
             return
         try:
             row.frame += row.reply.take(event)
-        except Exception as error:  # of a text that nobody foresaw: its neighbours are not concerned
-            logger.error("[dsserve] %s: %s while rendering the reply", row.name, type(error).__name__)
+        except BaseException as error:  # of a text that nobody foresaw: its neighbours are not concerned
+            logger.error("[dsserve] %s: %s while rendering the reply", row.name, Fault.of(error).cause)
             self._give_up(event.request_id, refusals.failed(), answered)
             return
         if row.reply.is_done:
@@ -197,7 +199,7 @@ class LiveBatch:
             answered[request_id] = error
             del self._rows[request_id]
             return
-        row.frame += row.reply.fail(error)
+        row.frame += _rendered(row.name, row.reply.fail, error)
         row.done = True
 
     def _collect(self, ids: list[str], answered: dict[str, bytes | RequestError], ctx: Any) -> list[bytes]:
@@ -205,7 +207,7 @@ class LiveBatch:
         criteria: list[Callable[[Any], bool | None]] = []
         for index, request_id in enumerate(ids):
             if request_id in answered:
-                items.append(_answer_at_once(index, answered[request_id], ctx))
+                items.append(_answer_at_once(index, request_id, answered[request_id], ctx))
                 criteria.append(_plain)
                 continue
             row = self._rows[request_id]
@@ -222,14 +224,23 @@ class LiveBatch:
         return items
 
 
-def _answer_at_once(index: int, found: bytes | RequestError, ctx: Any) -> bytes:
+def _answer_at_once(index: int, request_id: str, found: bytes | RequestError, ctx: Any) -> bytes:
     ctx.set_response_header(index, "content-type", JSON_TYPE)
     if isinstance(found, bytes):
         return found
     ctx.set_response_status(found.status, HTTPStatus(found.status).phrase, index)
     if found.retry_after_s is not None:
         ctx.set_response_header(index, "Retry-After", str(found.retry_after_s))
-    return error_body(found)
+    return _rendered(request_id, error_body, found)
+
+
+def _rendered(name: str, render: Callable[[RequestError], bytes], error: RequestError) -> bytes:
+    """An error's bytes; a plainer one's where its message cannot be written."""
+    try:
+        return render(error)
+    except BaseException as unforeseen:
+        logger.error("[dsserve] %s: %s while rendering an error", name, Fault.of(unforeseen).cause)
+        return render(refusals.failed())
 
 
 def _more(_: Any) -> bool:
