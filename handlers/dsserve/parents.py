@@ -14,14 +14,14 @@ from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
 # torchrun sets it in its ranks; without it the parent is the server itself.
-_TORCHRUN_VARIABLE = "TORCHELASTIC_RUN_ID"
+LAUNCH_VARIABLE = "TORCHELASTIC_RUN_ID"
 
 
 def die_with_parent() -> None:
     """Asks the kernel to kill this process when its parent dies; ends it now where torchrun is dead already."""
     libc = ctypes.CDLL(None, use_errno=True)
     libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if _TORCHRUN_VARIABLE in os.environ and not _is_torchrun(os.getppid()):
+    if LAUNCH_VARIABLE in os.environ and not _is_torchrun(os.getppid()):
         os._exit(1)  # it died before the kernel was asked, and somebody else is our parent now
 
 
@@ -40,7 +40,7 @@ class Parents:
     @classmethod
     def now(cls) -> Parents:
         launcher = os.getppid()
-        return cls(launcher, parent_of(launcher) if _TORCHRUN_VARIABLE in os.environ else None)
+        return cls(launcher, parent_of(launcher) if LAUNCH_VARIABLE in os.environ else None)
 
     def lost(self) -> str | None:
         """Who died; None while all live."""

@@ -6,20 +6,39 @@ Rank 0 alone asks and all ranks get the token that it chose, so a mask cannot di
 
 from __future__ import annotations
 
+import hashlib
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from dsserve.generation.grammar_process import GrammarBusyError, GrammarProcess
+from dsserve.generation.matcher import GrammarError, Vocabulary, make_matcher, read_mask
+
+__all__ = ["Grammar", "GrammarBusyError", "GrammarCompiler", "GrammarError"]
+
 # Grammars that are kept compiled: clients tend to send the same schema again.
-_KEPT = 8
+_KEPT = 16
+_KEPT_BYTES = 256 * 2**20
+_KEPT_REFUSALS = 256
+# A grammar that takes longer to compile is not compiled again between two tokens: streams wait for it.
+_QUICK_S = 0.1
 
 
-class GrammarError(ValueError):
-    """A grammar that cannot be used; the message says why."""
+@dataclass(frozen=True)
+class _Compiled:
+    """The matcher that all texts of a grammar are copies of: compiling takes up to a second, a copy none."""
+
+    matcher: Any
+    seconds: float  # of the processor, that compiling took
+    nbytes: int
 
 
 class GrammarCompiler:
-    """Makes grammars for one tokenizer. llguidance's view of it is built when the first request needs it (0.5 s).
+    """Makes grammars for one tokenizer. What it needs of it is made when the first request needs it (1 s).
 
     Args:
         tokenizer: a fast transformers tokenizer.
@@ -29,74 +48,105 @@ class GrammarCompiler:
 
     def __init__(self, tokenizer: Any, vocabulary: int, eos_ids: frozenset[int]) -> None:
         self._tokenizer = tokenizer
-        self._vocabulary = vocabulary
+        self._width = vocabulary
         self._eos_ids = eos_ids
-        self._known: Any = None
-        self._compiled: dict[str, Any] = {}
+        self._process: GrammarProcess | None = None
+        self._tokens: Any = None
+        self._compiled: OrderedDict[str, _Compiled] = OrderedDict()  # the one that was used last is last
+        self._refused: OrderedDict[bytes, str] = OrderedDict()  # a grammar's digest -> what is wrong with it
 
     def check(self, grammar: str) -> None:
-        """Raises GrammarError for one that llguidance does not take, or that no text can match."""
-        from llguidance import LLMatcher
+        """Compiles a grammar, in a process of its own first.
 
+        Raises:
+            GrammarError: llguidance does not take it, no text can match it, or it costs too much.
+            GrammarBusyError: the machine is too busy to find out.
+        """
         if grammar in self._compiled:
             return
-        reason = LLMatcher.validate_grammar(grammar, self._tokens())
-        if reason:
-            raise GrammarError(reason.strip().splitlines()[0])
-        # Only the first mask tells of some faults, of a schema that refers to itself for ever for example.
-        first = self._compile(grammar).deep_copy()
-        first.compute_bitmask()
-        if first.is_error():
-            del self._compiled[grammar]
-            raise GrammarError("no text can match it")
+        digest = hashlib.sha256(grammar.encode()).digest()
+        if digest in self._refused:
+            self._refused.move_to_end(digest)
+            raise GrammarError(self._refused[digest])
+        if self._process is None:
+            self._process = GrammarProcess(Vocabulary.of(self._tokenizer, self._width, self._eos_ids))
+        verdict = self._process.judge(grammar)
+        if verdict.fault is not None:
+            self._refused[digest] = verdict.fault
+            if len(self._refused) > _KEPT_REFUSALS:
+                self._refused.popitem(last=False)
+            raise GrammarError(verdict.fault)
+        self._compile(grammar, verdict.nbytes)
 
     def start(self, grammar: str) -> Grammar:
-        """A matcher at the beginning of a text."""
-        return Grammar(self._compile(grammar).deep_copy(), self._eos_ids)
+        """A matcher at the beginning of a text, of a grammar that was checked."""
+        compiled = self._compiled.get(grammar) or self._compile(grammar)
+        self._compiled.move_to_end(grammar)
+        return Grammar(compiled.matcher.deep_copy(), self._eos_ids, lambda: self._renew(grammar, compiled))
 
-    def _compile(self, grammar: str) -> Any:
-        """The matcher that all texts of a grammar are copies of: compiling takes up to a second, a copy none."""
-        from llguidance import LLMatcher
+    def close(self) -> None:
+        """Ends the process; the next new grammar starts another one."""
+        if self._process is not None:
+            self._process.close()
 
-        if grammar not in self._compiled:
-            if len(self._compiled) >= _KEPT:
-                del self._compiled[next(iter(self._compiled))]
-            self._compiled[grammar] = LLMatcher(self._tokens(), grammar, log_level=0)
-        return self._compiled[grammar]
+    def _compile(self, grammar: str, nbytes: int = 0) -> _Compiled:
+        if self._tokens is None:
+            self._tokens = Vocabulary.of(self._tokenizer, self._width, self._eos_ids).tokens()
+        started = time.thread_time()
+        matcher = make_matcher(self._tokens, grammar)
+        compiled = _Compiled(matcher, time.thread_time() - started, nbytes + len(grammar))
+        self._compiled[grammar] = compiled
+        total = sum(kept.nbytes for kept in self._compiled.values())
+        while len(self._compiled) > 1 and (len(self._compiled) > _KEPT or total > _KEPT_BYTES):
+            total -= self._compiled.popitem(last=False)[1].nbytes
+        return compiled
 
-    def _tokens(self) -> Any:
-        if self._known is None:
-            from llguidance.hf import from_tokenizer
-
-            size = max(self._vocabulary, len(self._tokenizer))
-            self._known = from_tokenizer(self._tokenizer, n_vocab=size, eos_token=sorted(self._eos_ids) or None)
-        return self._known
+    def _renew(self, grammar: str, failed: _Compiled) -> Any:
+        """Forgets a matcher that failed; returns a new one that nobody shares, or None where that takes long."""
+        if self._compiled.get(grammar) is failed:
+            del self._compiled[grammar]
+        return make_matcher(self._tokens, grammar) if failed.seconds < _QUICK_S else None
 
 
 class Grammar:
-    """One text's place in its grammar."""
+    """One text's place in its grammar.
 
-    def __init__(self, matcher: Any, eos_ids: frozenset[int]) -> None:
+    Args:
+        renew: called when the matcher failed; a matcher at the beginning, or None.
+    """
+
+    def __init__(self, matcher: Any, eos_ids: frozenset[int], renew: Callable[[], Any]) -> None:
         self._matcher = matcher
         self._eos_ids = eos_ids
+        self._renew: Callable[[], Any] | None = renew
+        self._taken: list[int] = []
 
     @property
     def is_complete(self) -> bool:
         """Whether nothing can follow."""
-        return bool(self._matcher.is_stopped())
+        return bool(self._matcher.is_stopped()) and not self._matcher.is_error()
 
     def allowed(self, width: int) -> np.ndarray:
         """The tokens that may come next, bool `[width]`.
 
         Raises:
-            GrammarError: the matcher gave up; the request cannot go on.
+            GrammarError: the matcher gave up, or nothing may come next. The request cannot go on.
         """
-        bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
-        if self._matcher.is_error():
-            raise GrammarError("the grammar's matcher stopped")
-        return np.unpackbits(bits, bitorder="little", count=width).astype(bool)
+        try:
+            return read_mask(self._matcher, width)
+        except GrammarError:
+            # All texts of a grammar share its lexer, which fails for all of them when it fails for one.
+            own = self._renew() if self._renew is not None else None
+            self._renew = None
+            if own is None:
+                raise
+        for token in self._taken:
+            own.consume_token(token)
+        self._matcher = own
+        return read_mask(own, width)
 
     def accept(self, token: int) -> None:
         """Enters the chosen token; an end-of-text token ends the text and is not part of it."""
         if token not in self._eos_ids:
+            self._taken.append(token)
             self._matcher.consume_token(token)

@@ -27,7 +27,7 @@ from dsserve.protocol.openai_shapes import ChatShape, CompletionShape, Shape
 from dsserve.protocol.prompt import check_ids, check_least, check_texts, encode_messages, encode_text, fit_output
 from dsserve.protocol.reply import Reply, to_json
 from dsserve.protocol.served import ServedModel
-from dsserve.protocol.structured import call_grammar, response_grammar
+from dsserve.protocol.structured import call_grammar, check_tools, response_grammar
 from dsserve.protocol.tools import CLOSING, OPENING, ToolCallText, check_tool_format
 
 # The logits of a whole prompt are kept at once for its log probabilities: 400 MB for 49,152 tokens in fp32.
@@ -87,6 +87,7 @@ def chat(request_id: str, body: Any, served: ServedModel) -> Job:
     parsed = parse(ChatBody, body)
     check_model(parsed.model, served)
     check_texts(parsed.n, served.limits, parsed.n)
+    check_tools(parsed.tools)
     grammar = response_grammar(parsed.response_format, served.grammars)
     uses_tools = bool(parsed.tools) and parsed.tool_choice != "none"
     options: dict[str, Any] = {}
@@ -120,10 +121,8 @@ def _demanded_call(body: ChatBody, served: ServedModel, grammar: str | None) -> 
             "tool_choice that demands a call decides the text: leave out response_format, min_tokens and ignore_eos",
             param="tool_choice",
         )
-    tools = body.tools
-    if isinstance(choice, NamedTool):
-        tools = [tool for tool in tools if tool.function.name == choice.function.name]
-    return call_grammar(tools, served.grammars, f"{OPENING}\n", f"\n{CLOSING}")
+    names = [choice.function.name] if isinstance(choice, NamedTool) else body.tool_names
+    return call_grammar(body.tools, names, served.grammars, f"{OPENING}\n", f"\n{CLOSING}")
 
 
 def _template(served: ServedModel) -> str | None:

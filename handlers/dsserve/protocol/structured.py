@@ -1,58 +1,64 @@
-"""`response_format` and demanded tool calls to grammars. Matching is `generation.grammar`'s."""
+"""`response_format` and demanded calls to grammars. Matching is `generation.grammar`'s, bounds are `schema_bounds`'."""
 
 from __future__ import annotations
 
 import json
-import math
-from decimal import Decimal
 from typing import Any
 
 from dsserve.errors import RequestError
-from dsserve.generation.grammar import GrammarCompiler, GrammarError
-from dsserve.protocol.openai_schema import ResponseFormat, Tool
+from dsserve.generation.grammar import GrammarBusyError, GrammarCompiler, GrammarError
+from dsserve.generation.matcher import TOO_COMPLEX
+from dsserve.protocol.openai_schema import FunctionTool, ResponseFormat, Tool
+from dsserve.protocol.schema_bounds import check_schemas
 
-MAX_SCHEMA_CHARACTERS = 65_536
-# An automaton that divides has as many states as the product of what it divides by. With 10,000 llguidance makes it in
-# 0.1 s; it has limits for everything else, and none for this: 123456789 took minutes, which would end the worker.
-MAX_DIVISORS = 10_000
 # Between JSON's tokens; without a limit small models write blank lines for ever.
 _OPTIONS = {"x-guidance": {"whitespace_pattern": r"[ \n\t]{0,8}"}}
+_RETRY_WHEN_BUSY_S = 5
 
 
 def response_grammar(wanted: ResponseFormat | None, compiler: GrammarCompiler) -> str | None:
     """The grammar of a `response_format`; None where any text will do.
 
     Raises:
-        RequestError: 400, a schema that cannot be compiled.
+        RequestError: 400, a schema that cannot be compiled; 503, a machine too busy to compile it.
     """
     if wanted is None or wanted.type == "text":
         return None
     schema: dict[str, Any] = {"type": "object"} if wanted.json_schema is None else wanted.json_schema.schema_
-    return _compile(schema, "response_format", compiler)
+    check_schemas({"response_format": schema})
+    return _checked(_schema_grammar(schema), "response_format", compiler)
 
 
-def call_grammar(tools: list[Tool], compiler: GrammarCompiler, opening: str, closing: str) -> str:
-    """The grammar of one call of one of `tools`, as the model writes it between `opening` and `closing`.
+def check_tools(tools: list[Tool]) -> None:
+    """Checks the parameters of all tools, whether a call is demanded or not: templates render them, too.
 
     Raises:
-        RequestError: 400, parameters that are no usable schema.
+        RequestError: 400; names the member.
     """
-    calls = [
-        {
-            "type": "object",
-            "properties": {
-                "name": {"const": tool.function.name},
-                "arguments": tool.function.parameters or {"type": "object"},
-            },
-            "required": ["name", "arguments"],
-            "additionalProperties": False,
-        }
-        for tool in tools
-    ]
-    schema = (calls[0] if len(calls) == 1 else {"anyOf": calls}) | _OPTIONS
-    _compile(schema, "tools", compiler)
+    check_schemas({_parameters_of(index): tool.function.parameters for index, tool in enumerate(tools)})
+
+
+def call_grammar(tools: list[Tool], names: list[str], compiler: GrammarCompiler, opening: str, closing: str) -> str:
+    """The grammar of one call of one of `names` among a request's `tools`, which were checked.
+
+    The model writes the call between `opening` and `closing`.
+
+    Raises:
+        RequestError: 400, parameters that are no usable schema; 503, a machine too busy to compile them.
+    """
+    demanded = {index: tool.function for index, tool in enumerate(tools) if tool.function.name in names}
+    calls = {index: _call_schema(index, function) for index, function in demanded.items()}
+    is_one = len(calls) == 1
+    schema = (next(iter(calls.values())) if is_one else {"anyOf": list(calls.values())}) | _OPTIONS
     lark = f"start: {json.dumps(opening)} call {json.dumps(closing)}\ncall: %json {json.dumps(schema)}"
-    return _checked(lark_grammar(lark), "tools", compiler)
+    try:
+        return _checked(lark_grammar(lark), _parameters_of(next(iter(calls))) if is_one else "tools", compiler)
+    except RequestError as error:
+        # Whose fault it is; of what costs much, together or alone, it is not asked.
+        if not is_one and error.status == 400 and TOO_COMPLEX not in error.message:
+            for index, call in calls.items():
+                _checked(_schema_grammar(call), _parameters_of(index), compiler)
+        raise
 
 
 def lark_grammar(text: str) -> str:
@@ -62,50 +68,35 @@ def lark_grammar(text: str) -> str:
     return str(LLMatcher.grammar_from_lark(text))
 
 
-def _compile(schema: dict[str, Any], param: str, compiler: GrammarCompiler) -> str:
+def _parameters_of(index: int) -> str:
+    return f"tools[{index}].function.parameters"
+
+
+def _call_schema(index: int, function: FunctionTool) -> dict[str, Any]:
+    # With an `$id` of their own, the parameters' references mean what they mean alone: `#/$defs/Place`.
+    arguments = {"$id": f"tool:{index}"} | (function.parameters or {"type": "object"})
+    return {
+        "type": "object",
+        "properties": {"name": {"const": function.name}, "arguments": arguments},
+        "required": ["name", "arguments"],
+        "additionalProperties": False,
+    }
+
+
+def _schema_grammar(schema: dict[str, Any]) -> str:
     from llguidance import LLMatcher
 
-    try:
-        text = json.dumps(schema | _OPTIONS)
-    except RecursionError:
-        raise RequestError(f"{param}: the schema is nested too deeply", param=param) from None
-    if len(text) > MAX_SCHEMA_CHARACTERS:
-        raise RequestError(
-            f"{param}: the schema has {len(text)} characters, at most {MAX_SCHEMA_CHARACTERS} are taken", param=param
-        )
-    _check_divisors(schema, param)
-    return _checked(str(LLMatcher.grammar_from_json_schema(text)), param, compiler)
-
-
-def _check_divisors(schema: dict[str, Any], param: str) -> None:
-    """Raises RequestError (400) where the `multipleOf`s of a schema are too large together."""
-    found: set[int] = set()
-    parts: list[Any] = [schema]
-    while parts:
-        part = parts.pop()
-        if isinstance(part, dict):
-            divisor = part.get("multipleOf")
-            if type(divisor) is int or (isinstance(divisor, float) and math.isfinite(divisor)):
-                found.add(_states(divisor))
-        parts += part.values() if isinstance(part, dict) else part if isinstance(part, list) else []
-    if math.prod(found) > MAX_DIVISORS:
-        raise RequestError(
-            f"{param}: the numbers of multipleOf are too large, their product may be {MAX_DIVISORS} (without decimal "
-            "point: 0.25 counts as 25): use smaller ones, or leave them out",
-            param=param,
-        )
-
-
-def _states(divisor: float) -> int:
-    """States of an automaton that divides by a decimal number: 12 for 12 and 0.12, 1000 for 1000, 1 for 0.001."""
-    _, digits, exponent = Decimal(repr(divisor)).normalize().as_tuple()
-    zeros = max(0, exponent) if isinstance(exponent, int) else 0
-    return int("".join(map(str, digits))) * 10**zeros or 1
+    return str(LLMatcher.grammar_from_json_schema(json.dumps(schema | _OPTIONS, ensure_ascii=False)))
 
 
 def _checked(grammar: str, param: str, compiler: GrammarCompiler) -> str:
     try:
         compiler.check(grammar)
     except GrammarError as error:
-        raise RequestError(f"{param}: the schema cannot be used: {str(error)[:200]}", param=param) from None
+        raise RequestError(f"{param}: the schema cannot be used: {error}", param=param) from None
+    except GrammarBusyError:
+        raise RequestError(
+            f"{param}: the server is too busy to compile the schema: try again later",
+            status=503, param=param, kind="server_error", retry_after_s=_RETRY_WHEN_BUSY_S,
+        ) from None  # fmt: skip
     return grammar
