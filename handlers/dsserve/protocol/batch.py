@@ -145,9 +145,10 @@ class LiveBatch:
         self._count_error(error)
 
     def _check_room(self, sequences: int) -> None:
-        limits = self._served.limits
-        if self._engine.running + self._engine.waiting + sequences > limits.max_running + limits.max_waiting:
-            raise refusals.full(self._engine.waiting, limits.max_waiting)
+        places = self._served.limits.max_running + self._served.limits.max_waiting
+        running, waiting = self._engine.running, self._engine.waiting
+        if running + waiting + sequences > places:
+            raise refusals.full(sequences, running, waiting, places)
 
     def _admit(self, request_id: str, job: Job, origin: Origin) -> None:
         for request in job.requests:

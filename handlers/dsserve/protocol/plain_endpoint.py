@@ -25,10 +25,10 @@ def generate(request_id: str, body: str | dict[str, Any], served: ServedModel) -
     else:
         parsed = GenerateBody(prompt=parsed)
     if parsed.messages is None:
-        ids = encode_text(parsed.prompt or "", served.tokenizer, served.limits)
+        ids = encode_text(parsed.prompt or "", served)
     else:
         messages = [message.model_dump() for message in parsed.messages]
-        ids = encode_messages(messages, served.tokenizer, served.limits)
+        ids = encode_messages(messages, served)
     limit = fit_output(parsed.max_new_tokens, len(ids), served.limits)
     check_least(parsed.min_tokens, limit)
     stops = parsed.stops(served.limits)
