@@ -37,6 +37,7 @@ from dsserve.protocol.prompt import (
     fit_output,
 )
 from dsserve.protocol.reply import Reply, to_json
+from dsserve.protocol.reply_size import CALL_FACTOR, Text, check_reply, echo_size
 from dsserve.protocol.served import ServedModel
 from dsserve.protocol.structured import call_grammar, response_grammar
 from dsserve.protocol.tools import CLOSING, OPENING, ToolCallText, check_tool_format
@@ -70,13 +71,18 @@ def complete(request_id: str, body: Any, served: ServedModel) -> Job:
         )
     grammar = response_grammar(parsed.response_format, served.grammars)
     sampling = parsed.sampling(served.vocabulary, parsed.logprobs, grammar)
-    requests, shapes = list[GenerationRequest](), list[Shape]()
+    requests, shapes, texts = list[GenerationRequest](), list[Shape](), list[Text]()
     token_text = None if parsed.logprobs is None else served.token_text
+    reported = 0 if parsed.logprobs is None else served.token_sizes.completion[parsed.logprobs]
     for ids in prompts:
         limit = fit_output(parsed.max_tokens, len(ids), served.limits, "max_tokens")
         requests += _sequences(request_id, ids, limit, parsed, sampling, len(requests), served, wants_prompt_logprobs)
         echoed = _decode(ids, served) if parsed.echo else ""
+        before = echo_size(echoed) + reported * len(ids) * wants_prompt_logprobs
+        texts.append(Text(parsed.n, limit, served.token_sizes.text + reported, before))
         shapes += [CompletionShape(token_text, echoed) for _ in range(parsed.n)]
+    if not parsed.stream:
+        check_reply(texts, "max_tokens")
     return Job(_reply(parsed, Envelope.of(served, "cmpl"), shapes), tuple(requests), parsed.timeout_s(served.limits))
 
 
@@ -109,7 +115,12 @@ def chat(request_id: str, body: Any, served: ServedModel) -> Job:
     ids = encode_messages(messages, served, **options)
     name = "max_tokens" if parsed.max_completion_tokens is None else "max_completion_tokens"
     limit = fit_output(parsed.output_limit, len(ids), served.limits, name)
-    sampling = parsed.sampling(served.vocabulary, (parsed.top_logprobs or 0) if parsed.logprobs else None, grammar)
+    logprobs = (parsed.top_logprobs or 0) if parsed.logprobs else None
+    sampling = parsed.sampling(served.vocabulary, logprobs, grammar)
+    if not parsed.stream:
+        sizes = served.token_sizes
+        a_token = sizes.text * (CALL_FACTOR if uses_tools else 1) + (0 if logprobs is None else sizes.chat[logprobs])
+        check_reply([Text(parsed.n, limit, a_token)], name)
     most_calls = None if parsed.parallel_tool_calls else 1
     shapes: list[Shape] = [
         ChatShape(served.token_text if parsed.logprobs else None, ToolCallText() if uses_tools else None, most_calls)
@@ -165,6 +176,7 @@ def detokenize(request_id: str, body: Any, served: ServedModel) -> bytes:
             "them in parts",
             param="tokens",
         )
+    check_reply([Text(1, len(parsed.tokens), served.token_sizes.text)], "tokens")
     return to_json({"prompt": _decode(check_ids(parsed.tokens, served.vocabulary, "tokens"), served)})
 
 
