@@ -95,7 +95,7 @@ TIMEOUT = Rule("`timeout`", "`request_timeout`", 400, "handler.request_timeout")
 LEAST_REPETITION_PENALTY = 0.01
 
 BODY = Rule(
-    "bytes of a body", "128 a token of the context, at least 1 MiB", 413, "`max_request_size`, which `make` sets"
+    "bytes of a body", "128 a token of the context, at least 1 MiB", 413, "max_request_size (config.properties)"
 )
 
 LIMITS: tuple[Bound | Rule, ...] = tuple(value for value in list(globals().values()) if isinstance(value, Bound | Rule))

@@ -64,9 +64,12 @@ def encode(text: str, served: ServedModel, param: str, **options: Any) -> list[i
     most = served.limits.max_model_len
     if len(text) > max(PROMPT_CHARACTERS.most, CHARACTERS_A_TOKEN * most):
         raise _too_long(f"{len(text)} characters", param, served.limits)
-    if len(text) > _DENSE * most and _holds_more(text, 2 * most, served):
-        raise _too_long(f"more than {2 * most} tokens", param, served.limits)
+    far_above = 2 * most
+    if len(text) > _DENSE * most and _holds_more(text, far_above, served):
+        raise _too_long(f"more than {far_above} tokens", param, served.limits)
     ids = list(served.tokenizer(text, **options)["input_ids"])
+    if len(ids) > far_above:
+        raise _too_long(f"{len(ids)} tokens", param, served.limits)
     if ids and max(ids) >= served.vocabulary:
         raise _unknown_token(max(ids), param, served)
     return ids
