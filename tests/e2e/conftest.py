@@ -21,6 +21,10 @@ from scripts.run_dir import HOST, Ports, Record, RunDir
 # What the small server runs and lets wait.
 RUNNING, WAITING = 2, 3
 
+# A word of the tiny model's tokenizer for which the model has no logit.
+BEYOND = "<|beyond|>"
+_TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+
 # ChatML with tools in the form of Hermes and Qwen.
 TOOL_TEMPLATE = """{% if tools %}<|im_start|>system
 Functions: {% for tool in tools %}{{ tool.function | tojson }} {% endfor %}
@@ -145,5 +149,33 @@ def small(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
     limits = {"max_running": RUNNING, "max_waiting": WAITING, "max_model_len": 2048, "prefix_cache_rows": 2}
     archive = package_with(folder, "small", model, Choice(tp="1", device="cpu", dtype="bf16"), **limits)
     served = serve(folder / "run", "small", archive)
+    yield served
+    assert server.stop(served.run) == 0, "processes had to be killed at the end"
+
+
+def make_tiny(smollm2: Path, folder: Path) -> Path:
+    """A random Llama of two layers that takes SmolLM2's tokens, whose template knows tools and whose tokenizer has one
+    token more than the model."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    torch.manual_seed(0)
+    config = AutoConfig.from_pretrained(smollm2, **_TINY, num_key_value_heads=2, head_dim=16)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    assert tokenizer.add_tokens([BEYOND]) == 1 and len(tokenizer) > config.vocab_size
+    tokenizer.chat_template = TOOL_TEMPLATE
+    tokenizer.save_pretrained(folder)
+    (folder / "generation_config.json").write_text((smollm2 / "generation_config.json").read_text())
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """A tiny random model over two ranks with the default limits: thousands of bodies in minutes."""
+    folder = tmp_path_factory.mktemp("tiny")
+    model = make_tiny(smollm2, folder / "model")
+    archive = package("tiny", str(model), Choice(tp="2", device="cpu", dtype="fp32"), model_store=folder / "store")
+    served = serve(folder / "run", "tiny", archive)
     yield served
     assert server.stop(served.run) == 0, "processes had to be killed at the end"

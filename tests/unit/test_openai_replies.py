@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import pytest
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
@@ -79,7 +80,7 @@ def test_a_token_that_is_none_of_the_likeliest_stands_beside_them() -> None:
     shape = CompletionShape(Words())  # type: ignore[arg-type]
     shape.add(TokenEvent("r", "a", 0, None, 1, 2, 0, (TokenLogprob(ord("a"), -3.0, ((ord("z"), -0.5),)),)))
     shape.add(TokenEvent("r", "b", 0, "stop", 2, 2, 0, (TokenLogprob(ord("b"), -4.0),)))  # logprobs: 0
-    assert shape.choice(0)["logprobs"]["top_logprobs"] == [{"z": -0.5, "a": -3.0}, {"b": -4.0}]
+    assert json.loads(shape.choice(0))["logprobs"]["top_logprobs"] == [{"z": -0.5, "a": -3.0}, {"b": -4.0}]
 
 
 def chat_stream(shapes: list[ChatShape], script: list[TokenEvent], options: Any = None) -> list[ChatCompletionChunk]:
@@ -148,11 +149,25 @@ def test_what_only_looks_like_a_call_stays_text() -> None:
         assert "".join(str(piece) for piece in pieces) == text
 
 
-def test_a_call_that_is_nested_too_deeply_stays_text() -> None:
-    """A model can be made to write it, and Python's parser raises something else than for bad JSON."""
-    text = "<tool_call>" + "[" * 100_000
-    parser = ToolCallText()
-    assert "".join(str(piece) for piece in [*parser.push(text), *parser.flush()]) == text
+@pytest.mark.parametrize(
+    "arguments",
+    ["[" * 100_000, "[" * 500 + "]" * 500, '"\\ud83d"', '{"\\udc00": 1}', "NaN", "1e999", "1" * 400, "1" * 5000],
+    ids=lambda text: text[:9],
+)
+def test_a_call_that_cannot_be_sent_stays_text(arguments: str) -> None:
+    """A model can be made to write it."""
+    text = f'<tool_call>{{"name": "f", "arguments": {arguments}}}</tool_call>'
+    whole = WholeReply(ENVELOPE, [ChatShape(calls=ToolCallText())], 1)
+    sent = whole.take(TokenEvent("r", text, 0, "stop", 1, 1))
+    assert json.loads(sent)["choices"][0]["message"]["content"] == text
+
+
+def test_a_log_probability_that_json_cannot_write_is_a_very_small_one() -> None:
+    entry = TokenLogprob(ord("a"), float("-inf"), ((ord("b"), float("nan")), (ord("c"), -1.0)))
+    for shape in (CompletionShape(Words()), ChatShape(Words())):  # type: ignore[arg-type]
+        shape.add(TokenEvent("r", "a", 0, "stop", 1, 1, 0, (entry,)))
+        text = shape.choice(0).decode()
+        assert "Infinity" not in text and "NaN" not in text and text.count("-9999.0") >= 2
 
 
 def test_one_call_at_most_where_asked_for() -> None:

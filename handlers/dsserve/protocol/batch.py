@@ -20,8 +20,9 @@ from dsserve.generation.faults import Fault
 from dsserve.generation.leader import LeaderEngine
 from dsserve.generation.request import Origin, TokenEvent
 from dsserve.protocol import refusals
+from dsserve.protocol.bounds import FRAME_BYTES
 from dsserve.protocol.job import Job
-from dsserve.protocol.reply import JSON_TYPE, Reply, error_body
+from dsserve.protocol.reply import JSON_TYPE, JsonReply, Reply, error_body
 from dsserve.protocol.routes import answer
 from dsserve.protocol.rows import row_content_type, row_origin, row_path
 from dsserve.protocol.served import ServedModel
@@ -35,7 +36,11 @@ CLIENT_ID_HEADER = "x-client-request-id"  # the client's own id goes back under 
 
 @dataclass
 class _Row:
-    """One live request: its name in logs, how it is answered, when it is given up, what goes out at this call's end."""
+    """One live request: its name in logs, how it is answered, when it is given up, what is to go out.
+
+    At the end of a call at most `FRAME_BYTES` of `frame` leave: TorchServe drops a worker that sends more at once than
+    its `max_response_size`, and all streams with it. The row lives until the last piece has left.
+    """
 
     name: str
     reply: Reply
@@ -111,7 +116,7 @@ class LiveBatch:
         now = time.monotonic()
         if any(row.is_new for row in self._rows.values()):
             self._call_length.arrived(now)
-        streaming = any(row.reply.is_stream and not row.done for row in self._rows.values())
+        streaming = any(row.frame or (row.reply.is_stream and not row.done) for row in self._rows.values())
         has_room = self._engine.running + self._engine.waiting < self._served.limits.max_running
         return self._call_length.limit_s(now, streaming, has_room)
 
@@ -129,7 +134,7 @@ class LiveBatch:
         try:
             found = answer(row_path(ctx, index), request_id, row, row_content_type(ctx, index, row), self._served)
             if isinstance(found, bytes):
-                return found
+                return self._begin(request_id, found, origin)
             self._check_room(len(found.requests))
             self._admit(request_id, found, origin)
         except RequestError as error:
@@ -142,14 +147,25 @@ class LiveBatch:
             return fault.error or refusals.unreadable()
         return None
 
+    def _begin(self, request_id: str, found: bytes, origin: Origin) -> bytes | None:
+        """A finished answer, at once where it is short, else piece by piece."""
+        if len(found) <= FRAME_BYTES.most:
+            return found
+        timeout_s = self._served.limits.timeout_s
+        row = _Row(origin.name(request_id), JsonReply(), timeout_s, origin.arrived + timeout_s, done=True)
+        row.frame += found
+        self._rows[request_id] = row
+        return None
+
     def _refuse(self, name: str, error: RequestError) -> None:
         logger.info("[dsserve] %s: refused with %d (%s)", name, error.status, error.code or error.kind)
         self._count_error(error)
 
     def _check_room(self, sequences: int) -> None:
-        limits = self._served.limits
-        if self._engine.running + self._engine.waiting + sequences > limits.max_running + limits.max_waiting:
-            raise refusals.full(self._engine.waiting, limits.max_waiting)
+        places = self._served.limits.max_running + self._served.limits.max_waiting
+        running, waiting = self._engine.running, self._engine.waiting
+        if running + waiting + sequences > places:
+            raise refusals.full(sequences, running, waiting, places)
 
     def _admit(self, request_id: str, job: Job, origin: Origin) -> None:
         for request in job.requests:
@@ -211,14 +227,15 @@ class LiveBatch:
                 criteria.append(_plain)
                 continue
             row = self._rows[request_id]
-            items.append(bytes(row.frame))
-            row.frame.clear()
+            items.append(bytes(row.frame[: FRAME_BYTES.most]))
+            del row.frame[: FRAME_BYTES.most]
+            ends = row.done and not row.frame
             # A stream whose first frame is its last would hang the client: one-call answers go out as plain replies.
-            criteria.append(_more if not row.done else _plain if row.is_new else _last)
+            criteria.append(_more if not ends else _plain if row.is_new else _last)
             if row.is_new:
                 ctx.set_response_header(index, "content-type", row.reply.content_type)
             row.is_new = False
-            if row.done:
+            if ends:
                 del self._rows[request_id]
         ctx.stopping_criteria = criteria
         return items

@@ -5,19 +5,35 @@ Everything that does not depend on the model; what does (context, vocabulary, ch
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+import re
+from typing import Annotated, Any, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StrictInt, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictInt,
+    ValidationError,
+)
 from pydantic import model_validator as checks_model
 from pydantic_core import PydanticCustomError
 
 from dsserve.errors import RequestError
 from dsserve.generation.request import Limits, SamplingParams, StopConditions
+from dsserve.protocol.bounds import (
+    BIASED_TOKENS,
+    COUNT,
+    FIELDS,
+    LEAST_REPETITION_PENALTY,
+    STOP_CHARACTERS,
+    STOP_TOKENS,
+    STOPS,
+)
 
-MAX_STOPS = 64  # whatever `handler.max_stops` says
-MAX_STOP_TOKENS = 64
-MAX_BIASED_TOKENS = 1024
 _MAX_ECHO = 64
+_TOKEN = re.compile(r"-?(0|[1-9][0-9]{0,18})")
 
 
 def _check_unicode(value: str) -> str:
@@ -34,18 +50,22 @@ def _one_is_a_list(value: Any) -> Any:
 
 
 def _int_keys(value: Any) -> Any:
-    """JSON's keys are strings."""
+    """JSON's keys are strings; each id has one spelling, so that no two keys are the same token."""
     if not isinstance(value, dict):
         return value
-    try:
-        return {int(key): number for key, number in value.items()}
-    except ValueError:
-        raise PydanticCustomError("bias_keys", 'keys must be token ids, like "17"') from None
+    if len(value) > BIASED_TOKENS.most:
+        raise PydanticCustomError("bias_count", "at most {most} tokens", {"most": BIASED_TOKENS.most})
+    if not all(isinstance(key, str) and _TOKEN.fullmatch(key) for key in value):
+        raise PydanticCustomError("bias_keys", 'keys must be token ids, like "17"')
+    return {int(key): number for key, number in value.items()}
 
 
 Text = Annotated[str, AfterValidator(_check_unicode)]
-StopString = Annotated[Text, Field(min_length=1)]
+StopString = Annotated[Text, Field(min_length=1, max_length=STOP_CHARACTERS.most)]
 TokenId = Annotated[StrictInt, Field(ge=0)]
+Item = TypeVar("Item")
+Quick = Annotated[list[Item], Field(fail_fast=True)]  # one complaint is enough: there may be as many as items
+Count = Annotated[StrictInt, Field(le=COUNT.most)]
 Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
 
 
@@ -57,7 +77,11 @@ class Body(BaseModel):
     @checks_model(mode="before")
     @classmethod
     def _without_nulls(cls, value: Any) -> Any:
-        return {key: item for key, item in value.items() if item is not None} if isinstance(value, dict) else value
+        if not isinstance(value, dict):
+            return value
+        if len(value) > FIELDS.most:
+            raise PydanticCustomError("fields", "at most {most} members", {"most": FIELDS.most})
+        return {key: item for key, item in value.items() if item is not None}
 
 
 class SamplingBody(Body):
@@ -67,7 +91,9 @@ class SamplingBody(Body):
     top_p: float | None = Field(
         None, gt=0, le=1, allow_inf_nan=False, description="nucleus: likeliest tokens of this mass"
     )
-    top_k: StrictInt | None = Field(None, ge=-1, description="the k likeliest tokens; 0 and -1 = off")
+    top_k: StrictInt | None = Field(
+        None, ge=-1, description="the k likeliest tokens; 0, -1 and the vocabulary or more = off"
+    )
     min_p: float | None = Field(
         None, ge=0, le=1, allow_inf_nan=False, description="least share of the likeliest token's probability"
     )
@@ -75,7 +101,11 @@ class SamplingBody(Body):
         None, gt=0, le=1, allow_inf_nan=False, description="locally typical tokens of this mass"
     )
     repetition_penalty: float = Field(
-        1.0, gt=0, le=10, allow_inf_nan=False, description="divides logits of tokens in prompt and text"
+        1.0,
+        ge=LEAST_REPETITION_PENALTY,
+        le=10,
+        allow_inf_nan=False,
+        description="divides logits of tokens in prompt and text",
     )
     presence_penalty: float = Field(
         0.0, ge=-2, le=2, allow_inf_nan=False, description="taken off tokens that the text has"
@@ -84,19 +114,19 @@ class SamplingBody(Body):
         0.0, ge=-2, le=2, allow_inf_nan=False, description="taken off for each time the text has it"
     )
     logit_bias: Annotated[dict[TokenId, Bias], BeforeValidator(_int_keys)] = Field(
-        default={}, max_length=MAX_BIASED_TOKENS, description="token id -> added to its logit, -100 to 100"
+        default={}, max_length=BIASED_TOKENS.most, description="token id -> added to its logit, -100 to 100"
     )
     seed: StrictInt | None = Field(None, ge=-(2**63), le=2**63 - 1, description="same request, same seed, same text")
-    stop: Annotated[list[StopString], BeforeValidator(_one_is_a_list)] = Field(
+    stop: Annotated[Quick[StopString], BeforeValidator(_one_is_a_list)] = Field(
         default=[],
-        max_length=MAX_STOPS,
+        max_length=STOPS.most,
         description="up to handler.max_stops (4) strings; the text ends before the one that is complete first",
     )
-    stop_token_ids: list[TokenId] = Field(
-        default=[], max_length=MAX_STOP_TOKENS, description="tokens that end the text"
+    stop_token_ids: Quick[TokenId] = Field(
+        default=[], max_length=STOP_TOKENS.most, description="tokens that end the text"
     )
     ignore_eos: bool = Field(False, description="end-of-text tokens do not end the text")
-    min_tokens: StrictInt = Field(0, ge=0, description="new tokens before anything but the length may end the text")
+    min_tokens: Count = Field(0, ge=0, description="new tokens before anything but the length may end the text")
     timeout: float | None = Field(
         None, gt=0, allow_inf_nan=False, description="s; after that the request is given up with an error"
     )
@@ -112,7 +142,7 @@ class SamplingBody(Body):
                 raise RequestError(f"{name}: this model's token ids are 0 to {vocabulary - 1}", param=name)
         return SamplingParams(
             temperature=self.temperature,
-            top_k=self.top_k if self.top_k and self.top_k > 0 else None,
+            top_k=self.top_k if self.top_k is not None and 0 < self.top_k < vocabulary else None,
             top_p=self.top_p,
             min_p=self.min_p,
             typical_p=self.typical_p,
@@ -154,14 +184,15 @@ def explain(error: ValidationError, allowed: list[str], other_names: dict[str, s
         allowed: the endpoint's parameters.
         other_names: parameters that people try -> what to do instead.
     """
-    first = error.errors(include_url=False, include_context=True)[0]
+    first = error.errors(include_url=False, include_input=False)[0]
     location = [str(part)[:_MAX_ECHO] for part in first["loc"]]
     kind, name = first["type"], location[0] if location else None
     if kind == "value_error":
         return RequestError(str(first["ctx"]["error"]), param=name)
     if kind == "extra_forbidden" and len(location) == 1:
         return RequestError(_unknown(str(name), allowed, other_names), param=name)
-    where = ".".join(part for part in location if part.isdigit() or part.isidentifier())  # not pydantic's type names
+    # Without pydantic's names of types.
+    where = ".".join(part for part in location if part.isdigit() or part.isidentifier()) or "the body"
     if kind == "extra_forbidden":
         return RequestError(f"{where}: unknown", param=name)
     if kind == "string_too_short":

@@ -11,7 +11,9 @@ from typing import Any
 
 from dsserve.errors import RequestError
 from dsserve.generation.request import GenerationRequest, SamplingParams, StopConditions
+from dsserve.protocol.bounds import ECHOED_LOGPROBS
 from dsserve.protocol.job import Job
+from dsserve.protocol.json_bounds import check_json
 from dsserve.protocol.openai_reply import Envelope, StreamReply, WholeReply
 from dsserve.protocol.openai_schema import (
     ChatBody,
@@ -24,14 +26,21 @@ from dsserve.protocol.openai_schema import (
     parse,
 )
 from dsserve.protocol.openai_shapes import ChatShape, CompletionShape, Shape
-from dsserve.protocol.prompt import check_ids, check_least, check_texts, encode_messages, encode_text, fit_output
+from dsserve.protocol.prompt import (
+    check_ids,
+    check_least,
+    check_prompt_tokens,
+    check_texts,
+    encode,
+    encode_messages,
+    encode_text,
+    fit_output,
+)
 from dsserve.protocol.reply import Reply, to_json
+from dsserve.protocol.reply_size import CALL_FACTOR, Text, check_reply, echo_size
 from dsserve.protocol.served import ServedModel
 from dsserve.protocol.structured import call_grammar, check_tools, response_grammar
 from dsserve.protocol.tools import CLOSING, OPENING, ToolCallText, check_tool_format
-
-# The logits of a whole prompt are kept at once for its log probabilities: 400 MB for 49,152 tokens in fp32.
-MAX_ECHOED_LOGPROBS = 2048
 
 
 def list_models(served: ServedModel) -> bytes:
@@ -55,20 +64,25 @@ def complete(request_id: str, body: Any, served: ServedModel) -> Job:
     prompts = _prompts(parsed, served)  # checks how many
     wants_prompt_logprobs = parsed.echo and parsed.logprobs is not None
     longest = max(map(len, prompts))
-    if wants_prompt_logprobs and longest > MAX_ECHOED_LOGPROBS:
+    if wants_prompt_logprobs and longest > ECHOED_LOGPROBS.most:
         raise RequestError(
-            f"echo with logprobs reads prompts of up to {MAX_ECHOED_LOGPROBS} tokens, this one has {longest}",
+            f"echo with logprobs reads prompts of up to {ECHOED_LOGPROBS.most} tokens, this one has {longest}",
             param="echo",
         )
     grammar = response_grammar(parsed.response_format, served.grammars)
     sampling = parsed.sampling(served.vocabulary, parsed.logprobs, grammar)
-    requests, shapes = list[GenerationRequest](), list[Shape]()
+    requests, shapes, texts = list[GenerationRequest](), list[Shape](), list[Text]()
     token_text = None if parsed.logprobs is None else served.token_text
+    reported = 0 if parsed.logprobs is None else served.token_sizes.completion[parsed.logprobs]
     for ids in prompts:
         limit = fit_output(parsed.max_tokens, len(ids), served.limits, "max_tokens")
         requests += _sequences(request_id, ids, limit, parsed, sampling, len(requests), served, wants_prompt_logprobs)
         echoed = _decode(ids, served) if parsed.echo else ""
+        before = echo_size(echoed) + reported * len(ids) * wants_prompt_logprobs
+        texts.append(Text(parsed.n, limit, served.token_sizes.text + reported, before))
         shapes += [CompletionShape(token_text, echoed) for _ in range(parsed.n)]
+    if not parsed.stream:
+        check_reply(texts, "max_tokens")
     return Job(_reply(parsed, Envelope.of(served, "cmpl"), shapes), tuple(requests), parsed.timeout_s(served.limits))
 
 
@@ -76,10 +90,13 @@ def _prompts(body: CompletionBody, served: ServedModel) -> list[list[int]]:
     prompt: Any = body.prompt
     several = prompt if isinstance(prompt, list) and not isinstance(prompt[0], int) else [prompt]
     check_texts(len(several) * body.n, served.limits, body.n)
-    return [
-        encode_text(one, served.tokenizer, served.limits) if isinstance(one, str) else check_ids(one, served.vocabulary)
-        for one in several
-    ]
+    found: list[list[int]] = []
+    count = 0
+    for one in several:
+        found.append(encode_text(one, served) if isinstance(one, str) else check_ids(one, served.vocabulary))
+        count += len(found[-1])
+        check_prompt_tokens(count, served.limits)
+    return found
 
 
 def chat(request_id: str, body: Any, served: ServedModel) -> Job:
@@ -96,10 +113,15 @@ def chat(request_id: str, body: Any, served: ServedModel) -> Job:
         options["tools"] = [tool.model_dump(exclude_none=True) for tool in parsed.tools]
         grammar = _demanded_call(parsed, served, grammar)
     messages = [render_message(message) for message in parsed.messages]
-    ids = encode_messages(messages, served.tokenizer, served.limits, **options)
+    ids = encode_messages(messages, served, **options)
     name = "max_tokens" if parsed.max_completion_tokens is None else "max_completion_tokens"
     limit = fit_output(parsed.output_limit, len(ids), served.limits, name)
-    sampling = parsed.sampling(served.vocabulary, (parsed.top_logprobs or 0) if parsed.logprobs else None, grammar)
+    logprobs = (parsed.top_logprobs or 0) if parsed.logprobs else None
+    sampling = parsed.sampling(served.vocabulary, logprobs, grammar)
+    if not parsed.stream:
+        sizes = served.token_sizes
+        a_token = sizes.text * (CALL_FACTOR if uses_tools else 1) + (0 if logprobs is None else sizes.chat[logprobs])
+        check_reply([Text(parsed.n, limit, a_token)], name)
     most_calls = None if parsed.parallel_tool_calls else 1
     shapes: list[Shape] = [
         ChatShape(served.token_text if parsed.logprobs else None, ToolCallText() if uses_tools else None, most_calls)
@@ -137,9 +159,9 @@ def tokenize(request_id: str, body: Any, served: ServedModel) -> bytes:
     if parsed.messages is not None:
         messages = [render_message(message) for message in parsed.messages]
         options = {"add_generation_prompt": parsed.add_generation_prompt}
-        ids = encode_messages(messages, served.tokenizer, served.limits, **options)
+        ids = encode_messages(messages, served, **options)
     else:
-        ids = list(served.tokenizer(parsed.prompt, add_special_tokens=parsed.add_special_tokens)["input_ids"])
+        ids = encode(parsed.prompt or "", served, "prompt", add_special_tokens=parsed.add_special_tokens)
     return to_json({"count": len(ids), "max_model_len": served.limits.max_model_len, "tokens": ids})
 
 
@@ -147,9 +169,14 @@ def detokenize(request_id: str, body: Any, served: ServedModel) -> bytes:
     """`POST v1/detokenize`."""
     parsed = parse(DetokenizeBody, body)
     check_model(parsed.model, served)
-    if any(token >= served.vocabulary for token in parsed.tokens):
-        raise RequestError(f"tokens: this model's token ids are 0 to {served.vocabulary - 1}", param="tokens")
-    return to_json({"prompt": _decode(parsed.tokens, served)})
+    if len(parsed.tokens) > served.limits.max_model_len:
+        raise RequestError(
+            f"tokens: {len(parsed.tokens)} token ids are more than the context of {served.limits.max_model_len}: send "
+            "them in parts",
+            param="tokens",
+        )
+    check_reply([Text(1, len(parsed.tokens), served.token_sizes.text)], "tokens")
+    return to_json({"prompt": _decode(check_ids(parsed.tokens, served.vocabulary, "tokens"), served)})
 
 
 def check_model(name: str | None, served: ServedModel) -> None:
@@ -186,9 +213,11 @@ def render_message(message: ChatMessage) -> dict[str, Any]:
 
 def _function(name: str, arguments: str) -> dict[str, Any]:
     try:
-        return {"name": name, "arguments": json.loads(arguments)}
+        value = json.loads(arguments)
     except (ValueError, RecursionError):
         raise RequestError("messages: arguments of a tool call must be JSON text", param="messages") from None
+    check_json(value, "messages")
+    return {"name": name, "arguments": value}
 
 
 def _decode(ids: list[int], served: ServedModel) -> str:

@@ -14,7 +14,7 @@ from dsserve.errors import RequestError
 from dsserve.generation.request import TokenEvent
 from dsserve.protocol.openai_schema import StreamOptions
 from dsserve.protocol.openai_shapes import Shape
-from dsserve.protocol.reply import SSE_TYPE, Reply, sse, sse_failure, to_json
+from dsserve.protocol.reply import SSE_TYPE, Reply, json_object, sse, sse_failure, to_json
 from dsserve.protocol.served import ServedModel
 
 
@@ -31,10 +31,12 @@ class Envelope:
     def of(cls, served: ServedModel, prefix: str) -> Envelope:
         return cls(f"{prefix}-{uuid.uuid4().hex}", served.name, served.fingerprint)
 
-    def body(self, kind: str, choices: list[dict[str, Any]], **more: Any) -> bytes:
-        """One object of the reply, as JSON."""
+    def body(self, kind: str, choices: list[bytes], **more: Any) -> bytes:
+        """One object of the reply, as JSON; so are the choices."""
         head = {"id": self.id, "object": kind, "created": self.created, "model": self.model}
-        return to_json({**head, "system_fingerprint": self.fingerprint, "choices": choices, **more})
+        members = {name: to_json(value) for name, value in {**head, "system_fingerprint": self.fingerprint}.items()}
+        members["choices"] = b"[" + b",".join(choices) + b"]"
+        return json_object({**members, **{name: to_json(value) for name, value in more.items()}})
 
 
 class WholeReply(Reply):
@@ -71,14 +73,14 @@ class StreamReply(Reply):
         self._so_far[event.index] = event
         frame = bytearray()
         for choice in self._shapes[event.index].deltas(event):
-            frame += self._chunk([choice], self._running_usage())
+            frame += self._chunk([to_json(choice)], self._running_usage())
         if self.is_done:
             if self._options.include_usage:
                 frame += self._chunk([], {"usage": self.usage.body()})
             frame += sse(b"[DONE]")
         return bytes(frame)
 
-    def _chunk(self, choices: list[dict[str, Any]], more: dict[str, Any]) -> bytes:
+    def _chunk(self, choices: list[bytes], more: dict[str, Any]) -> bytes:
         return sse(self._envelope.body(self._shapes[0].chunk, choices, **more))
 
     def _running_usage(self) -> dict[str, Any]:

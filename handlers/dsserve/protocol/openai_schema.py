@@ -11,10 +11,20 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BeforeValidator, ConfigDict, Field, StrictInt, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from dsserve.protocol.fields import Body, SamplingBody, Text, TokenId, explain
-
-MAX_LOGPROBS = 20
-MAX_N = 128
+from dsserve.protocol.bounds import (
+    CALLS,
+    DESCRIPTION_CHARACTERS,
+    FUNCTION_NAME,
+    ID_CHARACTERS,
+    LOGPROBS,
+    MESSAGES,
+    NAME_CHARACTERS,
+    PARTS,
+    TOOLS,
+    USER_CHARACTERS,
+    N,
+)
+from dsserve.protocol.fields import Body, Count, Quick, SamplingBody, Text, TokenId, explain
 
 _REFUSED = {
     "best_of": "not supported; ask for n and choose yourself",
@@ -40,6 +50,10 @@ _REFUSED = {
 _SHAPES = "a string, a list of strings, a list of token ids, or a list of such lists"
 
 
+def _are_ids(value: list[Any]) -> bool:
+    return set(map(type, value)) == {int} and min(value) >= 0
+
+
 def _check_prompt(value: Any) -> Any:
     """One complaint instead of pydantic's four, one for each shape."""
     if isinstance(value, str):
@@ -47,14 +61,8 @@ def _check_prompt(value: Any) -> Any:
     if not isinstance(value, list) or not value:
         raise PydanticCustomError("prompt_shape", "must be {shapes}, not empty", {"shapes": _SHAPES})
 
-    def is_token(item: Any) -> bool:
-        return type(item) is int and item >= 0
-
-    def is_ids(item: Any) -> bool:
-        return isinstance(item, list) and len(item) > 0 and all(map(is_token, item))
-
-    same = any(all(map(test, value)) for test in (is_token, is_ids, lambda item: isinstance(item, str)))
-    if not same:
+    kinds = set(map(type, value))
+    if kinds != {str} and not _are_ids(value) and not (kinds == {list} and all(map(_are_ids, value))):
         raise PydanticCustomError("prompt_shape", "must be {shapes}, not mixed, none empty", {"shapes": _SHAPES})
     return value
 
@@ -67,7 +75,9 @@ class TextPart(Body):
 
 
 def _check_content(value: Any) -> Any:
-    """Names the kind of part that a text model cannot read."""
+    """Names the kind of part that a text model cannot read; the union would name its first branch."""
+    if isinstance(value, list) and len(value) > PARTS.most:
+        raise PydanticCustomError("content_parts", "at most {most} parts", {"most": PARTS.most})
     for part in value if isinstance(value, list) else []:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind != "text":
@@ -77,20 +87,24 @@ def _check_content(value: Any) -> Any:
     return value
 
 
-Content = Annotated[Text | list[TextPart], BeforeValidator(_check_content)]
+Content = Annotated[Text | Quick[TextPart], BeforeValidator(_check_content)]
+Name = Annotated[Text, Field(max_length=NAME_CHARACTERS.most)]
+CallId = Annotated[Text, Field(max_length=ID_CHARACTERS.most)]
+Description = Annotated[Text, Field(max_length=DESCRIPTION_CHARACTERS.most)]
+FunctionName = Annotated[Text, Field(pattern=FUNCTION_NAME)]
 
 
 class FunctionCall(Body):
     """A call that the model made in an earlier turn; `arguments` is JSON text."""
 
-    name: Text
+    name: Name
     arguments: Text
 
 
 class ToolCall(Body):
     """One of an assistant message's calls."""
 
-    id: Text
+    id: CallId
     type: Literal["function"] = "function"
     function: FunctionCall
 
@@ -100,9 +114,9 @@ class ChatMessage(Body):
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Content | None = None
-    name: Text | None = None
-    tool_calls: list[ToolCall] = Field(default=[])
-    tool_call_id: Text | None = None
+    name: Name | None = None
+    tool_calls: Quick[ToolCall] = Field(default=[], max_length=CALLS.most)
+    tool_call_id: CallId | None = None
 
     @model_validator(mode="after")
     def _fits_its_role(self) -> ChatMessage:
@@ -118,8 +132,8 @@ class ChatMessage(Body):
 class FunctionTool(Body):
     """A function that the model may call; `parameters` is a JSON schema."""
 
-    name: Annotated[Text, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
-    description: Text | None = None
+    name: FunctionName
+    description: Description | None = None
     parameters: dict[str, Any] = Field(default={})
     strict: bool | None = None
 
@@ -134,7 +148,7 @@ class Tool(Body):
 class NamedFunction(Body):
     """The function of a tool choice."""
 
-    name: Text
+    name: Name
 
 
 class NamedTool(Body):
@@ -149,8 +163,8 @@ class JsonSchema(Body):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, populate_by_name=True)
 
-    name: Annotated[Text, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
-    description: Text | None = None
+    name: FunctionName
+    description: Description | None = None
     schema_: dict[str, Any] = Field(alias="schema")
     strict: bool | None = None
 
@@ -179,12 +193,14 @@ class StreamOptions(Body):
 class V1Body(SamplingBody):
     """What completions and chat share."""
 
-    model: Text | None = Field(None, description="the model's name, as in the path")
-    n: StrictInt = Field(1, ge=1, le=MAX_N, description="texts for each prompt")
+    model: Name | None = Field(None, description="the model's name, as in the path")
+    n: StrictInt = Field(1, ge=1, le=N.most, description="texts for each prompt")
     stream: bool = False
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
-    user: Text | None = Field(None, description="the caller's own mark; neither used nor logged")
+    user: Text | None = Field(
+        None, max_length=USER_CHARACTERS.most, description="the caller's own mark; neither used nor logged"
+    )
 
     @model_validator(mode="after")
     def _fits_together(self) -> V1Body:
@@ -200,8 +216,8 @@ class CompletionBody(V1Body):
     """`POST v1/completions`."""
 
     prompt: Annotated[Text | list[Text] | list[TokenId] | list[list[TokenId]], BeforeValidator(_check_prompt)]
-    max_tokens: StrictInt = Field(16, ge=0, description="new tokens; 0 only with echo")
-    logprobs: StrictInt | None = Field(None, ge=0, le=MAX_LOGPROBS, description="likeliest tokens to report")
+    max_tokens: Count = Field(16, ge=0, description="new tokens; 0 only with echo")
+    logprobs: StrictInt | None = Field(None, ge=0, le=LOGPROBS.most, description="likeliest tokens to report")
     echo: bool = Field(False, description="the prompt before the text")
 
     @model_validator(mode="after")
@@ -216,12 +232,12 @@ class CompletionBody(V1Body):
 class ChatBody(V1Body):
     """`POST v1/chat/completions`."""
 
-    messages: list[ChatMessage] = Field(min_length=1)
-    max_tokens: StrictInt | None = Field(None, ge=1, description="older name of max_completion_tokens")
-    max_completion_tokens: StrictInt | None = Field(None, ge=1, description="new tokens")
+    messages: Quick[ChatMessage] = Field(min_length=1, max_length=MESSAGES.most)
+    max_tokens: Count | None = Field(None, ge=1, description="older name of max_completion_tokens")
+    max_completion_tokens: Count | None = Field(None, ge=1, description="new tokens")
     logprobs: bool = Field(False, description="report each token's log probability")
-    top_logprobs: StrictInt | None = Field(None, ge=0, le=MAX_LOGPROBS, description="likeliest tokens to report")
-    tools: list[Tool] = Field(default=[], max_length=128)
+    top_logprobs: StrictInt | None = Field(None, ge=0, le=LOGPROBS.most, description="likeliest tokens to report")
+    tools: Quick[Tool] = Field(default=[], max_length=TOOLS.most)
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool = Field(True, description="false: at most one call")
 
@@ -251,9 +267,9 @@ class ChatBody(V1Body):
 class TokenizeBody(Body):
     """`POST v1/tokenize`: `prompt` or `messages`."""
 
-    model: Text | None = None
+    model: Name | None = None
     prompt: Text | None = None
-    messages: list[ChatMessage] | None = Field(None, min_length=1)
+    messages: Quick[ChatMessage] | None = Field(None, min_length=1, max_length=MESSAGES.most)
     add_special_tokens: bool = True
     add_generation_prompt: bool = True
 
@@ -267,8 +283,8 @@ class TokenizeBody(Body):
 class DetokenizeBody(Body):
     """`POST v1/detokenize`."""
 
-    model: Text | None = None
-    tokens: list[TokenId]
+    model: Name | None = None
+    tokens: Quick[TokenId]
 
 
 AnyBody = TypeVar("AnyBody", bound=Body)

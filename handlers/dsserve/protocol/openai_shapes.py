@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 from dsserve.generation.request import TokenEvent, TokenLogprob
+from dsserve.protocol.reply import JsonArray, json_object, to_json
 from dsserve.protocol.token_text import TokenText
 from dsserve.protocol.tools import Call, ToolCallText
 
@@ -25,8 +26,8 @@ class Shape(ABC):
         """Takes an event in."""
 
     @abstractmethod
-    def choice(self, index: int) -> dict[str, Any]:
-        """The finished entry of `choices`."""
+    def choice(self, index: int) -> bytes:
+        """The finished entry of `choices`, in JSON."""
 
     @abstractmethod
     def deltas(self, event: TokenEvent) -> list[dict[str, Any]]:
@@ -46,18 +47,26 @@ class CompletionShape(Shape):
     def __init__(self, token_text: TokenText | None = None, prompt: str = "") -> None:
         self._token_text = token_text
         self._text = prompt
-        self._logprobs: list[TokenLogprob] = []
+        self._logprobs = {name: JsonArray() for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset")}
         self._offset = 0
         self._reason: str | None = None
 
     def add(self, event: TokenEvent) -> None:
         self._text += event.text
-        self._logprobs += [*event.prompt_logprobs, *event.logprobs]
+        for name, values in (self._report([*event.prompt_logprobs, *event.logprobs]) or {}).items():
+            self._logprobs[name].extend(values)
         self._reason = event.finish_reason
 
-    def choice(self, index: int) -> dict[str, Any]:
-        logprobs = self._report(self._logprobs)
-        return {"index": index, "text": self._text, "logprobs": logprobs, "finish_reason": self._reason}
+    def choice(self, index: int) -> bytes:
+        report = {name: array.json() for name, array in self._logprobs.items()}
+        return json_object(
+            {
+                "index": to_json(index),
+                "text": to_json(self._text),
+                "logprobs": to_json(None) if self._token_text is None else json_object(report),
+                "finish_reason": to_json(self._reason),
+            }
+        )
 
     def deltas(self, event: TokenEvent) -> list[dict[str, Any]]:
         if not (event.text or event.logprobs or event.finish_reason):
@@ -66,7 +75,7 @@ class CompletionShape(Shape):
         choice = {"index": event.index, "text": event.text, "logprobs": logprobs}
         return [{**choice, "finish_reason": event.finish_reason}]
 
-    def _report(self, logprobs: list[TokenLogprob]) -> dict[str, Any] | None:
+    def _report(self, logprobs: list[TokenLogprob]) -> dict[str, list[Any]] | None:
         if self._token_text is None:
             return None
         texts = [self._token_text.text_of(entry.token) for entry in logprobs]
@@ -76,18 +85,18 @@ class CompletionShape(Shape):
             self._offset += len(text)
         return {
             "tokens": texts,
-            "token_logprobs": [entry.logprob for entry in logprobs],
+            "token_logprobs": [_finite(entry.logprob) for entry in logprobs],
             "top_logprobs": [self._top(entry) for entry in logprobs],
             "text_offset": offsets,
         }
 
-    def _top(self, entry: TokenLogprob) -> dict[str, float] | None:
+    def _top(self, entry: TokenLogprob) -> dict[str, float | None] | None:
         """The likeliest tokens, and the token itself where it is none of them, as OpenAI has it."""
         assert self._token_text is not None
         if entry.logprob is None:
             return None
-        top = {self._token_text.text_of(token): value for token, value in entry.top}
-        return top | {self._token_text.text_of(entry.token): entry.logprob}
+        top = {self._token_text.text_of(token): _finite(value) for token, value in entry.top}
+        return top | {self._token_text.text_of(entry.token): _finite(entry.logprob)}
 
 
 class ChatShape(Shape):
@@ -109,24 +118,32 @@ class ChatShape(Shape):
         self._most_calls = most_calls
         self._calls: list[dict[str, Any]] = []
         self._pieces: list[str] = []
-        self._logprobs: list[TokenLogprob] = []
+        self._logprobs = JsonArray()
         self._reason: str | None = None
         self._is_begun = False
 
     def add(self, event: TokenEvent) -> None:
-        self._logprobs += event.logprobs
+        if self._token_text is not None:
+            self._logprobs.extend(map(self._entry, event.logprobs))
         for piece in self._split(event):
             if isinstance(piece, str):
                 self._pieces.append(piece)
         self._reason = self._finish_reason(event)
 
-    def choice(self, index: int) -> dict[str, Any]:
+    def choice(self, index: int) -> bytes:
         content: str | None = "".join(self._pieces)
         message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
         if self._calls:
             message |= {"content": content if content and content.strip() else None, "tool_calls": self._calls}
-        logprobs = self._report(self._logprobs)
-        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": self._reason}
+        report = {"content": self._logprobs.json(), "refusal": to_json(None)}
+        return json_object(
+            {
+                "index": to_json(index),
+                "message": to_json(message),
+                "logprobs": to_json(None) if self._token_text is None else json_object(report),
+                "finish_reason": to_json(self._reason),
+            }
+        )
 
     def deltas(self, event: TokenEvent) -> list[dict[str, Any]]:
         deltas: list[dict[str, Any]] = []
@@ -179,4 +196,9 @@ class ChatShape(Shape):
     def _token(self, token: int, logprob: float | None) -> dict[str, Any]:
         assert self._token_text is not None
         value = self._token_text.bytes_of(token)
-        return {"token": value.decode(errors="replace"), "logprob": logprob, "bytes": list(value)}
+        return {"token": value.decode(errors="replace"), "logprob": _finite(logprob), "bytes": list(value)}
+
+
+def _finite(logprob: float | None) -> float | None:
+    """JSON has no infinity; OpenAI writes -9999 for a token that cannot come."""
+    return logprob if logprob is None or logprob > -9999.0 else -9999.0

@@ -1,4 +1,4 @@
-"""Prompts to token ids, and how many new tokens fit. Knows the tokenizer and the limits, not the engine.
+"""Prompts to token ids, and how many new tokens fit. Knows the served model, not the engine.
 
 Rank 0 reads requests while every stream waits, so what is refused anyway is refused before it costs time.
 """
@@ -12,49 +12,100 @@ from jinja2 import TemplateError
 
 from dsserve.errors import RequestError
 from dsserve.generation.request import Limits
+from dsserve.protocol.bounds import CHARACTERS_A_TOKEN, PROMPT_CHARACTERS, PROMPT_TOKENS
+from dsserve.protocol.served import ServedModel
 
-# A text of fewer characters a token of the context is tokenized whole at once.
-_CHARACTERS_A_TOKEN = 8
+# A text of fewer characters a token of the context is tokenized whole at once, a longer one is counted before.
+_DENSE = 4
+_MOST_SLICE = 16_384
 
 
-def encode_text(text: str, tokenizer: Any, limits: Limits) -> list[int]:
+def encode_text(text: str, served: ServedModel) -> list[int]:
     """Token ids of a prompt.
 
     Raises:
-        RequestError: 400 where it gives no tokens, 413 where it is far above the context.
+        RequestError: 400 where it gives no tokens, or one that the model does not have; 413 far above the context.
     """
-    return _some(_encode(text, tokenizer, limits), "prompt")
+    return _some(encode(text, served, "prompt"), "prompt")
 
 
-def encode_messages(messages: list[dict[str, Any]], tokenizer: Any, limits: Limits, **options: Any) -> list[int]:
+def encode_messages(messages: list[dict[str, Any]], served: ServedModel, **options: Any) -> list[int]:
     """Token ids of a conversation in the model's chat template, which brings its own BOS.
 
     Args:
         options: what the template knows beside messages: `tools`, `add_generation_prompt` (true where left out).
 
     Raises:
-        RequestError: 400 without a template, or where it refuses the messages; 413 far above the context.
+        RequestError: 400 without a template, or where it refuses the messages; else as `encode_text`.
     """
-    if not tokenizer.chat_template:
+    if not served.tokenizer.chat_template:
         raise RequestError("this model has no chat template: send `prompt` instead of `messages`", param="messages")
     options = {"add_generation_prompt": True, **options}
     try:
-        text = str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
-    except (TemplateError, ValueError, TypeError, KeyError) as error:
-        # A template's own complaint is for the client; anything else is Python's about a value that it did not expect.
+        text = str(served.tokenizer.apply_chat_template(messages, tokenize=False, **options))
+    except Exception as error:  # a template is a program, and what it meets in these messages is its own affair
+        # Its own complaint is for the client; anything else is Python's about a value that it did not expect.
         reason = str(error)[:200] if isinstance(error, TemplateError) else type(error).__name__
         raise RequestError(f"the model's chat template refuses these messages: {reason}", param="messages") from None
-    return _some(_encode(text, tokenizer, limits, add_special_tokens=False), "messages")
+    return _some(encode(text, served, "messages", add_special_tokens=False), "messages")
 
 
-def _encode(text: str, tokenizer: Any, limits: Limits, **options: Any) -> list[int]:
-    """Token ids; of a text that is far too long only the beginning is tokenized, which takes 1 s for a megabyte."""
-    most, size = limits.max_model_len, _CHARACTERS_A_TOKEN * limits.max_model_len
-    while size < len(text):
-        if len(tokenizer(text[:size], **options)["input_ids"]) > 2 * most:
-            raise _too_long(f"more than {2 * most}", limits)
-        size *= 4
-    return list(tokenizer(text, **options)["input_ids"])
+def encode(text: str, served: ServedModel, param: str, **options: Any) -> list[int]:
+    """Token ids of any text, also of none.
+
+    Args:
+        param: the member that it came from.
+        options: the tokenizer's.
+
+    Raises:
+        RequestError: 413 where it is far above the context, which is found out at the price of two contexts at most;
+            400 for a token that the model does not have.
+    """
+    most = served.limits.max_model_len
+    if len(text) > max(PROMPT_CHARACTERS.most, CHARACTERS_A_TOKEN * most):
+        raise _too_long(f"{len(text)} characters", param, served.limits)
+    far_above = 2 * most
+    if len(text) > _DENSE * most and _holds_more(text, far_above, served):
+        raise _too_long(f"more than {far_above} tokens", param, served.limits)
+    ids = list(served.tokenizer(text, **options)["input_ids"])
+    if len(ids) > far_above:
+        raise _too_long(f"{len(ids)} tokens", param, served.limits)
+    if ids and max(ids) >= served.vocabulary:
+        raise _unknown_token(max(ids), param, served)
+    return ids
+
+
+def _holds_more(text: str, most: int, served: ServedModel) -> bool:
+    """Whether a text has more than `most` tokens, slice by slice; a cut adds hardly any."""
+    start, size, found = 0, min(_DENSE * served.limits.max_model_len, _MOST_SLICE), 0
+    while start < len(text) and found <= most:
+        found += len(served.tokenizer(text[start : start + size], add_special_tokens=False)["input_ids"])
+        start, size = start + size, min(2 * size, _MOST_SLICE)
+    return found > most
+
+
+def _unknown_token(token: int, param: str, served: ServedModel) -> RequestError:
+    piece = served.tokenizer.convert_ids_to_tokens(token)
+    return RequestError(
+        f"{param}: the tokenizer reads {piece!r:.80} as token {token}, and this model's ids are 0 to "
+        f"{served.vocabulary - 1}: leave it out",
+        param=param,
+    )
+
+
+def check_prompt_tokens(count: int, limits: Limits) -> None:
+    """Checks the tokens of all prompts of a request together.
+
+    Raises:
+        RequestError: 400.
+    """
+    most = max(PROMPT_TOKENS.most, limits.max_model_len)
+    if count > most:
+        raise RequestError(
+            f"prompt: the prompts have {count} tokens or more together, and one request may have {most}: send fewer "
+            "prompts at a time",
+            param="prompt",
+        )
 
 
 def check_texts(count: int, limits: Limits, a_prompt: int = 1) -> None:
@@ -76,14 +127,14 @@ def check_texts(count: int, limits: Limits, a_prompt: int = 1) -> None:
         )
 
 
-def check_ids(ids: Sequence[int], vocabulary: int) -> list[int]:
+def check_ids(ids: Sequence[int], vocabulary: int, param: str = "prompt") -> list[int]:
     """Token ids that a client sent.
 
     Raises:
         RequestError: 400 for ids that the model does not have.
     """
-    if any(token >= vocabulary for token in ids):
-        raise RequestError(f"prompt: this model's token ids are 0 to {vocabulary - 1}", param="prompt")
+    if ids and max(ids) >= vocabulary:
+        raise RequestError(f"{param}: this model's token ids are 0 to {vocabulary - 1}", param=param)
     return list(ids)
 
 
@@ -106,7 +157,7 @@ def fit_output(asked: int | None, prompt: int, limits: Limits, param: str = "max
     least = 1 if asked is None else min(asked, 1)
     room = limits.max_model_len - prompt
     if room < least:
-        raise _too_long(str(prompt), limits)
+        raise _too_long(f"{prompt} tokens", "prompt", limits)
     if asked is None:
         return min(limits.max_new_tokens_default, room)
     if asked > limits.max_new_tokens_limit:
@@ -123,12 +174,12 @@ def fit_output(asked: int | None, prompt: int, limits: Limits, param: str = "max
     return asked
 
 
-def _too_long(count: str, limits: Limits) -> RequestError:
+def _too_long(size: str, param: str, limits: Limits) -> RequestError:
     return RequestError(
-        f"the prompt has {count} tokens; with at least one new token the context holds {limits.max_model_len}: "
+        f"the prompt has {size}; with at least one new token the context holds {limits.max_model_len} tokens: "
         f"shorten the prompt to {limits.max_model_len - 1} tokens",
         status=413,
-        param="prompt",
+        param=param,
     )
 
 

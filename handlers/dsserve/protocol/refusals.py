@@ -20,9 +20,19 @@ def draining() -> RequestError:
     )  # fmt: skip
 
 
-def full(waiting: int, most_waiting: int) -> RequestError:
-    """For a request whose texts find no place among those that wait."""
-    return _later(f"{waiting} texts wait already and at most {most_waiting} may: try again later")
+def full(asked: int, running: int, waiting: int, places: int) -> RequestError:
+    """For a request whose texts find no place among those that run or wait.
+
+    Args:
+        asked: texts of the request.
+        places: most texts of all requests together.
+    """
+    free = max(places - running - waiting, 0)
+    fewer = ", or ask for fewer texts (prompts x n) at a time" if free else ""
+    return _later(
+        f"the request asks for {asked} text(s) and {free} of {places} places are free ({running} run, {waiting} wait): "
+        f"try again later{fewer}"
+    )
 
 
 def busy(seconds: float) -> RequestError:

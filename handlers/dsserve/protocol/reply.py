@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from dsserve.errors import RequestError
@@ -124,3 +125,25 @@ def sse(data: bytes) -> bytes:
 def to_json(value: Any) -> bytes:
     """Compact JSON, UTF-8."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+class JsonArray:
+    """An array that grows as JSON text: to render a reply of megabytes at its end would hold every stream."""
+
+    def __init__(self) -> None:
+        self._text = bytearray()
+
+    def extend(self, items: Iterable[Any]) -> None:
+        """Adds items at the end."""
+        added = to_json(list(items))[1:-1]
+        if added:
+            self._text += b"," + added if self._text else added
+
+    def json(self) -> bytes:
+        """The array."""
+        return b"[" + self._text + b"]"
+
+
+def json_object(members: Mapping[str, bytes]) -> bytes:
+    """An object of values that are JSON already."""
+    return b"{" + b",".join(to_json(name) + b":" + value for name, value in members.items()) + b"}"

@@ -9,7 +9,9 @@ from collections.abc import Callable
 from typing import Any
 
 from dsserve.errors import RequestError
+from dsserve.protocol.bounds import VALUES
 from dsserve.protocol.job import Job
+from dsserve.protocol.json_bounds import check_body
 from dsserve.protocol.openai_endpoints import chat, complete, detokenize, list_models, tokenize
 from dsserve.protocol.openapi import describe
 from dsserve.protocol.plain_endpoint import generate
@@ -17,7 +19,7 @@ from dsserve.protocol.reply import to_json
 from dsserve.protocol.rows import read_body
 from dsserve.protocol.served import ServedModel
 
-_READ: dict[str, Callable[[ServedModel], bytes]] = {
+_OFFERED: dict[str, Callable[[ServedModel], bytes]] = {
     "v1/models": list_models,
     "v1/openapi.json": lambda served: to_json(describe()),
     "health": lambda served: to_json({"status": "ok"}),  # load tools ask for it first
@@ -29,7 +31,7 @@ _POSTED: dict[str, Callable[[str, Any, ServedModel], Job | bytes]] = {
     "v1/detokenize": detokenize,
 }
 # The plain endpoint's path is empty.
-PATHS = ("", *_POSTED, *_READ)
+PATHS = ("", *_POSTED, *_OFFERED)
 
 
 def answer(
@@ -44,13 +46,13 @@ def answer(
         RequestError: the request cannot be answered; under `v1/` with OpenAI's statuses and codes.
     """
     if path == "":
-        return generate(request_id, read_body(row, content_type), served)
-    if path in _READ:
-        return _READ[path](served)
+        return generate(request_id, _read(row, content_type, served), served)
+    if path in _OFFERED:
+        return _OFFERED[path](served)
     if path not in _POSTED:
         raise RequestError(f"no such path; there are {', '.join(PATHS[1:])}", status=404, code="unknown_url")
     try:
-        body = read_body(row, content_type)
+        body = _read(row, content_type, served)
         if isinstance(body, str):
             raise RequestError("send a JSON object with -H 'Content-Type: application/json'")
         return _POSTED[path](request_id, body, served)
@@ -58,3 +60,11 @@ def answer(
         if error.status == 413:  # OpenAI's clients know a prompt that is too long by its code
             raise RequestError(error.message, param=error.param, code="context_length_exceeded") from None
         raise
+
+
+def _read(row: dict[str, Any], content_type: str | None, served: ServedModel) -> str | dict[str, Any]:
+    """A plain prompt, or a JSON object within the bounds of any."""
+    body = read_body(row, content_type)
+    if not isinstance(body, str):
+        check_body(body, max(VALUES.most, 2 * served.limits.max_model_len))
+    return body

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, StrictInt, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
-from dsserve.protocol.fields import Body, SamplingBody, Text, explain
+from dsserve.protocol.bounds import MESSAGES
+from dsserve.protocol.fields import Body, Count, Quick, SamplingBody, Text, explain
 
 # What other servers and upstream's example call things.
 _OTHER_NAMES = {
@@ -34,8 +35,8 @@ class GenerateBody(SamplingBody):
     """A request for text: `prompt` or `messages`, and how to generate."""
 
     prompt: Text | None = Field(None, min_length=1)
-    messages: list[Message] | None = Field(None, min_length=1)
-    max_new_tokens: StrictInt | None = Field(None, ge=1)
+    messages: Quick[Message] | None = Field(None, min_length=1, max_length=MESSAGES.most)
+    max_new_tokens: Count | None = Field(None, ge=1)
     temperature: float = Field(0.0, ge=0, le=2, allow_inf_nan=False, description="0 = greedy")
     stream: bool = False
 

@@ -13,6 +13,7 @@ from typing import Any
 from dsserve.generation.grammar import GrammarCompiler
 from dsserve.generation.request import Limits
 from dsserve.hf_model import LoadedModel, model_dtype
+from dsserve.protocol.reply_size import TokenSizes
 from dsserve.protocol.token_text import TokenText
 
 
@@ -44,6 +45,11 @@ class ServedModel:
         """The text of single tokens."""
         return TokenText(self.tokenizer)
 
+    @cached_property
+    def token_sizes(self) -> TokenSizes:
+        """How long the tokens of a reply may be."""
+        return TokenSizes.of(self.token_text, self.vocabulary)
+
 
 def describe_model(
     name: str, ds_engine: Any, loaded: LoadedModel, limits: Limits, grammars: GrammarCompiler, world_size: int
@@ -63,6 +69,8 @@ def describe_model(
     }
     digest = hashlib.sha256(json.dumps(engine, sort_keys=True).encode()).hexdigest()
     vocabulary = module.config.get_text_config().vocab_size
-    return ServedModel(
+    served = ServedModel(
         name, loaded.tokenizer, limits, vocabulary, grammars, engine, f"fp_{digest[:10]}", ds_engine.injection_refused
     )
+    _ = served.token_sizes  # takes a second of a large vocabulary, for which no request should wait
+    return served

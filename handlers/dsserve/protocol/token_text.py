@@ -21,10 +21,11 @@ class TokenText:
     def bytes_of(self, token: int) -> bytes:
         """The bytes that a token stands for; of a character's part these are no UTF-8."""
         if token not in self._known:
-            self._known[token] = self._find(token)
+            self._known[token] = self.read(token)
         return self._known[token]
 
-    def _find(self, token: int) -> bytes:
+    def read(self, token: int) -> bytes:
+        """As `bytes_of`, for who asks once for every token."""
         piece = self._tokenizer.convert_ids_to_tokens(token)
         if piece is None:
             return b""
@@ -38,7 +39,11 @@ class TokenText:
 
     def text_of(self, token: int) -> str:
         """A token's text; bytes that are no UTF-8 as OpenAI writes them: `bytes:\\xf0\\x9f`."""
-        value = self.bytes_of(token)
+        return self.name(self.bytes_of(token))
+
+    @staticmethod
+    def name(value: bytes) -> str:
+        """As `text_of`, of a token's bytes."""
         try:
             return value.decode()
         except UnicodeDecodeError:

@@ -12,6 +12,7 @@ from typing import Any
 
 from dsserve.errors import RequestError
 from dsserve.generation.detokenizer import overlap
+from dsserve.protocol.json_bounds import check_json
 
 OPENING, CLOSING = "<tool_call>", "</tool_call>"
 
@@ -76,7 +77,8 @@ def _read(block: str) -> str | Call:
     inside = block.removeprefix(OPENING).removesuffix(CLOSING)
     try:
         call = json.loads(inside)
-    except (ValueError, RecursionError):
+        check_json(call, "arguments")  # a model can be made to write what cannot be sent
+    except (ValueError, RecursionError, RequestError):
         return block
     if not block.startswith(OPENING) or not isinstance(call, dict) or not isinstance(call.get("name"), str):
         return block
