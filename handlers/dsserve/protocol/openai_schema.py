@@ -179,11 +179,20 @@ class StreamOptions(Body):
 class V1Body(SamplingBody):
     """What completions and chat share."""
 
-    model: Text | None = Field(None, description="the model's name, as in the path")
-    n: StrictInt = Field(1, ge=1, le=MAX_N, description="texts for each prompt")
-    stream: bool = False
-    stream_options: StreamOptions | None = None
-    response_format: ResponseFormat | None = None
+    model: Text | None = Field(None, description="the model's name, as in the path; another one is 404")
+    n: StrictInt = Field(
+        1,
+        ge=1,
+        le=MAX_N,
+        description="texts for each prompt, at most `handler.max_n`; all prompts together: max_running + max_waiting",
+    )
+    stream: bool = Field(False, description="server-sent events instead of one reply")
+    stream_options: StreamOptions | None = Field(
+        None, description="`include_usage`: usage in a last event; `continuous_usage_stats`: usage in each event"
+    )
+    response_format: ResponseFormat | None = Field(
+        None, description="`text`, `json_object` or `json_schema`: the text matches, and ends where the JSON ends"
+    )
     user: Text | None = Field(None, description="the caller's own mark; neither used nor logged")
 
     @model_validator(mode="after")
@@ -199,10 +208,20 @@ class V1Body(SamplingBody):
 class CompletionBody(V1Body):
     """`POST v1/completions`."""
 
-    prompt: Annotated[Text | list[Text] | list[TokenId] | list[list[TokenId]], BeforeValidator(_check_prompt)]
-    max_tokens: StrictInt = Field(16, ge=0, description="new tokens; 0 only with echo")
-    logprobs: StrictInt | None = Field(None, ge=0, le=MAX_LOGPROBS, description="likeliest tokens to report")
-    echo: bool = Field(False, description="the prompt before the text")
+    prompt: Annotated[Text | list[Text] | list[TokenId] | list[list[TokenId]], BeforeValidator(_check_prompt)] = Field(
+        description="text, texts, token ids, or lists of token ids"
+    )
+    max_tokens: StrictInt = Field(16, ge=0, description="new tokens; 0 only with `echo`")
+    logprobs: StrictInt | None = Field(
+        None,
+        ge=0,
+        le=MAX_LOGPROBS,
+        description="likeliest tokens to report beside the chosen one; log probabilities are those of the model's own "
+        "logits, before temperature and penalties",
+    )
+    echo: bool = Field(
+        False, description="the prompt before the text; not streamed; with `logprobs` prompts up to 2048 tokens"
+    )
 
     @model_validator(mode="after")
     def _some_output(self) -> CompletionBody:
@@ -216,13 +235,22 @@ class CompletionBody(V1Body):
 class ChatBody(V1Body):
     """`POST v1/chat/completions`."""
 
-    messages: list[ChatMessage] = Field(min_length=1)
-    max_tokens: StrictInt | None = Field(None, ge=1, description="older name of max_completion_tokens")
-    max_completion_tokens: StrictInt | None = Field(None, ge=1, description="new tokens")
+    messages: list[ChatMessage] = Field(
+        min_length=1,
+        description="turns with `role` and `content` (text, or parts of type `text`), for the chat template",
+    )
+    max_tokens: StrictInt | None = Field(None, ge=1, description="older name of `max_completion_tokens`")
+    max_completion_tokens: StrictInt | None = Field(
+        None, ge=1, description="new tokens; default: `handler.max_new_tokens`, cut to the room in the context"
+    )
     logprobs: bool = Field(False, description="report each token's log probability")
     top_logprobs: StrictInt | None = Field(None, ge=0, le=MAX_LOGPROBS, description="likeliest tokens to report")
-    tools: list[Tool] = Field(default=[], max_length=128)
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tools: list[Tool] = Field(
+        default=[], max_length=128, description="functions, for templates that write `<tool_call>` (Hermes, Qwen)"
+    )
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = Field(
+        None, description="default: `auto` with tools; a demanded call is held to its schema"
+    )
     parallel_tool_calls: bool = Field(True, description="false: at most one call")
 
     @model_validator(mode="after")
@@ -251,11 +279,11 @@ class ChatBody(V1Body):
 class TokenizeBody(Body):
     """`POST v1/tokenize`: `prompt` or `messages`."""
 
-    model: Text | None = None
-    prompt: Text | None = None
-    messages: list[ChatMessage] | None = Field(None, min_length=1)
-    add_special_tokens: bool = True
-    add_generation_prompt: bool = True
+    model: Text | None = Field(None, description="the model's name, as in the path")
+    prompt: Text | None = Field(None, description="text; give this or `messages`")
+    messages: list[ChatMessage] | None = Field(None, min_length=1, description="turns, as for chat")
+    add_special_tokens: bool = Field(True, description="tokens that the tokenizer puts around a prompt")
+    add_generation_prompt: bool = Field(True, description="the template's beginning of an answer, after the messages")
 
     @model_validator(mode="after")
     def _one_source(self) -> TokenizeBody:
@@ -267,8 +295,8 @@ class TokenizeBody(Body):
 class DetokenizeBody(Body):
     """`POST v1/detokenize`."""
 
-    model: Text | None = None
-    tokens: list[TokenId]
+    model: Text | None = Field(None, description="the model's name, as in the path")
+    tokens: list[TokenId] = Field(description="token ids")
 
 
 AnyBody = TypeVar("AnyBody", bound=Body)
