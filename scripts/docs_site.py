@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import posixpath
 import re
+from pathlib import Path
 from typing import Any
 
 from mkdocs.structure.files import File, Files
-
-from scripts.prepare_model import ROOT
 
 COPIES = "repository"
 _LINK = re.compile(r"(\]\()([^)#\s]+)((?:#[^)\s]*)?\))")
@@ -20,15 +19,16 @@ _LINK = re.compile(r"(\]\()([^)#\s]+)((?:#[^)\s]*)?\))")
 
 def on_page_markdown(markdown: str, /, *, page: Any, config: Any, files: Files) -> str:
     """Replaces links that leave docs/ by links to copies, and adds the copies to the site."""
+    root = Path(config.config_file_path).parent
     folder = posixpath.dirname(posixpath.join("docs", page.file.src_uri))
 
     def replaced(link: re.Match[str]) -> str:
         path = posixpath.normpath(posixpath.join(folder, link[2]))
-        if "://" in link[2] or path.startswith("docs/") or not (ROOT / path).is_file():
+        if "://" in link[2] or path.startswith("docs/") or not (root / path).is_file():
             return link[0]
         copy = posixpath.join(COPIES, path)
         if files.get_file_from_path(copy) is None:
-            files.append(File.generated(config, copy, abs_src_path=str(ROOT / path)))
+            files.append(File.generated(config, copy, abs_src_path=str(root / path)))
         return link[1] + posixpath.relpath(copy, posixpath.dirname(page.file.src_uri) or ".") + link[3]
 
     return _LINK.sub(replaced, markdown)

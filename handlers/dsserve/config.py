@@ -57,8 +57,8 @@ class HandlerConfig(BaseModel):
     max_running: Literal["auto"] | Annotated[int, Field(ge=1, le=1024)] = Field(
         "auto",
         description="texts that generate at the same time. Each has a KV slot of `max_model_len` tokens. `auto`: 16, "
-        "or fewer where memory is short (a warning at load names the number). A number that does not fit is a load error, "
-        "which names the number and the `max_model_len` that fit",
+        "or fewer where memory is short (a warning at load names the number). A number that does not fit is a load "
+        "error, which names the number and the `max_model_len` that fit",
     )
     max_waiting: int = Field(64, ge=0, description="texts that wait for a slot; more are answered with 429")
     max_n: int = Field(128, ge=1, le=128, description="texts for one prompt (`n`)")
@@ -73,8 +73,8 @@ class HandlerConfig(BaseModel):
         gt=0,
         le=1,
         description="largest share of the free memory that the KV cache takes (AutoTP). Free is what weights and "
-        "passes leave: a GPU measures a pass of prompts at load. The rest is for graphs and libraries. Lower it where another "
-        "program uses the GPU",
+        "passes leave: a GPU measures a pass of prompts at load. The rest is for graphs and libraries. Lower it where "
+        "another program uses the GPU",
     )
     max_num_batched_tokens: int = Field(
         PREFILL_TOKENS_A_STEP,
