@@ -140,7 +140,7 @@ $(VENV)/.docs: $(VENV)/.installed
 	@touch $@
 
 docs: $(STAMP) $(DOCS_STAMP) ## build the documentation in site/; a dead link is an error
-	@$(PY) -m mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 audit: $(STAMP) ## known vulnerabilities of the exact versions (needs the internet)
 	@$(PIP) -c constraints.txt pip-audit==2.10.1

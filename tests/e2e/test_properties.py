@@ -1,7 +1,7 @@
 """Generated bodies: whatever is sent, the answer is a reply or a clear error, and streams beside it lose nothing.
 
 `PROPERTY_EXAMPLES` sets how many bodies each endpoint gets (30 in `make test`). `PROPERTY_MODEL=tiny` serves a small
-model of random weights with SmolLM2's tokenizer in its place: the longer run of docs/reliability.md, thousands of bodies in minutes.
+model of random weights with SmolLM2's tokenizer in its place: docs/reliability.md's longer run, thousands of bodies.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The capacity page: its fit, its simulation against arithmetic and queueing theory, its plan, and the page's figures."""
+"""The capacity page: its fit, its simulation against arithmetic and queueing theory, its plan, and its page."""
 
 from __future__ import annotations
 
