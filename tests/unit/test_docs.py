@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -141,3 +143,26 @@ def sentences(page: Path) -> list[str]:
 def test_sentences_are_short(page: Path) -> None:
     long = [one for one in sentences(page) if len(re.findall(r"[A-Za-z]+[\w'-]*", one)) > MOST_WORDS]
     assert long == []
+
+
+def beside_vllm(page: str, columns: slice) -> list[tuple[str, list[str]]]:
+    """Load and some figures of each row of a page's table beside vLLM."""
+    table = read(ROOT / page).split("| prompt / new tokens")[1].split("\n\n")[0]
+    cells = [[cell.strip("* ") for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+    return [(re.sub(r"\W+", " ", " ".join(row[: columns.start])), row[columns]) for row in cells]
+
+
+def test_the_tables_beside_vllm_are_the_measured_figures() -> None:
+    rows = json.loads(read(ROOT / "configs" / "measurements" / "h200-8b.json"))["rows"]
+
+    def load(row: dict[str, Any]) -> str:
+        return " ".join(map(str, (row["prompt_new"] or ["mixed", "lengths"]) + [row["streams"]]))
+
+    def figures(row: dict[str, Any], name: str) -> list[str]:
+        return [" / ".join(map(str, item)) if isinstance(item, list) else f"{item}" for item in row[name].values()]
+
+    whole = {load(row): figures(row, "vllm") + figures(row, "ours_a") for row in rows}
+    assert dict(beside_vllm("docs/performance.md", slice(1, 10))) == whole
+    for name, shown in beside_vllm("README.md", slice(2, 7)):
+        vllm, ours = whole[name][:4], whole[name][4:]
+        assert shown == [vllm[0], vllm[3], ours[0], ours[3], ours[4]], name
