@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from dsserve.config import AUTO_RUNNING, HandlerConfig
 from dsserve.ds_config import _OUR_KEYS
 from dsserve.settings import _REQUIRED
 from scripts import api_page, settings_page
@@ -106,6 +107,15 @@ def test_generated_tables_are_todays(page: object) -> None:
 def test_keys_without_a_model_are_described_too() -> None:
     text = read(settings_page.PAGE)
     assert all(f"`{key}`" in text for key in (*_REQUIRED, *_OUR_KEYS))
+
+
+def test_the_defaults_in_readme_are_those_of_the_model() -> None:
+    shown = dict(re.findall(r"^\| `handler\.(\w+)` \| (\d+)", read(ROOT / "README.md"), flags=re.MULTILINE))
+    most_running = shown.pop("max_running")
+    assert int(most_running) == AUTO_RUNNING and len(shown) == 3
+    assert {name: int(HandlerConfig.model_fields[name].default) for name in shown} == {
+        k: int(v) for k, v in shown.items()
+    }
 
 
 def test_a_missing_mark_is_said() -> None:
