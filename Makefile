@@ -36,11 +36,13 @@ endif
 ifeq ($(LACKS),nothing)
 PY    := $(PYTHON)
 STAMP :=
+DOCS_STAMP :=
 OPS_STAMP := cpu-ops
 else
 PY    := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 OPS_STAMP := $(VENV)/.ops
+DOCS_STAMP := $(VENV)/.docs
 # Compiled ops belong to one environment: two that share a cache would recompile each other's.
 export TORCH_EXTENSIONS_DIR ?= $(abspath $(VENV))/torch_extensions
 endif
@@ -56,7 +58,7 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup cpu-ops ops model download shard mar deploy start run stop health token rollout status logs ask test test-long test-faults check audit bench bench-gpu bench-failover soak clean
+.PHONY: help setup cpu-ops ops model download shard mar deploy start run stop health token rollout status logs ask test test-unit test-long test-faults check docs audit bench bench-gpu bench-failover soak clean
 
 help: ## list the targets and variables
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -125,8 +127,11 @@ logs: ## print the workers' log
 ask: ## ask QUESTION
 	@"$$_PY" -m scripts.ask --name "$$_NAME" --port "$$_PORT" --host "$$_HOST" --run-dir "$$_RUN_DIR" -- "$$_QUESTION"
 
-test: setup ## run all tests that need no GPU, faults in a short form
+test: setup ## run all tests that need no GPU, unit tests first, faults in a short form
 	@"$$_PY" -m pytest -m 'not gpu and not long'
+
+test-unit: setup ## run the unit tests alone (below two minutes)
+	@"$$_PY" -m pytest -m 'not gpu and not long' tests/unit
 
 test-long: setup ## the tests that `make test` leaves out, those of faults among them (about 40 minutes)
 	@"$$_PY" -m pytest -m 'long and not gpu' --timeout 900
@@ -134,11 +139,19 @@ test-long: setup ## the tests that `make test` leaves out, those of faults among
 test-faults: setup ## break everything that can break, one after the other (about 15 minutes)
 	@"$$_PY" -m pytest -m faults --timeout 600
 
-check: $(STAMP) ## ruff and mypy, and the audit where its database can be reached
+check: docs ## ruff, mypy and the documentation, and the audit where its database can be reached
 	@"$$_PY" -m ruff check .
 	@"$$_PY" -m ruff format --check .
 	@"$$_PY" -m mypy
 	@"$$_PY" -m scripts.audit --if-possible
+
+# Who only serves needs no site generator: it is installed here, not by `setup`.
+$(VENV)/.docs: $(VENV)/.installed
+	@$(PIP) -c constraints.txt -e '.[docs]'
+	@touch $@
+
+docs: $(STAMP) $(DOCS_STAMP) ## build the documentation in site/; a dead link is an error
+	@NO_MKDOCS_2_WARNING=1 "$$_PY" -m mkdocs build --strict
 
 audit: $(STAMP) ## known vulnerabilities of the exact versions (needs the internet)
 	@$(PIP) -c constraints.txt pip-audit==2.10.1

@@ -160,7 +160,8 @@ def answer(speed: Speed, demand: Demand, goals: Goals, policy: str, ranks: int, 
     broken = failures(total, SECONDS + WARM_S, hours, SECONDS, seed=1) if hours else []
     rows = [("keeps the goals", found), (f"with {spare} spare", simulate(speed, total, jobs, policy))]
     if hours:
-        rows.append((f"{len(broken)} of them die", simulate(speed, total, jobs, policy, broken)))
+        dying = "one replica dies" if len(broken) == 1 else f"{len(broken)} replicas die"
+        rows.append((dying, simulate(speed, total, jobs, policy, broken)))
     lines = [
         "| | replicas | GPUs | first token, median / p95 | a token, p95 | whole answer, p95 | cut | computing |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",

@@ -11,7 +11,7 @@ from scripts.console import fail, say
 from scripts.prepare_model import DEMO_MODEL, ROOT
 from scripts.processes import find_marked
 
-CACHES = (".pytest_cache", ".mypy_cache", ".ruff_cache", ".hypothesis", "dist")
+CACHES = (".pytest_cache", ".mypy_cache", ".ruff_cache", ".hypothesis", "dist", "site")
 
 
 def running(root: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""The cost model's numbers as Markdown tables, as they stand in the README."""
+"""The cost model's numbers as Markdown tables, as they stand in docs/performance.md."""
 
 from __future__ import annotations
 

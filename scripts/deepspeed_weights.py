@@ -31,7 +31,7 @@ def quantize(module: Any, mode: str) -> list[DeepSpeedLinear]:
 
 
 class DeepSpeedLinear(ShardedLinear):
-    """A layer whose weight DeepSpeed expands to the model's dtype for every product; `bytes` is what it takes."""
+    """A layer whose weight DeepSpeed expands to the model's dtype for every product; `bytes` is its memory."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, row_parallel: bool, bits: int) -> None:
         self._bits = bits

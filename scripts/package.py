@@ -160,7 +160,7 @@ def check_ranks(ranks: int, model: Path) -> None:
 
 
 def startup_timeout_s(model: Path) -> int:
-    """Seconds that the load of this model may take: what any model takes, and its bytes at the speed of a slow disk.
+    """Seconds that the load of this model may take: a base for any model, and its bytes at the speed of a slow disk.
 
     A hub id that is not here yet has an hour, for its download.
     """

@@ -39,78 +39,112 @@ class HandlerConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
 
-    model_path: str = Field(min_length=1, description="folder (absolute, or relative to the model folder) or hub id")
-    revision: str | None = Field(None, description="revision of a hub id")
+    model_path: str = Field(
+        min_length=1, description="folder (absolute, or relative to the model folder) or hub id of the model"
+    )
+    revision: str | None = Field(None, description="revision of a hub id; default: the newest")
     shard_cache: str | None = Field(
-        None, description="folder that `make shard` wrote; default: `shards` in the model's folder, where it is there"
+        None, description="folder that `make shard` wrote; default: `shards` in the model's folder, if it is there"
     )
     trust_remote_code: bool = Field(False, description="run model code that comes with the weights")
-    max_model_len: int | None = Field(None, ge=2, description="prompt + output; default: the model's own context")
-    max_new_tokens: int = Field(256, ge=1, description="for requests that name none")
+    max_model_len: int | None = Field(
+        None, ge=2, description="longest prompt + output, in tokens; default: the model's own context"
+    )
+    max_new_tokens: int = Field(256, ge=1, description="output tokens of a request that names no number")
     max_new_tokens_limit: int | None = Field(
-        None, ge=1, description="ceiling of max_new_tokens; default: max_model_len"
+        None, ge=1, description="ceiling of a request's output tokens; default: `max_model_len`"
     )
     max_running: Literal["auto"] | Annotated[int, Field(ge=1, le=1024)] = Field(
         "auto",
-        description="sequences that generate at the same time: KV slots; auto = 16, fewer where memory is short",
+        description="texts that generate at the same time. Each has a KV slot of `max_model_len` tokens. `auto`: 16, "
+        "or fewer where memory is short (a warning at load names the number). A number that does not fit is a load "
+        "error, which names the number and the `max_model_len` that fit",
     )
-    max_waiting: int = Field(64, ge=0, description="sequences that wait for a slot; more are answered with 429")
+    max_waiting: int = Field(64, ge=0, description="texts that wait for a slot; more are answered with 429")
     max_n: int = Field(128, ge=1, le=128, description="texts for one prompt (`n`)")
     max_stops: int = Field(4, ge=0, le=64, description="stop strings of one request")
     prefix_cache_rows: Literal["auto"] | Annotated[int, Field(ge=0)] = Field(
         "auto",
-        description="KV rows that keep ended requests for prompts that begin alike; auto = up to 8; 0 = no reuse",
+        description="KV rows that keep ended requests, for prompts that begin alike. `auto`: up to 8, as memory "
+        "allows. 0: nothing is reused",
     )
     kv_memory_fraction: float = Field(
         0.9,
         gt=0,
         le=1,
-        description="the KV cache's largest share of the memory that is free beside weights and passes (AutoTP)",
+        description="largest share of the free memory that the KV cache takes (AutoTP). Free is what weights and "
+        "passes leave: a GPU measures a pass of prompts at load. The rest is for graphs and libraries. Lower it where "
+        "another program uses the GPU",
     )
     max_num_batched_tokens: int = Field(
         PREFILL_TOKENS_A_STEP,
         ge=16,
-        description="tokens of a step at most, one a running text included (at least half are for prompts); longer "
-        "prompts are read in parts",
+        description="most tokens of a step: prompt tokens, and one of each running text. Prompts get at least half. A "
+        "longer prompt is read in parts while others go on (chunked prefill). More reads prompts sooner; fewer keep "
+        "streams even",
     )
     max_batch_prefill_tokens: Literal["auto"] | int = Field(
         "auto",
         ge=16,
-        description="tokens of prompts in a step while no or few texts run (AutoTP); auto: 4096 on a GPU, "
-        "max_num_batched_tokens on a CPU",
+        description="most prompt tokens of a step for which no running text waits, or few do (AutoTP). At least "
+        "`max_num_batched_tokens`. `auto`: 4096 on a GPU, `max_num_batched_tokens` on a CPU. A step that lacks memory "
+        "halves it. A GPU captures passes up to this size: fewer tokens leave more memory for KV rows",
     )
     waiting_served_ratio: float = Field(
         0.3,
         gt=0,
-        description="so many times as many as run, at least two, must join for a step of max_batch_prefill_tokens",
+        description="a step may read `max_batch_prefill_tokens` if at least two requests join free slots, and at least "
+        "this many times as many as run. The running texts then wait once for the whole burst. A single prompt "
+        "stops nobody. TGI has the same name and value",
     )
-    num_scheduler_steps: int = Field(128, ge=1, le=1024, description="most steps in one call of the handler")
+    num_scheduler_steps: int = Field(
+        128, ge=1, le=1024, description="most steps in one call of the handler; 1: each token leaves alone"
+    )
     max_stream_delay_ms: float = Field(
-        150.0, ge=0, description="longest call while a client streams: its tokens leave at the end of a call"
+        150.0,
+        ge=0,
+        description="longest call of the handler while a client streams. Tokens leave at the end of a call: a larger "
+        "value is faster, a smaller one streams more finely",
     )
     pack_weights: Literal["auto"] | bool = Field(
-        "auto", description="one matmul for q, k, v and one for gate, up; on CPUs with oneDNN's prepacked weights"
+        "auto",
+        description="one matmul for q, k and v, and one for gate and up. On a CPU the weights are also laid out for "
+        "oneDNN",
     )
     compiled_ops: Literal["auto"] | bool = Field(
-        "auto", description="norm, rotary, KV writes (GPU: gated MLP, decode attention too) as fused operations"
+        "auto",
+        description="fused operations for RMS norm, rotary embedding and KV writes: C++ on a CPU (needs g++), Triton "
+        "on a GPU. A GPU also fuses the gated MLP, matmuls of up to 32 rows (64 with 8-bit weights), decode attention, "
+        "and, in layers of Llama's form, each sum over the ranks with the addition and norm behind it",
     )
-    cuda_graphs: bool = Field(True, description="decode steps as CUDA graphs (GPU only)")
+    cuda_graphs: bool = Field(
+        True,
+        description="GPU only: CUDA graphs for decode steps (one for each number of rows and cache length), for passes "
+        "of prompts (up to 4096 tokens in half precision), and for sampling",
+    )
     launch_ahead: bool = Field(
-        True, description="a step starts before the tokens of the one before are read (GPU with AutoTP only)"
+        True,
+        description="GPU with AutoTP only: a step starts before the tokens of the step before are read, unless a text "
+        "depends on them. false: each step waits",
     )
     num_threads: int | None = Field(
         None, ge=1, description="CPU threads of a rank; default: cores // ranks, 1 with a GPU"
     )
     warmup: bool = Field(True, description="run every prefill and decode shape once at load")
     collective_timeout: float = Field(
-        60.0, gt=0, description="s; a call of the engine that takes longer ends the worker"
+        60.0,
+        gt=0,
+        description="s; longest call of the engine: a longer one ends the worker. This value + 5 s must be below "
+        "`responseTimeout`",
     )
     request_timeout: float = Field(
         600.0, gt=0, description="s; longest time of a request, and the default of its parameter `timeout`"
     )
-    log_format: Literal["text", "json"] = Field("text", description="the worker's log lines")
+    log_format: Literal["text", "json"] = Field(
+        "text", description="the worker's log lines; json: one object a line, with `request_id` where one is concerned"
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
-        "info", description="of rank 0 while it serves; the other ranks write warnings"
+        "info", description="level of rank 0 while it serves; the other ranks write warnings once they are loaded"
     )
 
     @property

@@ -102,8 +102,8 @@ def prepare_environment(device: torch.device, rank: RankInfo, num_threads: int |
 def many_cores() -> Iterator[None]:
     """Within the block this rank computes with up to 16 cores: for what one rank does while the others wait.
 
-    More than the memory's bandwidth needs do harm: of 64 one is always busy, and all wait for it (a reference of 13 GB
-    took 0.5 s with 16 threads on a quiet machine, 1 to 17 with 64).
+    Do not use more threads than saturate memory bandwidth. With 64, one is always preempted and the rest wait. A
+    reference of 13 GB took 0.5 s with 16 threads on a quiet machine, and 1 to 17 s with 64.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(min(_MOST_THREADS, len(os.sched_getaffinity(0))))

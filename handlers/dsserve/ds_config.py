@@ -1,4 +1,4 @@
-"""The `deepspeed:` section of model-config.yaml and its ds-config.json, merged into what `init_inference` takes.
+"""The `deepspeed:` section of model-config.yaml and its ds-config.json, merged into arguments of `init_inference`.
 
 Does not create the engine (`ds_engine`). Imports DeepSpeed: call `distributed.prepare_environment` first.
 """

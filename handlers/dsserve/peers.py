@@ -57,9 +57,9 @@ def most_rows(world_size: int, width: int, dtype: torch.dtype) -> int:
 def share_memory(rank: RankInfo, rows: int, width: int, dtype: torch.dtype, device: torch.device) -> list[Peers]:
     """Two places for parts `[rows, width]`, or none where the ranks cannot read each other's memory. All ranks call it.
 
-    A rank may write its next part to the other place while its peers still read the last one; when it comes to the
-    first place again all have told of their sum in between, so nobody reads there any more. That holds while the two
-    are used in turn, and on all ranks for the same rows.
+    Double buffering: a rank writes its next part to one place while its peers still read the other. Before it writes to
+    the first place again, all ranks have announced the sum between, so nobody reads the first place any more. That
+    holds while all ranks use the two places in turn, for the same rows.
 
     Raises:
         LoadError: the ranks can read each other's memory, but torch cannot exchange it.

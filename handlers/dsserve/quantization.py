@@ -145,7 +145,7 @@ def quantize_layers(module: Any, mode: str) -> list[QuantizedLinear]:
 class QuantizedLinear(ShardedLinear):
     """A rank's part of a layer with a weight of torchao's; see `ShardedLinear`. An empty one stays as it is.
 
-    `bytes_before` and `bytes` are what the weight took and takes.
+    `bytes_before` and `bytes` are the weight's memory before and after.
 
     Raises:
         LoadError: int4 with a number of columns (or, on a CPU, rows) that its groups do not divide.

@@ -1,4 +1,4 @@
-"""A user's own handler, written as README shows it, packed and served by TorchServe with two ranks."""
+"""A user's own handler, written as docs/own-handler.md shows it, packed and served by TorchServe with two ranks."""
 
 from __future__ import annotations
 
@@ -39,6 +39,6 @@ def test_a_handler_of_ones_own_is_sharded_and_right(smollm2: Path, tmp_path: Pat
         server.stop(served.run)
 
 
-def test_readme_shows_this_very_handler() -> None:
+def test_the_page_shows_this_very_handler() -> None:
     code = (FOLDER / "next_word_handler.py").read_text().split('"""\n', 1)[1].strip()
-    assert code in (ROOT / "README.md").read_text()
+    assert code in (ROOT / "docs" / "own-handler.md").read_text()

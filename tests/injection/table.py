@@ -1,4 +1,4 @@
-"""README's table of kernel injection on 1 to 8 ranks without GPUs: each architecture's largest error of all cases.
+"""The table of docs/kernel-injection.md on 1 to 8 ranks without GPUs: each architecture's largest error of all cases.
 
     python -m tests.injection.table --ranks 1,2,3,4,8
 

@@ -1,4 +1,4 @@
-"""The cost model: its terms, the fit to points of known costs, the errors it states, and the README's copy."""
+"""The cost model: its terms, the fit to points of known costs, the errors it states, and the documentation's copy."""
 
 from __future__ import annotations
 
@@ -137,14 +137,14 @@ def test_the_measured_points_are_those_of_the_file() -> None:
     assert Point("vLLM 0.20.2", 2, 64, "H200", 4.79) in points and Point("eager step", 1, 8, "H100", 9.2) in points
 
 
-def test_the_readme_has_what_the_script_prints() -> None:
+def test_the_documentation_has_what_the_script_prints() -> None:
     given, costs = fitted()
     points = read_points(given)
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
     printed = CliRunner().invoke(cost_model.app).stdout
     for table in (summary_table(given, points, costs), prediction_table(given, costs), other_table(given, costs)):
-        assert table in readme and table in printed
-    assert str(PICTURE.relative_to(ROOT)) in readme
+        assert table in page and table in printed
+    assert str(PICTURE.relative_to(ROOT)) in page
 
 
 def test_the_picture_is_of_these_numbers(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from scripts import dashboard
 from scripts.dashboard_run import PICTURE
 from tests.conftest import ROOT
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
 
 PROMETHEUS = ROOT / "configs" / "prometheus"
 RULES, HOSTS, PODS = (PROMETHEUS / f"{name}.yml" for name in ("alerts", "prometheus", "kubernetes"))
@@ -122,7 +122,7 @@ def test_the_picture_of_a_run_shows_todays_panels() -> None:
         assert image.text["Description"] == titles, "run python -m scripts.dashboard_run"
     assert PICTURE.stat().st_size < 200_000
     panels = sum(panel["type"] == "timeseries" for panel in dashboard.dashboard()["panels"])
-    assert f"![the dashboard's {panels} panels over a load run]({PICTURE.relative_to(ROOT)})" in README
+    assert f"![the dashboard's {panels} panels over a load run](../{PICTURE.relative_to(ROOT)})" in PAGE
 
 
 def test_panels_have_ids_and_places_of_their_own_and_variables_that_exist() -> None:
@@ -142,7 +142,7 @@ def test_every_alert_says_what_to_do_and_how_bad_it_is() -> None:
     for alert in alerts():
         assert alert["labels"]["severity"] in ("warning", "critical")
         assert set(alert["annotations"]) == {"summary", "description"}
-    rows = re.findall(r"^\| (`Dsserve.*?) \|", README, flags=re.MULTILINE)
+    rows = re.findall(r"^\| (`Dsserve.*?) \|", PAGE, flags=re.MULTILINE)
     assert re.findall(r"`(\w+)`", " ".join(rows)) == [alert["alert"] for alert in alerts()]
     tested = yaml.safe_load(RULE_TESTS.read_text())["tests"][0]["promql_expr_test"][-1]["exp_samples"]
     assert {alert["alert"] for alert in alerts()} == {re.findall('alertname="(.+?)"', s["labels"])[0] for s in tested}

@@ -73,7 +73,7 @@ def test_every_document_fits_the_schema_with_no_field_beside_it(overlay: str, ve
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_the_readme_shows_what_the_validators_command_line_says(version: str, tmp_path: Path) -> None:
+def test_the_documentation_shows_what_the_validators_command_line_says(version: str, tmp_path: Path) -> None:
     (tmp_path / "gpu.yaml").write_text(yaml.safe_dump_all(render("gpu")))
     beside = str(Path(sys.executable).parent)
     program = shutil.which("kubernetes-validate", path=beside) or shutil.which("kubernetes-validate")
@@ -83,7 +83,7 @@ def test_the_readme_shows_what_the_validators_command_line_says(version: str, tm
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and done.stderr == ""
     said = done.stdout.replace(version, VERSIONS[-1]).strip()
-    assert said in (ROOT / "README.md").read_text(encoding="utf-8"), "the README shows an older output"
+    assert said in (ROOT / "docs" / "deployment.md").read_text(encoding="utf-8"), "the page shows an older output"
 
 
 def test_the_schemas_find_a_field_that_does_not_exist_and_one_of_a_wrong_type() -> None:

@@ -22,7 +22,7 @@ from dsserve.metrics import Metrics, WeightedHistogram
 from tests.conftest import ROOT
 from tests.scrape import Scrape
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
 VOCABULARY, SLOTS, EOS = 8, 2, 7
 LABELS = {"model_name": "test", "model_version": "1.0"}
 # What promtool finds fault with in vLLM's names, which are what others look for.
@@ -243,9 +243,9 @@ def test_promtool_finds_nothing_but_vllms_style(runner: FakeRunner, metrics: Met
     assert sum(line.endswith(VLLM_STYLE[1]) for line in complaints) == 1
 
 
-def test_the_readme_names_every_metric(metrics: Metrics) -> None:
+def test_the_page_names_every_metric(metrics: Metrics) -> None:
     metrics.loaded(1.0, {}, SLOTS)
-    section = README.split("## Metrics")[1].split("\n## ")[0]
+    section = PAGE.split("\n## Metrics")[1].split("\n## ")[0]
     named = set(re.findall(r"`((?:vllm|dsserve):\w+)`", section)) - {"dsserve:gpu_memory_bytes"}
     assert named == {
         family.name + ("_total" if family.type == "counter" else "") for family in metrics.registry.collect()

@@ -86,7 +86,7 @@ class Engine:
         self._patience = 0  # steps before one may be launched ahead again
         self._memory_failures = 0
         self._completes = False  # the present step reads a prompt to its end
-        self._step_s = 0.0  # of the last step that did not: such a one says little of the next
+        self._step_s = 0.0  # duration of the last step that ended no prompt
 
     @property
     def running(self) -> int:

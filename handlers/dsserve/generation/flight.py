@@ -1,4 +1,4 @@
-"""A step in flight: launched on all ranks, its tokens not read by the host yet."""
+"""A step in flight (async scheduling): launched on all ranks, its tokens not read by the host yet."""
 
 from __future__ import annotations
 

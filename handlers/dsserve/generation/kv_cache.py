@@ -1,9 +1,13 @@
 """KV slots of our own behind transformers' Cache interface: one row a live request, rows dense from 0.
 
-Both phases write each token to its own cell. Prefill hands the model its own fresh keys, or where a part of its prompts
-was computed before a copy of the cells that they may see, or all cells; decoding hands out views of the live rows up to
-the longest one. Rows behind the slots hold prompts of requests that ended (`prefix_cache`). Does not choose rows
-(`scheduler`) and knows no sliding windows.
+Both phases write each token to its own cell (the field's slot mapping). What attention reads depends on the pass:
+
+- a prefill whose prompts were not computed before: its own fresh keys;
+- a prefill whose prompts were computed in part: a copy of the cells that they may see, or all cells;
+- a decode step: views of the live rows, up to the longest one.
+
+Rows behind the slots hold prompts of requests that ended (`prefix_cache`). Does not choose rows (`scheduler`) and knows
+no sliding windows.
 """
 
 from __future__ import annotations

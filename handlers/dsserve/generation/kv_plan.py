@@ -149,7 +149,7 @@ def measure_passes(module: Any, config: HandlerConfig, limits: Limits, most: int
     if memory.device.type != "cuda":
         return 0
     longest, slots = limits.max_model_len - 1, config.most_running
-    gc.collect()  # what is found and freed within a pass would hide what that takes
+    gc.collect()  # garbage that Python frees within a pass would hide the pass's memory
     by_span = _carry_out(module, min(most, longest), memory)
     captured = rows = 0
     if config.cuda_graphs:
@@ -164,9 +164,11 @@ def measure_passes(module: Any, config: HandlerConfig, limits: Limits, most: int
 
 
 def _carry_out(module: Any, tokens: int, memory: PrefillMemory) -> bool:
-    """Reads a prompt of so many tokens; returns whether it was found by its span, as the first one never is. A short
-    one comes first: what it takes says whether all ranks have room for the other, in which one of them would else fail
-    while the others wait for it."""
+    """Reads a prompt of `tokens`; returns whether attention found it by its span.
+
+    A short prompt comes first, and attention never finds the first one by its span. The memory of the short prompt says
+    whether all ranks have room for the long one. Otherwise one rank could fail in it while the others wait.
+    """
     runner = ModelRunner(module, 1, tokens + 1, memory.device, memory=memory)
     for size in (min(tokens, PREFILL_BUCKETS[-1]), tokens):
         prefill_at_load(runner, Plan(admit=(Admission((0,) * size),)))

@@ -1,8 +1,8 @@
 """What a request changes in its logits before a token is drawn: bias, penalties, banned tokens, a grammar's mask.
 
-In the order of transformers' `generate`: bias, repetition penalty, then OpenAI's two penalties, which transformers
-lacks, then bans. A step's edits of all rows are applied together: a few operations, however many rows. Does not
-draw.
+The field calls these logits processors. They apply in the order of transformers' `generate`: bias, repetition penalty,
+then OpenAI's two penalties, which transformers lacks, then bans. A step's edits of all rows are applied together: a few
+operations, however many rows. Does not draw.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What all ranks do in the next step, and the channel on which rank 0 tells them.
 
-A plan is a short list of integers; every step starts with one, so every call of the handler holds a collective (ranks
-above 0 lose calls otherwise) and all ranks see the same requests. Decides nothing (`scheduler`), computes nothing
-(`model_runner`).
+A plan (the field's scheduler output) is a short list of integers; every step starts with one, so every call of the
+handler holds a collective (ranks above 0 lose calls otherwise) and all ranks see the same requests. Decides nothing
+(`scheduler`), computes nothing (`model_runner`).
 """
 
 from __future__ import annotations

@@ -1,9 +1,12 @@
 """Prefill as CUDA graphs: a pass of up to some thousand tokens is bound by launches, not by arithmetic.
 
-A graph is captured for every padded length. Where attention finds the prompts' keys by their spans
-(`prompt_attention`) these are one of its inputs; else its mask is made within it from positions and prompt numbers,
-which pays for short passes alone, and for some lengths of what a pass reads of the cache. Covers passes that want the
-logits of each prompt's last token; `model_runner` runs all others.
+A graph is captured for every padded length, in one of two modes:
+
+- Attention finds the prompts' keys by their spans (`prompt_attention`). The spans are an input of the graph.
+- Attention reads a mask. The graph makes the mask from positions and prompt numbers. That pays for short passes alone,
+  and there are graphs for some lengths of the keys that a pass reads from the cache.
+
+Covers passes that want the logits of each prompt's last token; `model_runner` runs all others.
 """
 
 from __future__ import annotations

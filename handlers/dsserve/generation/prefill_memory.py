@@ -67,9 +67,13 @@ class PrefillMemory:
         return None
 
     def needed(self, tokens: int) -> int:
-        """Bytes of activations that a pass of so many tokens takes, as far as the passes before it tell: no more than a
-        longer one took, and what is longer than all of them in proportion to the longest. A short one takes more for
-        each token where something does not grow with them, as expanded weights."""
+        """Bytes of activations of a pass of `tokens`, as far as earlier passes tell. With the longest of them L:
+
+            tokens >= L: bytes(L) * tokens / L
+            tokens <  L: min(tokens * largest bytes a token of any pass, bytes(L))
+
+        A short pass needs more for each token, because expanded weights and the like do not grow with the tokens.
+        """
         size = prefill_bucket(tokens)
         if size >= self._longest:
             return self._longest_bytes * size // self._longest

@@ -1,8 +1,8 @@
 """Which rows of the KV cache hold the beginning of a new prompt: rank 0's book of live rows and of kept ones.
 
-A row whose request ended is copied to one of the kept rows, the least recently used; a new prompt that begins like
-a live or a kept row takes that part over by a copy, and only the rest is computed. Knows tokens and row numbers;
-the copies are `model_runner`'s.
+A row whose request ended is copied to a kept row, the least recently used one. A new prompt that begins like a live or
+kept row takes that part over by a copy (a prefix cache hit), and only the rest is computed. Knows tokens and row
+numbers; the copies are `model_runner`'s.
 """
 
 from __future__ import annotations

@@ -31,11 +31,11 @@ class PromptSpans:
 
     Attributes:
         lengths: of the prompts, in order; their sum is T. Not read where there is a table.
-        table: `[3, n + 1]`, int32, on the device: 0, then each prompt's end in the pass, the last ones may all be T;
-            the first cell of each prompt's keys; how many they are, its own tokens the last of them. None: attention
-            gets the pass's own keys.
-        longest: no prompt brings more tokens; with a table.
-        most: no prompt sees more keys; with a table.
+        table: `[3, n + 1]`, int32, on the device; None: attention gets the pass's own keys. The rows are
+            `cu_seqlens_q` (0, then each prompt's end in the pass; unused ends are T), the first cell of each prompt's
+            keys, and `seqused_k` (how many keys a prompt sees; its own tokens are the last).
+        longest: upper bound of a prompt's tokens in the pass (`max_seqlen_q`); with a table.
+        most: upper bound of a prompt's keys (`max_seqlen_k`); with a table.
         seen: how many layers have attended by these spans.
     """
 

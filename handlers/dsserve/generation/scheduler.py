@@ -1,8 +1,8 @@
 """Rank 0's book of sequences: who waits, who runs in which row, what the next step does.
 
-A step has so many tokens at most: longer prompts are read in parts, one a step, while all rows that run get their
-tokens in between. It may be larger while none runs, so that nobody waits for it, and while many more join than run. At
-most one prompt is read in part at a time; it has the last row, which is not decoded.
+A step has a limit of tokens. Longer prompts are read in parts, one a step, and running rows get their tokens between
+(the field's chunked prefill). The limit is larger while no row runs, and while many more texts join than run. At most
+one prompt is read in part at a time. It has the last row, which is not decoded.
 Pure bookkeeping on token ids: no model, no collective, no HTTP, so it is tested in milliseconds.
 """
 

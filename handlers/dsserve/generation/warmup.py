@@ -85,7 +85,7 @@ def warm_up(runner: ModelRunner, is_leader: bool, most: int) -> int:
 
 
 def warm_up_batches(runner: Runner, is_leader: bool) -> None:
-    """One prompt, then the largest batch of the longest prompts, and a step of each: what follows takes no more.
+    """One prompt, then the largest batch of the longest prompts, and a step of each. Later batches need no more memory.
 
     For runners whose rows begin together (`KernelRunner`).
     """

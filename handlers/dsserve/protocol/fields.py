@@ -87,7 +87,7 @@ class Body(BaseModel):
 class SamplingBody(Body):
     """How tokens are chosen and what ends the text. Names and ranges are OpenAI's where it has them, else vLLM's."""
 
-    temperature: float = Field(1.0, ge=0, le=2, allow_inf_nan=False, description="0 = greedy")
+    temperature: float = Field(1.0, ge=0, le=2, allow_inf_nan=False, description="0 (below 1e-5) = greedy")
     top_p: float | None = Field(
         None, gt=0, le=1, allow_inf_nan=False, description="nucleus: likeliest tokens of this mass"
     )
@@ -114,9 +114,11 @@ class SamplingBody(Body):
         0.0, ge=-2, le=2, allow_inf_nan=False, description="taken off for each time the text has it"
     )
     logit_bias: Annotated[dict[TokenId, Bias], BeforeValidator(_int_keys)] = Field(
-        default={}, max_length=BIASED_TOKENS.most, description="token id -> added to its logit, -100 to 100"
+        default={}, max_length=BIASED_TOKENS.most, description="token id -> number added to its logit, -100 to 100"
     )
-    seed: StrictInt | None = Field(None, ge=-(2**63), le=2**63 - 1, description="same request, same seed, same text")
+    seed: StrictInt | None = Field(
+        None, ge=-(2**63), le=2**63 - 1, description="same request, same seed, same text; default: random"
+    )
     stop: Annotated[Quick[StopString], BeforeValidator(_one_is_a_list)] = Field(
         default=[],
         max_length=STOPS.most,
@@ -128,7 +130,10 @@ class SamplingBody(Body):
     ignore_eos: bool = Field(False, description="end-of-text tokens do not end the text")
     min_tokens: Count = Field(0, ge=0, description="new tokens before anything but the length may end the text")
     timeout: float | None = Field(
-        None, gt=0, allow_inf_nan=False, description="s; after that the request is given up with an error"
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="s from the arrival at the handler, at most `handler.request_timeout`; then the request fails",
     )
 
     def sampling(self, vocabulary: int, logprobs: int | None = None, grammar: str | None = None) -> SamplingParams:

@@ -193,11 +193,20 @@ class StreamOptions(Body):
 class V1Body(SamplingBody):
     """What completions and chat share."""
 
-    model: Name | None = Field(None, description="the model's name, as in the path")
-    n: StrictInt = Field(1, ge=1, le=N.most, description="texts for each prompt")
-    stream: bool = False
-    stream_options: StreamOptions | None = None
-    response_format: ResponseFormat | None = None
+    model: Name | None = Field(None, description="the model's name, as in the path; another one is 404")
+    n: StrictInt = Field(
+        1,
+        ge=1,
+        le=N.most,
+        description="texts for each prompt, at most `handler.max_n`; all prompts together: max_running + max_waiting",
+    )
+    stream: bool = Field(False, description="server-sent events instead of one reply")
+    stream_options: StreamOptions | None = Field(
+        None, description="`include_usage`: usage in a last event; `continuous_usage_stats`: usage in each event"
+    )
+    response_format: ResponseFormat | None = Field(
+        None, description="`text`, `json_object` or `json_schema`: the text matches, and ends where the JSON ends"
+    )
     user: Text | None = Field(
         None, max_length=USER_CHARACTERS.most, description="the caller's own mark; neither used nor logged"
     )
@@ -215,10 +224,20 @@ class V1Body(SamplingBody):
 class CompletionBody(V1Body):
     """`POST v1/completions`."""
 
-    prompt: Annotated[Text | list[Text] | list[TokenId] | list[list[TokenId]], BeforeValidator(_check_prompt)]
-    max_tokens: Count = Field(16, ge=0, description="new tokens; 0 only with echo")
-    logprobs: StrictInt | None = Field(None, ge=0, le=LOGPROBS.most, description="likeliest tokens to report")
-    echo: bool = Field(False, description="the prompt before the text")
+    prompt: Annotated[Text | list[Text] | list[TokenId] | list[list[TokenId]], BeforeValidator(_check_prompt)] = Field(
+        description="text, texts, token ids, or lists of token ids"
+    )
+    max_tokens: Count = Field(16, ge=0, description="new tokens; 0 only with `echo`")
+    logprobs: StrictInt | None = Field(
+        None,
+        ge=0,
+        le=LOGPROBS.most,
+        description="likeliest tokens to report beside the chosen one; log probabilities are those of the model's own "
+        "logits, before temperature and penalties",
+    )
+    echo: bool = Field(
+        False, description="the prompt before the text; not streamed; with `logprobs` prompts up to 2048 tokens"
+    )
 
     @model_validator(mode="after")
     def _some_output(self) -> CompletionBody:
@@ -232,13 +251,25 @@ class CompletionBody(V1Body):
 class ChatBody(V1Body):
     """`POST v1/chat/completions`."""
 
-    messages: Quick[ChatMessage] = Field(min_length=1, max_length=MESSAGES.most)
-    max_tokens: Count | None = Field(None, ge=1, description="older name of max_completion_tokens")
-    max_completion_tokens: Count | None = Field(None, ge=1, description="new tokens")
+    messages: Quick[ChatMessage] = Field(
+        min_length=1,
+        max_length=MESSAGES.most,
+        description="turns with `role` and `content` (text, or parts of type `text`), for the chat template",
+    )
+    max_tokens: Count | None = Field(None, ge=1, description="older name of `max_completion_tokens`")
+    max_completion_tokens: Count | None = Field(
+        None, ge=1, description="new tokens; default: `handler.max_new_tokens`, cut to the room in the context"
+    )
     logprobs: bool = Field(False, description="report each token's log probability")
     top_logprobs: StrictInt | None = Field(None, ge=0, le=LOGPROBS.most, description="likeliest tokens to report")
-    tools: Quick[Tool] = Field(default=[], max_length=TOOLS.most)
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tools: Quick[Tool] = Field(
+        default=[],
+        max_length=TOOLS.most,
+        description="functions, for templates that write `<tool_call>` (Hermes, Qwen)",
+    )
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = Field(
+        None, description="default: `auto` with tools; a demanded call is held to its schema"
+    )
     parallel_tool_calls: bool = Field(True, description="false: at most one call")
 
     @model_validator(mode="after")
@@ -267,11 +298,13 @@ class ChatBody(V1Body):
 class TokenizeBody(Body):
     """`POST v1/tokenize`: `prompt` or `messages`."""
 
-    model: Name | None = None
-    prompt: Text | None = None
-    messages: Quick[ChatMessage] | None = Field(None, min_length=1, max_length=MESSAGES.most)
-    add_special_tokens: bool = True
-    add_generation_prompt: bool = True
+    model: Name | None = Field(None, description="the model's name, as in the path")
+    prompt: Text | None = Field(None, description="text; give this or `messages`")
+    messages: Quick[ChatMessage] | None = Field(
+        None, min_length=1, max_length=MESSAGES.most, description="turns, as for chat"
+    )
+    add_special_tokens: bool = Field(True, description="tokens that the tokenizer puts around a prompt")
+    add_generation_prompt: bool = Field(True, description="the template's beginning of an answer, after the messages")
 
     @model_validator(mode="after")
     def _one_source(self) -> TokenizeBody:
@@ -283,8 +316,8 @@ class TokenizeBody(Body):
 class DetokenizeBody(Body):
     """`POST v1/detokenize`."""
 
-    model: Name | None = None
-    tokens: Quick[TokenId]
+    model: Name | None = Field(None, description="the model's name, as in the path")
+    tokens: Quick[TokenId] = Field(description="token ids")
 
 
 AnyBody = TypeVar("AnyBody", bound=Body)

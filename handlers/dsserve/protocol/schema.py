@@ -34,11 +34,21 @@ class Message(Body):
 class GenerateBody(SamplingBody):
     """A request for text: `prompt` or `messages`, and how to generate."""
 
-    prompt: Text | None = Field(None, min_length=1)
-    messages: Quick[Message] | None = Field(None, min_length=1, max_length=MESSAGES.most)
-    max_new_tokens: Count | None = Field(None, ge=1)
-    temperature: float = Field(0.0, ge=0, le=2, allow_inf_nan=False, description="0 = greedy")
-    stream: bool = False
+    prompt: Text | None = Field(None, min_length=1, description="text; give this or `messages`")
+    messages: Quick[Message] | None = Field(
+        None,
+        min_length=1,
+        max_length=MESSAGES.most,
+        description="turns with `role` (`system`, `user`, `assistant`) and `content`",
+    )
+    max_new_tokens: Count | None = Field(
+        None,
+        ge=1,
+        description="new tokens, at most `handler.max_new_tokens_limit`; default: `handler.max_new_tokens`, cut to the "
+        "room in the context",
+    )
+    temperature: float = Field(0.0, ge=0, le=2, allow_inf_nan=False, description="0 (below 1e-5) = greedy")
+    stream: bool = Field(False, description="server-sent events instead of one reply")
 
     @model_validator(mode="after")
     def _one_source(self) -> GenerateBody:

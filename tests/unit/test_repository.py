@@ -1,0 +1,97 @@
+"""What stands around the code: order of the tests, versions that must agree, workflows, the licence."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.conftest import KINDS, ROOT, pytest_collection_modifyitems
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+def text(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def project() -> dict[str, Any]:
+    return tomllib.loads(text("pyproject.toml"))
+
+
+def workflow(name: str) -> dict[str, Any]:
+    return yaml.safe_load(text(f".github/workflows/{name}.yml"))
+
+
+def test_unit_tests_run_first_and_nothing_moves_within_a_folder() -> None:
+    paths = [
+        "e2e/b.py",
+        "contract/a.py",
+        "unit/z.py",
+        "e2e/a.py",
+        "unit/a.py",
+        "gpu/a.py",
+        "distributed/a.py",
+        "faults/a.py",
+    ]
+    items = [SimpleNamespace(path=Path(ROOT, "tests", path), add_marker=lambda mark: None) for path in paths]
+    pytest_collection_modifyitems(items)  # type: ignore[arg-type]
+    after = [str(item.path.relative_to(ROOT / "tests")) for item in items]
+    assert [path for path in after if path.startswith(("unit", "e2e"))] == [
+        "unit/z.py",
+        "unit/a.py",
+        "e2e/b.py",
+        "e2e/a.py",
+    ]
+    assert list(dict.fromkeys(path.split("/")[0] for path in after)) == list(KINDS)
+
+
+def test_pre_commit_has_the_ruff_of_make_check() -> None:
+    (version,) = re.findall(r"^ruff==(.+)$", text("constraints.txt"), flags=re.MULTILINE)
+    (hooks,) = yaml.safe_load(text(".pre-commit-config.yaml"))["repos"]
+    assert hooks["rev"] == f"v{version}"
+
+
+def test_changes_are_tested_on_the_oldest_and_the_newest_python() -> None:
+    pythons = workflow("test")["jobs"]["change"]["strategy"]["matrix"]["python"]
+    oldest, above = re.findall(r"3\.(\d+)", project()["project"]["requires-python"])
+    assert pythons[0] == f"3.{oldest}" and pythons[-1] == f"3.{int(above) - 1}"
+
+
+@pytest.mark.parametrize("name", ["test", "images"])
+def test_workflows_call_targets_that_exist_and_publish_nothing(name: str) -> None:
+    content = text(f".github/workflows/{name}.yml")
+    targets = set(re.findall(r"^([a-z-]+):", text("Makefile"), flags=re.MULTILINE))
+    assert set(re.findall(r"make ([a-z-]+)", content)) <= targets
+    assert workflow(name)["permissions"] == {"contents": "read"}
+
+
+def test_all_tests_run_each_night() -> None:
+    assert workflow("test")["jobs"]["night"]["strategy"]["matrix"]["target"] == ["test", "test-long", "test-faults"]
+
+
+def test_the_licence_is_named_and_shipped() -> None:
+    assert project()["project"]["license"] == "Apache-2.0"
+    licence = text("LICENSE")
+    assert "Version 2.0, January 2004" in licence and "END OF TERMS AND CONDITIONS" in licence
+    assert "LICENSE" in project()["tool"]["hatch"]["build"]["targets"]["sdist"]["include"]
+    assert "!LICENSE" in text(".dockerignore").splitlines()
+    assert text("configs/docker/Dockerfile").count("COPY LICENSE") == 2
+
+
+def test_what_the_sdist_names_exists() -> None:
+    assert all((ROOT / name).exists() for name in project()["tool"]["hatch"]["build"]["targets"]["sdist"]["include"])
+
+
+def test_classifiers_are_the_pythons_that_are_allowed() -> None:
+    named = [int(name.rsplit(".", 1)[1]) for name in project()["project"]["classifiers"] if "Python :: 3." in name]
+    oldest, above = map(int, re.findall(r"3\.(\d+)", project()["project"]["requires-python"]))
+    assert named == list(range(oldest, above))
