@@ -72,10 +72,10 @@ def dry_run(*words: str) -> str:
     return done.stdout
 
 
-def false_python(path: Path, calls: Path) -> Path:
-    """An interpreter that lacks nothing, appends its words to `calls`, and does nothing else."""
+def false_python(path: Path, calls: Path, lacks: str = "nothing") -> Path:
+    """An interpreter that says what it lacks, appends its words to `calls`, and does nothing else."""
     append = f'printf \'%s\\0\' "$#" "$@" >> {shlex.quote(str(calls))}'
-    path.write_text(f'#!/bin/sh\nif [ "$1" = -c ]; then echo nothing; else {append}; fi\n')
+    path.write_text(f'#!/bin/sh\nif [ "$1" = -c ]; then echo {lacks}; else {append}; fi\n')
     path.chmod(0o755)
     return path
 
@@ -141,7 +141,7 @@ def test_every_variable_is_tried() -> None:
     assert set().union(*TARGETS.values()) == GIVEN - {"TOKENS"}  # only compared with `off`
     text = (ROOT / "Makefile").read_text()
     (given,) = re.findall(r"^GIVEN := (.*)$", text, re.MULTILINE)
-    assert set(given.split()) == GIVEN | {"PYTHON"}
+    assert set(given.split()) == GIVEN | {"PYTHON", "TORCH_INDEX"}  # of `setup`: below
     recipes = [line for line in text.splitlines() if line.startswith("\t")]
     used = {
         name
@@ -184,6 +184,20 @@ def test_no_python_reaches_a_shell(tmp_path: Path, calls: Path, text: str) -> No
     assert not mark.exists() and not (ROOT / "mark").exists()
     (call,) = words_of(calls)
     assert call[:3] == ["-m", "scripts.serve", "stop"]
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_an_index_reaches_the_installation_as_text(tmp_path: Path, calls: Path, text: str) -> None:
+    mark, venv = tmp_path / "mark", tmp_path / "venv"
+    index = text.format(mark=mark)
+    venv.mkdir()
+    lacking = false_python(tmp_path / "python", calls, lacks="torch")
+    done = make(f"{venv}/.installed", f"VENV={venv}", f"PYTHON={lacking}", f"TORCH_INDEX={index}")
+    assert done.returncode == 0 and "lacks: torch" in done.stdout, done.stderr
+    assert not mark.exists()
+    (call,) = words_of(calls)
+    assert call == ["scripts/setup_venv.py", "--venv", str(venv), "--python", str(lacking), "--torch-index", index,
+                    "--device", "auto"]  # fmt: skip
 
 
 def test_args_are_several_words_and_run_nothing(tmp_path: Path) -> None:
