@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dsserve.errors import LoadError
+from dsserve.generation import exact_context
 from tests.contract import tiny
 
 LONG_ROPE = {
@@ -84,6 +86,31 @@ def test_a_pass_of_several_texts_that_reaches_floor_scale_is_refused(tmp_path: P
     folder = tiny.save_model(tmp_path, case.model_type, **case.members)
     with pytest.raises(LoadError, match=r"floor_scale.*lower handler\.max_batch_prefill_tokens"):
         tiny.load(folder, max_model_len=case.bound, max_num_batched_tokens=128)
+
+
+@pytest.mark.parametrize("slots", [1, 3])
+@pytest.mark.parametrize("name", ["llama 4 chunks", "llama 4 temperature", "a sliding window"])
+def test_members_that_are_not_known_are_found_by_the_longer_self_check(
+    name: str, slots: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exact_context, "_MEMBERS", ())
+    case = CASES[name]
+    folder = tiny.save_model(tmp_path, case.model_type, **case.members)
+    settings = {**case.settings, "max_running": slots}
+    with pytest.raises(
+        LoadError, match=f"self-check failed: .*{case.member} {case.bound}.*max_model_len: {case.bound}"
+    ):
+        tiny.load(folder, max_model_len=2 * case.bound, **settings)
+
+
+def test_the_longer_self_check_passes_what_is_exact(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Of members that mean nothing to the model, one of them longer than the check reads."""
+    folder = tiny.save_model(tmp_path, "llama", my_chunk_size=100, my_window=800, max_position_embeddings=1024)
+    with caplog.at_level(logging.INFO):
+        handler = tiny.load(folder)
+    assert "self-check: my_window 800 lie beyond the 503 tokens that it reads" in caplog.text
+    asked = tiny.prompts((120, 3))
+    tiny.assert_transformers_says(folder, asked, tiny.served(handler, asked, 4))
 
 
 def test_fp8_weights_that_nothing_announces_are_refused(tmp_path: Path) -> None:

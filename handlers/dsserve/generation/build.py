@@ -29,6 +29,7 @@ from dsserve.generation.grammar import GrammarCompiler
 from dsserve.generation.kernel_runner import KernelRunner
 from dsserve.generation.kv_plan import measure_passes, plan_kv_rows
 from dsserve.generation.limits import read_limits
+from dsserve.generation.long_check import LongCheck
 from dsserve.generation.model_runner import ModelRunner
 from dsserve.generation.observer import Observer
 from dsserve.generation.prefill_memory import PrefillMemory
@@ -40,6 +41,7 @@ from dsserve.generation.tuning import tune
 from dsserve.generation.warmup import verify_runner, warm_up, warm_up_batches
 from dsserve.hf_model import LoadedModel, model_dtype
 from dsserve.load_clock import LoadClock
+from dsserve.self_check import SelfCheck
 
 logger = logging.getLogger(__name__)
 
@@ -112,6 +114,8 @@ def _autotp_runner(
 ) -> tuple[Runner, Scheduler]:
     module = ds_engine.module
     dtype = model_dtype(module)
+    with clock.phase("self-check"):
+        long = LongCheck.capture(module, ds_engine.self_check, limits.max_model_len, device)
     with clock.phase("pack"):
         replaced = tune(module, config, rank, device)
     idle_tokens = _idle_tokens(config, device)
@@ -122,10 +126,7 @@ def _autotp_runner(
         rows = plan_kv_rows(module.config, config, limits, dtype, rank, device, passes)
         runner = ModelRunner(module, rows.slots, limits.max_model_len, device, rows.kept, memory)
         _warm_up(runner, module, config, rank, device, idle_tokens)
-        if ds_engine.self_check is not None:
-            error = verify_runner(runner, ds_engine.self_check)
-            if rank.is_leader:
-                logger.info("[dsserve] self-check: the engine's logits differ by %.1e", error)
+        _prove(runner, ds_engine.self_check, long, rank)
     if rank.is_leader:
         logger.info(
             "[dsserve] %d slots of %d tokens and %d kept rows, KV cache up to %.2f GiB a rank beside %.2f for passes, "
@@ -143,6 +144,15 @@ def _autotp_runner(
         config.waiting_served_ratio, runner.forward.reads_by_span,
     )  # fmt: skip
     return runner, scheduler
+
+
+def _prove(runner: ModelRunner, check: SelfCheck | None, long: LongCheck | None, rank: RankInfo) -> None:
+    """The self-check again, through the KV slots."""
+    if check is None:
+        return
+    error = max(verify_runner(runner, check), long.verify(runner) if long else 0.0)
+    if rank.is_leader:
+        logger.info("[dsserve] self-check: the engine's logits differ by %.1e", error)
 
 
 def _kernel_runner(
