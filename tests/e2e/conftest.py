@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import socket
+import threading
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -179,3 +181,44 @@ def tiny(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
     served = serve(folder / "run", "tiny", archive)
     yield served
     assert server.stop(served.run) == 0, "processes had to be killed at the end"
+
+
+class Witness(threading.Thread):
+    """Streams one text after another, each the same greedy one, and keeps those that differ."""
+
+    def __init__(self, served: Served) -> None:
+        super().__init__()
+        self._served = served
+        self._ended = threading.Event()
+        self._starts = served.worker_log().count("ready after")
+        self.texts: Counter[str] = Counter()
+
+    def run(self) -> None:
+        body = {"prompt": "One, two, three,", "max_new_tokens": 40}
+        while not self._ended.is_set():
+            try:
+                pieces = [json.loads(event)["text"] for event in self._served.events(body)[:-1]]
+                self.texts["".join(pieces)] += 1  # where they are cut is the clock's affair
+            except Exception as error:
+                self.texts[repr(error)] += 1
+
+    def finish(self) -> None:
+        """Waits for the end of the last text.
+
+        Raises:
+            AssertionError: a text was lost or changed, or the worker is not the one it was.
+        """
+        self._ended.set()
+        self.join()
+        assert len(self.texts) == 1, f"a stream was lost or changed: {self.texts}"
+        log = self._served.worker_log()
+        assert "ending the rank" not in log and log.count("ready after") == self._starts, "the worker was restarted"
+
+
+@pytest.fixture(scope="module")
+def beside(tiny: Served) -> Iterator[Witness]:
+    """A client that streams from the tiny model all the time; in the end nothing of it was lost."""
+    witness = Witness(tiny)
+    witness.start()
+    yield witness
+    witness.finish()

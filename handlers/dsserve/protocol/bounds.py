@@ -78,8 +78,8 @@ TOKENIZED = Rule("tokens of `v1/tokenize`", "twice the context", 413)
 DETOKENIZED = Rule("`tokens` of `v1/detokenize`", "the context")
 IDS = Rule("token ids", "those of the model's vocabulary, also where a tokenizer has more")
 MESSAGES = Bound("`messages`", 2048)
-PARTS = Bound("parts of a message's `content`", 256)
-CALLS = Bound("`tool_calls` of a message", 128)
+PARTS = Bound("parts of the `content` of all messages", 2048)
+CALLS = Bound("`tool_calls` of all messages", 2048)
 TOOLS = Bound("`tools`", 128)
 
 # Names and notes.

@@ -75,9 +75,7 @@ class TextPart(Body):
 
 
 def _check_content(value: Any) -> Any:
-    """Names the kind of part that a text model cannot read; the union would name its first branch."""
-    if isinstance(value, list) and len(value) > PARTS.most:
-        raise PydanticCustomError("content_parts", "at most {most} parts", {"most": PARTS.most})
+    """Names the kind of part that a text model cannot read."""
     for part in value if isinstance(value, list) else []:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind != "text":
@@ -115,7 +113,7 @@ class ChatMessage(Body):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Content | None = None
     name: Name | None = None
-    tool_calls: Quick[ToolCall] = Field(default=[], max_length=CALLS.most)
+    tool_calls: Quick[ToolCall] = Field(default=[])
     tool_call_id: CallId | None = None
 
     @model_validator(mode="after")
@@ -127,6 +125,18 @@ class ChatMessage(Body):
         if (self.role == "tool") != (self.tool_call_id is not None):
             raise ValueError("tool messages, and they alone, have a tool_call_id")
         return self
+
+
+def _check_turns(value: Any) -> Any:
+    """Bounds what all messages hold together, before any of it is read."""
+    turns = [turn for turn in value if isinstance(turn, dict)] if isinstance(value, list) else []
+    for name, bound in (("content", PARTS), ("tool_calls", CALLS)):
+        if sum(len(turn[name]) for turn in turns if isinstance(turn.get(name), list)) > bound.most:
+            raise PydanticCustomError("turns", "at most {most} {what}", {"most": bound.most, "what": bound.what})
+    return value
+
+
+Messages = Annotated[Quick[ChatMessage], Field(min_length=1, max_length=MESSAGES.most), BeforeValidator(_check_turns)]
 
 
 class FunctionTool(Body):
@@ -215,7 +225,7 @@ class V1Body(SamplingBody):
 class CompletionBody(V1Body):
     """`POST v1/completions`."""
 
-    prompt: Annotated[Text | list[Text] | list[TokenId] | list[list[TokenId]], BeforeValidator(_check_prompt)]
+    prompt: Annotated[Text | Quick[Text] | Quick[TokenId] | Quick[Quick[TokenId]], BeforeValidator(_check_prompt)]
     max_tokens: Count = Field(16, ge=0, description="new tokens; 0 only with echo")
     logprobs: StrictInt | None = Field(None, ge=0, le=LOGPROBS.most, description="likeliest tokens to report")
     echo: bool = Field(False, description="the prompt before the text")
@@ -232,7 +242,7 @@ class CompletionBody(V1Body):
 class ChatBody(V1Body):
     """`POST v1/chat/completions`."""
 
-    messages: Quick[ChatMessage] = Field(min_length=1, max_length=MESSAGES.most)
+    messages: Messages
     max_tokens: Count | None = Field(None, ge=1, description="older name of max_completion_tokens")
     max_completion_tokens: Count | None = Field(None, ge=1, description="new tokens")
     logprobs: bool = Field(False, description="report each token's log probability")
@@ -269,7 +279,7 @@ class TokenizeBody(Body):
 
     model: Name | None = None
     prompt: Text | None = None
-    messages: Quick[ChatMessage] | None = Field(None, min_length=1, max_length=MESSAGES.most)
+    messages: Messages | None = None
     add_special_tokens: bool = True
     add_generation_prompt: bool = True
 

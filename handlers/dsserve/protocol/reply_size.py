@@ -47,10 +47,10 @@ class TokenSizes:
         texts, names, entries = [1], [0] * most, [0] * most  # a vocabulary may be small
         for token in range(vocabulary):
             value = token_text.read(token)
-            text = _characters(value.decode(errors="replace"))
-            texts.append(text)
-            names.append(_characters(token_text.name(value)))
-            entries.append(text + 4 * len(value))
+            text = value.decode(errors="replace")
+            texts.append(_characters(text))
+            names.append(_characters(token_text.name(value)) if "\ufffd" in text else texts[-1])
+            entries.append(texts[-1] + 4 * len(value))
         longest = sorted(names, reverse=True)[:most]
         tops = [0, *itertools.accumulate(name + _NUMBER + 4 for name in longest)]
         completion = [longest[0] + 3 + _NUMBER + _OFFSET + top + 3 for top in tops[1:]]
@@ -64,6 +64,8 @@ def _longest(sizes: list[int]) -> list[int]:
 
 def _characters(text: str) -> int:
     """Bytes of a string in JSON, without its quotes."""
+    if text.isprintable() and '"' not in text and "\\" not in text:  # as most are
+        return len(text.encode())
     return len(to_json(text)) - 2
 
 
