@@ -274,29 +274,6 @@ class ChatBody(V1Body):
         return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
 
 
-class TokenizeBody(Body):
-    """`POST v1/tokenize`: `prompt` or `messages`."""
-
-    model: Name | None = None
-    prompt: Text | None = None
-    messages: Messages | None = None
-    add_special_tokens: bool = True
-    add_generation_prompt: bool = True
-
-    @model_validator(mode="after")
-    def _one_source(self) -> TokenizeBody:
-        if (self.prompt is None) == (self.messages is None):
-            raise ValueError("give exactly one of prompt and messages")
-        return self
-
-
-class DetokenizeBody(Body):
-    """`POST v1/detokenize`."""
-
-    model: Name | None = None
-    tokens: Quick[TokenId]
-
-
 AnyBody = TypeVar("AnyBody", bound=Body)
 
 

@@ -70,7 +70,7 @@ def _characters(text: str) -> int:
 
 
 @dataclass(frozen=True)
-class Text:
+class Texts:
     """Texts of one prompt in a reply.
 
     Attributes:
@@ -91,7 +91,7 @@ class Text:
         return self.count * (self.echoed + self.tokens * self.a_token + _CHOICE)
 
 
-def check_reply(texts: Iterable[Text], param: str) -> None:
+def check_reply(texts: Iterable[Texts], param: str) -> None:
     """Checks the largest reply that is possible.
 
     Args:
