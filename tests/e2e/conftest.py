@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -192,15 +193,28 @@ class Witness(threading.Thread):
         self._ended = threading.Event()
         self._starts = served.worker_log().count("ready after")
         self.texts: Counter[str] = Counter()
+        self.longest_gap_s = 0.0  # between two pieces of a text
 
     def run(self) -> None:
         body = {"prompt": "One, two, three,", "max_new_tokens": 40}
         while not self._ended.is_set():
             try:
-                pieces = [json.loads(event)["text"] for event in self._served.events(body)[:-1]]
-                self.texts["".join(pieces)] += 1  # where they are cut is the clock's affair
+                self.texts[self._read(body)] += 1
             except Exception as error:
                 self.texts[repr(error)] += 1
+
+    def _read(self, body: dict[str, Any]) -> str:
+        """One whole text; where it is cut is the clock's affair."""
+        pieces, last = [], 0.0
+        with httpx.stream("POST", self._served.url, json={**body, "stream": True}, timeout=120) as response:
+            assert response.status_code == 200, response.status_code
+            for line in response.iter_lines():
+                now = time.monotonic()
+                self.longest_gap_s = max(self.longest_gap_s, now - last if last else 0.0)
+                last = now
+                pieces.append(line)
+        assert pieces[-2:] == ["data: [DONE]", ""], pieces[-2:]
+        return "".join(json.loads(piece[6:])["text"] for piece in pieces[:-2] if piece)
 
     def finish(self) -> None:
         """Waits for the end of the last text.

@@ -95,5 +95,6 @@ def test_ten_thousand_bodies(tiny: Served, beside: Witness) -> None:
     total = sum(found.values(), Counter[int]())
     for name, counts in {**found, "all": total}.items():
         print(f"{name}: {sum(counts.values())} bodies, {dict(sorted(counts.items()))}")
-    print(f"{sum(beside.texts.values())} streams beside them, all equal")
+    texts = sum(beside.texts.values())
+    print(f"{texts} streams beside them, the longest wait between two pieces {beside.longest_gap_s:.2f} s")
     assert total.total() >= LONG_EXAMPLES * 0.9  # an endpoint may have fewer different bodies
