@@ -78,7 +78,7 @@ def test_an_answer_without_generation(worker: Worker) -> None:
 def test_the_rest_of_a_reply_does_not_wait_for_long_calls_and_a_client_may_leave(worker: Worker) -> None:
     worker.call({"a": body(), "b": body()}, [done("a", "z" * 3 * MOST)])
     worker.call({"a": {}, "b": {}})
-    assert worker.engine.limits_s[-1] <= 0.15
+    assert worker.engine.limits_s[-1] == 0
     worker.call({"b": {}})
     assert worker.batch.live == 1
 

@@ -115,7 +115,9 @@ class LiveBatch:
         now = time.monotonic()
         if any(row.is_new for row in self._rows.values()):
             self._call_length.arrived(now)
-        streaming = any(row.frame or (row.reply.is_stream and not row.done) for row in self._rows.values())
+        if any(row.frame for row in self._rows.values()):
+            return 0.0  # one step: what is left of a reply leaves with the next call, and must not grow meanwhile
+        streaming = any(row.reply.is_stream and not row.done for row in self._rows.values())
         has_room = self._engine.running + self._engine.waiting < self._served.limits.max_running
         return self._call_length.limit_s(now, streaming, has_room)
 

@@ -60,7 +60,7 @@ TEXTS = Rule(
 PLACES = Rule("texts of all requests", "`max_running` + `max_waiting`", 429, "handler.max_running, max_waiting")
 REPLY_BYTES = Bound("bytes of a reply that is not streamed, reckoned before it is made", 32 * 2**20)
 # TorchServe takes 6,553,500 bytes of a worker at a time where nobody sets `max_response_size`.
-FRAME_BYTES = Bound("bytes of a reply that leave in one call; longer ones leave in pieces", 2**20, status=200)
+FRAME_BYTES = Bound("bytes of a reply that leave in one call; longer ones leave in pieces", 4 * 2**20, status=200)
 
 # Stop conditions.
 STOPS = Bound("stop strings", 64, setting="handler.max_stops")
