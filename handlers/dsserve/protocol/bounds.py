@@ -61,6 +61,9 @@ PLACES = Rule("texts of all requests", "`max_running` + `max_waiting`", 429, "ha
 REPLY_BYTES = Bound("bytes of a reply that is not streamed, reckoned before it is made", 32 * 2**20)
 # TorchServe takes 6,553,500 bytes of a worker at a time where nobody sets `max_response_size`.
 FRAME_BYTES = Bound("bytes of a reply that leave in one call; longer ones leave in pieces", 4 * 2**20, status=200)
+# The frontend holds the whole of a call in its heap of 1 GiB; short frames never wait for long ones.
+CALL_BYTES = Bound("bytes of all replies that leave in one call, beside 64 KiB of each", 16 * 2**20, status=200)
+SHARE_BYTES = 64 * 2**10
 
 # Stop conditions.
 STOPS = Bound("stop strings", 64, setting="handler.max_stops")
