@@ -27,7 +27,7 @@ def tables() -> str:
     """The two tables, in Markdown."""
     lines = ["| limit | value | setting | status |", "| --- | --- | --- | --- |"]
     for limit in (limit for source in SOURCES for limit in source):
-        value = f"{limit.most:,}" if isinstance(limit, Bound) else limit.most
+        value = f"{limit.most:,}" if isinstance(limit.most, int) else limit.most
         status = "-" if limit.status == _AT_ONCE else str(limit.status)
         lines.append(f"| {limit.what} | {value} | {_code(limit.setting)} | {status} |")
     lines += ["", "| number | range | endpoints |", "| --- | --- | --- |"]

@@ -68,16 +68,3 @@ def test_a_reply_that_cannot_be_rendered_fails_alone(
     replies = worker.call({"a": {}, "b": {}}, [TokenEvent("a", "x"), TokenEvent("b", "y")])
     assert b'"internal_error"' in replies["a"][0] and replies["a"][3] == "false"
     assert replies["b"][0] == b'data: {"text":"y"}\n\n' and worker.engine.evicted == ["a"]
-
-
-@pytest.mark.parametrize(("running", "waiting", "free"), [(1, 0, 3), (2, 1, 1), (2, 2, 0)])
-def test_a_request_that_finds_no_room_hears_how_much_there_is(
-    worker: Worker, running: int, waiting: int, free: int
-) -> None:
-    worker.engine.running, worker.engine.waiting = running, waiting
-    request_body = {"prompt": "hello", "n": 4}
-    item, status, _, _ = worker.call({"a": {"body": request_body}}, path="v1/completions")["a"]
-    message = json.loads(item)["error"]["message"]
-    assert status == 429 and "asks for 4 text(s)" in message
-    assert f"{free} of 4 places are free ({running} run, {waiting} wait)" in message
-    assert ("fewer texts" in message) is (free > 0)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import socket
+import threading
+import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -179,3 +182,57 @@ def tiny(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
     served = serve(folder / "run", "tiny", archive)
     yield served
     assert server.stop(served.run) == 0, "processes had to be killed at the end"
+
+
+class Witness(threading.Thread):
+    """Streams one text after another, each the same greedy one, and keeps those that differ."""
+
+    def __init__(self, served: Served) -> None:
+        super().__init__()
+        self._served = served
+        self._ended = threading.Event()
+        self._starts = served.worker_log().count("ready after")
+        self.texts: Counter[str] = Counter()
+        self.longest_gap_s = 0.0  # between two pieces of a text
+
+    def run(self) -> None:
+        body = {"prompt": "One, two, three,", "max_new_tokens": 40}
+        while not self._ended.is_set():
+            try:
+                self.texts[self._read(body)] += 1
+            except Exception as error:
+                self.texts[repr(error)] += 1
+
+    def _read(self, body: dict[str, Any]) -> str:
+        """One whole text; where it is cut is the clock's affair."""
+        pieces, last = [], 0.0
+        with httpx.stream("POST", self._served.url, json={**body, "stream": True}, timeout=120) as response:
+            assert response.status_code == 200, response.status_code
+            for line in response.iter_lines():
+                now = time.monotonic()
+                self.longest_gap_s = max(self.longest_gap_s, now - last if last else 0.0)
+                last = now
+                pieces.append(line)
+        assert pieces[-2:] == ["data: [DONE]", ""], pieces[-2:]
+        return "".join(json.loads(piece[6:])["text"] for piece in pieces[:-2] if piece)
+
+    def finish(self) -> None:
+        """Waits for the end of the last text.
+
+        Raises:
+            AssertionError: a text was lost or changed, or the worker is not the one it was.
+        """
+        self._ended.set()
+        self.join()
+        assert len(self.texts) == 1, f"a stream was lost or changed: {self.texts}"
+        log = self._served.worker_log()
+        assert "ending the rank" not in log and log.count("ready after") == self._starts, "the worker was restarted"
+
+
+@pytest.fixture(scope="module")
+def beside(tiny: Served) -> Iterator[Witness]:
+    """A client that streams from the tiny model all the time; in the end nothing of it was lost."""
+    witness = Witness(tiny)
+    witness.start()
+    yield witness
+    witness.finish()

@@ -87,6 +87,10 @@ def tool(**parts: Any) -> dict[str, Any]:
     return {"type": "function", "function": {"name": "f", **parts}}
 
 
+def parts(count: int) -> dict[str, Any]:
+    return {"role": "user", "content": [{"type": "text", "text": ""}] * count}
+
+
 def turn(*calls: dict[str, Any]) -> list[Any]:
     return [USER, {"role": "assistant", "content": "", "tool_calls": list(calls)}]
 
@@ -100,10 +104,9 @@ EDGES: list[tuple[str, str, Any, Any]] = [
     ("plain", "messages", [USER] * 30, [USER] * 2049),
     ("chat", "messages", [USER] * 30, [USER] * 2049),
     ("tokenize", "messages", [USER] * 30, [USER] * 2049),
-    ("chat", "messages", [{"role": "user", "content": [{"type": "text", "text": ""}] * 256}, USER],
-     [{"role": "user", "content": [{"type": "text", "text": ""}] * 257}, USER]),
+    ("chat", "messages", [parts(2000), USER, parts(48)], [parts(2000), USER, parts(49)]),
     ("chat", "messages", [{**USER, "name": "n" * 256}], [{**USER, "name": "n" * 257}]),
-    ("chat", "messages", turn(*[call()] * 128), turn(*[call()] * 129)),
+    ("chat", "messages", turn(*[call()] * 1024) * 2, turn(*[call()] * 1025) * 2),
     ("chat", "messages", turn(call(id="i" * 1024)), turn(call(id="i" * 1025))),
     ("chat", "messages", turn(call(function={"name": "n" * 256, "arguments": "{}"})),
      turn(call(function={"name": "n" * 257, "arguments": "{}"}))),

@@ -20,7 +20,7 @@ from dsserve.generation.faults import Fault
 from dsserve.generation.leader import LeaderEngine
 from dsserve.generation.request import Origin, TokenEvent
 from dsserve.protocol import refusals
-from dsserve.protocol.bounds import FRAME_BYTES
+from dsserve.protocol.bounds import CALL_BYTES, FRAME_BYTES, SHARE_BYTES
 from dsserve.protocol.job import Job
 from dsserve.protocol.reply import JSON_TYPE, JsonReply, Reply, error_body
 from dsserve.protocol.routes import answer
@@ -116,7 +116,9 @@ class LiveBatch:
         now = time.monotonic()
         if any(row.is_new for row in self._rows.values()):
             self._call_length.arrived(now)
-        streaming = any(row.frame or (row.reply.is_stream and not row.done) for row in self._rows.values())
+        if any(row.frame for row in self._rows.values()):
+            return 0.0  # one step: what is left of a reply leaves with the next call, and must not grow meanwhile
+        streaming = any(row.reply.is_stream and not row.done for row in self._rows.values())
         has_room = self._engine.running + self._engine.waiting < self._served.limits.max_running
         return self._call_length.limit_s(now, streaming, has_room)
 
@@ -219,6 +221,7 @@ class LiveBatch:
         row.done = True
 
     def _collect(self, ids: list[str], answered: dict[str, bytes | RequestError], ctx: Any) -> list[bytes]:
+        left = CALL_BYTES.most
         items: list[bytes] = []
         criteria: list[Callable[[Any], bool | None]] = []
         for index, request_id in enumerate(ids):
@@ -227,8 +230,10 @@ class LiveBatch:
                 criteria.append(_plain)
                 continue
             row = self._rows[request_id]
-            items.append(bytes(row.frame[: FRAME_BYTES.most]))
-            del row.frame[: FRAME_BYTES.most]
+            size = max(SHARE_BYTES, min(FRAME_BYTES.most, left))
+            items.append(bytes(row.frame[:size]))
+            del row.frame[:size]
+            left -= len(items[-1])
             ends = row.done and not row.frame
             # A stream whose first frame is its last would hang the client: one-call answers go out as plain replies.
             criteria.append(_more if not ends else _plain if row.is_new else _last)

@@ -60,7 +60,10 @@ TEXTS = Rule(
 PLACES = Rule("texts of all requests", "`max_running` + `max_waiting`", 429, "handler.max_running, max_waiting")
 REPLY_BYTES = Bound("bytes of a reply that is not streamed, reckoned before it is made", 32 * 2**20)
 # TorchServe takes 6,553,500 bytes of a worker at a time where nobody sets `max_response_size`.
-FRAME_BYTES = Bound("bytes of a reply that leave in one call; longer ones leave in pieces", 2**20, status=200)
+FRAME_BYTES = Bound("bytes of a reply that leave in one call; longer ones leave in pieces", 4 * 2**20, status=200)
+# The frontend holds the whole of a call in its heap of 1 GiB; short frames never wait for long ones.
+CALL_BYTES = Bound("bytes of all replies that leave in one call, beside 64 KiB of each", 16 * 2**20, status=200)
+SHARE_BYTES = 64 * 2**10
 
 # Stop conditions.
 STOPS = Bound("stop strings", 64, setting="handler.max_stops")
@@ -78,8 +81,8 @@ TOKENIZED = Rule("tokens of `v1/tokenize`", "twice the context", 413)
 DETOKENIZED = Rule("`tokens` of `v1/detokenize`", "the context")
 IDS = Rule("token ids", "those of the model's vocabulary, also where a tokenizer has more")
 MESSAGES = Bound("`messages`", 2048)
-PARTS = Bound("parts of a message's `content`", 256)
-CALLS = Bound("`tool_calls` of a message", 128)
+PARTS = Bound("parts of the `content` of all messages", 2048)
+CALLS = Bound("`tool_calls` of all messages", 2048)
 TOOLS = Bound("`tools`", 128)
 
 # Names and notes.

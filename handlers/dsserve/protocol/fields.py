@@ -81,7 +81,7 @@ class Body(BaseModel):
             return value
         if len(value) > FIELDS.most:
             raise PydanticCustomError("fields", "at most {most} members", {"most": FIELDS.most})
-        return {key: item for key, item in value.items() if item is not None}
+        return {key: item for key, item in value.items() if item is not None} if None in value.values() else value
 
 
 class SamplingBody(Body):

@@ -44,14 +44,15 @@ def check_json(value: Any, param: str, most_values: int = VALUES.most) -> int:
         count += len(level)
         if count > most_values:
             raise RequestError(f"{param}: the body holds more than {VALUES.what}", param=param)
-        _check_scalars(level, param)
-        within = [part for part in level if isinstance(part, list | dict)]
+        kinds = set(map(type, level))
+        _check_scalars(level, kinds, param)
+        within = [part for part in level if type(part) in (list, dict)] if kinds & {list, dict} else []
         depth += bool(within)
         if depth > DEPTH.most:
             raise RequestError(f"{param} is nested too deeply: at most {DEPTH.most} levels", param=param)
         level = []
         for part in within:
-            if isinstance(part, dict):
+            if type(part) is dict:
                 count += len(part)
                 for name in part:
                     check_text(name, param)
@@ -71,8 +72,7 @@ def check_text(text: str, param: str) -> None:
         raise RequestError(f"{param} is not valid Unicode: it holds a lone surrogate", param=param) from None
 
 
-def _check_scalars(values: list[Any], param: str) -> None:
-    kinds = set(map(type, values))
+def _check_scalars(values: list[Any], kinds: set[type], param: str) -> None:
     if int in kinds:
         numbers = values if kinds == {int} else [value for value in values if type(value) is int]
         if min(numbers) < SMALLEST_INT or max(numbers) > LARGEST_INT:

@@ -19,9 +19,7 @@ from dsserve.protocol.openai_schema import (
     ChatBody,
     ChatMessage,
     CompletionBody,
-    DetokenizeBody,
     NamedTool,
-    TokenizeBody,
     V1Body,
     parse,
 )
@@ -31,13 +29,13 @@ from dsserve.protocol.prompt import (
     check_least,
     check_prompt_tokens,
     check_texts,
-    encode,
+    decode,
     encode_messages,
     encode_text,
     fit_output,
 )
 from dsserve.protocol.reply import Reply, to_json
-from dsserve.protocol.reply_size import CALL_FACTOR, Text, check_reply, echo_size
+from dsserve.protocol.reply_size import CALL_FACTOR, Texts, check_reply, echo_size
 from dsserve.protocol.served import ServedModel
 from dsserve.protocol.structured import call_grammar, check_tools, response_grammar
 from dsserve.protocol.tools import CLOSING, OPENING, ToolCallText, check_tool_format
@@ -71,15 +69,15 @@ def complete(request_id: str, body: Any, served: ServedModel) -> Job:
         )
     grammar = response_grammar(parsed.response_format, served.grammars)
     sampling = parsed.sampling(served.vocabulary, parsed.logprobs, grammar)
-    requests, shapes, texts = list[GenerationRequest](), list[Shape](), list[Text]()
+    requests, shapes, texts = list[GenerationRequest](), list[Shape](), list[Texts]()
     token_text = None if parsed.logprobs is None else served.token_text
     reported = 0 if parsed.logprobs is None else served.token_sizes.completion[parsed.logprobs]
     for ids in prompts:
         limit = fit_output(parsed.max_tokens, len(ids), served.limits, "max_tokens")
         requests += _sequences(request_id, ids, limit, parsed, sampling, len(requests), served, wants_prompt_logprobs)
-        echoed = _decode(ids, served) if parsed.echo else ""
+        echoed = decode(ids, served) if parsed.echo else ""
         before = echo_size(echoed) + reported * len(ids) * wants_prompt_logprobs
-        texts.append(Text(parsed.n, limit, served.token_sizes.text + reported, before))
+        texts.append(Texts(parsed.n, limit, served.token_sizes.text + reported, before))
         shapes += [CompletionShape(token_text, echoed) for _ in range(parsed.n)]
     if not parsed.stream:
         check_reply(texts, "max_tokens")
@@ -121,7 +119,7 @@ def chat(request_id: str, body: Any, served: ServedModel) -> Job:
     if not parsed.stream:
         sizes = served.token_sizes
         a_token = sizes.text * (CALL_FACTOR if uses_tools else 1) + (0 if logprobs is None else sizes.chat[logprobs])
-        check_reply([Text(parsed.n, limit, a_token)], name)
+        check_reply([Texts(parsed.n, limit, a_token)], name)
     most_calls = None if parsed.parallel_tool_calls else 1
     shapes: list[Shape] = [
         ChatShape(served.token_text if parsed.logprobs else None, ToolCallText() if uses_tools else None, most_calls)
@@ -150,33 +148,6 @@ def _demanded_call(body: ChatBody, served: ServedModel, grammar: str | None) -> 
 def _template(served: ServedModel) -> str | None:
     template = served.tokenizer.chat_template
     return str(template) if template else None
-
-
-def tokenize(request_id: str, body: Any, served: ServedModel) -> bytes:
-    """`POST v1/tokenize`."""
-    parsed = parse(TokenizeBody, body)
-    check_model(parsed.model, served)
-    if parsed.messages is not None:
-        messages = [render_message(message) for message in parsed.messages]
-        options = {"add_generation_prompt": parsed.add_generation_prompt}
-        ids = encode_messages(messages, served, **options)
-    else:
-        ids = encode(parsed.prompt or "", served, "prompt", add_special_tokens=parsed.add_special_tokens)
-    return to_json({"count": len(ids), "max_model_len": served.limits.max_model_len, "tokens": ids})
-
-
-def detokenize(request_id: str, body: Any, served: ServedModel) -> bytes:
-    """`POST v1/detokenize`."""
-    parsed = parse(DetokenizeBody, body)
-    check_model(parsed.model, served)
-    if len(parsed.tokens) > served.limits.max_model_len:
-        raise RequestError(
-            f"tokens: {len(parsed.tokens)} token ids are more than the context of {served.limits.max_model_len}: send "
-            "them in parts",
-            param="tokens",
-        )
-    check_reply([Text(1, len(parsed.tokens), served.token_sizes.text)], "tokens")
-    return to_json({"prompt": _decode(check_ids(parsed.tokens, served.vocabulary, "tokens"), served)})
 
 
 def check_model(name: str | None, served: ServedModel) -> None:
@@ -218,10 +189,6 @@ def _function(name: str, arguments: str) -> dict[str, Any]:
         raise RequestError("messages: arguments of a tool call must be JSON text", param="messages") from None
     check_json(value, "messages")
     return {"name": name, "arguments": value}
-
-
-def _decode(ids: list[int], served: ServedModel) -> str:
-    return str(served.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
 def _sequences(

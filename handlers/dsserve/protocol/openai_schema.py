@@ -75,9 +75,7 @@ class TextPart(Body):
 
 
 def _check_content(value: Any) -> Any:
-    """Names the kind of part that a text model cannot read; the union would name its first branch."""
-    if isinstance(value, list) and len(value) > PARTS.most:
-        raise PydanticCustomError("content_parts", "at most {most} parts", {"most": PARTS.most})
+    """Names the kind of part that a text model cannot read."""
     for part in value if isinstance(value, list) else []:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind != "text":
@@ -115,7 +113,7 @@ class ChatMessage(Body):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Content | None = None
     name: Name | None = None
-    tool_calls: Quick[ToolCall] = Field(default=[], max_length=CALLS.most)
+    tool_calls: Quick[ToolCall] = Field(default=[])
     tool_call_id: CallId | None = None
 
     @model_validator(mode="after")
@@ -127,6 +125,18 @@ class ChatMessage(Body):
         if (self.role == "tool") != (self.tool_call_id is not None):
             raise ValueError("tool messages, and they alone, have a tool_call_id")
         return self
+
+
+def _check_turns(value: Any) -> Any:
+    """Bounds what all messages hold together, before any of it is read."""
+    turns = [turn for turn in value if isinstance(turn, dict)] if isinstance(value, list) else []
+    for name, bound in (("content", PARTS), ("tool_calls", CALLS)):
+        if sum(len(turn[name]) for turn in turns if isinstance(turn.get(name), list)) > bound.most:
+            raise PydanticCustomError("turns", "at most {most} {what}", {"most": bound.most, "what": bound.what})
+    return value
+
+
+Messages = Annotated[Quick[ChatMessage], Field(min_length=1, max_length=MESSAGES.most), BeforeValidator(_check_turns)]
 
 
 class FunctionTool(Body):
@@ -224,8 +234,8 @@ class V1Body(SamplingBody):
 class CompletionBody(V1Body):
     """`POST v1/completions`."""
 
-    prompt: Annotated[Text | list[Text] | list[TokenId] | list[list[TokenId]], BeforeValidator(_check_prompt)] = Field(
-        description="text, texts, token ids, or lists of token ids"
+    prompt: Annotated[Text | Quick[Text] | Quick[TokenId] | Quick[Quick[TokenId]], BeforeValidator(_check_prompt)] = (
+        Field(description="text, texts, token ids, or lists of token ids")
     )
     max_tokens: Count = Field(16, ge=0, description="new tokens; 0 only with `echo`")
     logprobs: StrictInt | None = Field(
@@ -251,9 +261,7 @@ class CompletionBody(V1Body):
 class ChatBody(V1Body):
     """`POST v1/chat/completions`."""
 
-    messages: Quick[ChatMessage] = Field(
-        min_length=1,
-        max_length=MESSAGES.most,
+    messages: Messages = Field(
         description="turns with `role` and `content` (text, or parts of type `text`), for the chat template",
     )
     max_tokens: Count | None = Field(None, ge=1, description="older name of `max_completion_tokens`")
@@ -293,31 +301,6 @@ class ChatBody(V1Body):
     def output_limit(self) -> int | None:
         """New tokens asked for, by either name."""
         return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
-
-
-class TokenizeBody(Body):
-    """`POST v1/tokenize`: `prompt` or `messages`."""
-
-    model: Name | None = Field(None, description="the model's name, as in the path")
-    prompt: Text | None = Field(None, description="text; give this or `messages`")
-    messages: Quick[ChatMessage] | None = Field(
-        None, min_length=1, max_length=MESSAGES.most, description="turns, as for chat"
-    )
-    add_special_tokens: bool = Field(True, description="tokens that the tokenizer puts around a prompt")
-    add_generation_prompt: bool = Field(True, description="the template's beginning of an answer, after the messages")
-
-    @model_validator(mode="after")
-    def _one_source(self) -> TokenizeBody:
-        if (self.prompt is None) == (self.messages is None):
-            raise ValueError("give exactly one of prompt and messages")
-        return self
-
-
-class DetokenizeBody(Body):
-    """`POST v1/detokenize`."""
-
-    model: Name | None = Field(None, description="the model's name, as in the path")
-    tokens: Quick[TokenId] = Field(description="token ids")
 
 
 AnyBody = TypeVar("AnyBody", bound=Body)

@@ -8,7 +8,7 @@ from dsserve.generation.request import GenerationRequest
 from dsserve.protocol.job import Job
 from dsserve.protocol.prompt import check_least, encode_messages, encode_text, fit_output
 from dsserve.protocol.reply import JsonReply, PlainReply, Reply, SseReply
-from dsserve.protocol.reply_size import Text, check_reply
+from dsserve.protocol.reply_size import Texts, check_reply
 from dsserve.protocol.schema import GenerateBody, parse_body
 from dsserve.protocol.served import ServedModel
 
@@ -33,7 +33,7 @@ def generate(request_id: str, body: str | dict[str, Any], served: ServedModel) -
     limit = fit_output(parsed.max_new_tokens, len(ids), served.limits)
     check_least(parsed.min_tokens, limit)
     if not parsed.stream:
-        check_reply([Text(1, limit, served.token_sizes.text)], "max_new_tokens")
+        check_reply([Texts(1, limit, served.token_sizes.text)], "max_new_tokens")
     stops = parsed.stops(served.limits)
     request = GenerationRequest(request_id, tuple(ids), limit, parsed.sampling(served.vocabulary), stops)
     return Job(reply, (request,), parsed.timeout_s(served.limits))

@@ -187,3 +187,8 @@ def check_least(min_tokens: int, most: int) -> None:
     """Raises RequestError (400) where more new tokens are demanded than there may be."""
     if min_tokens > most:
         raise RequestError(f"min_tokens {min_tokens} is above the {most} new tokens at most", param="min_tokens")
+
+
+def decode(ids: list[int], served: ServedModel) -> str:
+    """The text of token ids, special tokens too."""
+    return str(served.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))

@@ -47,10 +47,10 @@ class TokenSizes:
         texts, names, entries = [1], [0] * most, [0] * most  # a vocabulary may be small
         for token in range(vocabulary):
             value = token_text.read(token)
-            text = _characters(value.decode(errors="replace"))
-            texts.append(text)
-            names.append(_characters(token_text.name(value)))
-            entries.append(text + 4 * len(value))
+            text = value.decode(errors="replace")
+            texts.append(_characters(text))
+            names.append(_characters(token_text.name(value)) if "\ufffd" in text else texts[-1])
+            entries.append(texts[-1] + 4 * len(value))
         longest = sorted(names, reverse=True)[:most]
         tops = [0, *itertools.accumulate(name + _NUMBER + 4 for name in longest)]
         completion = [longest[0] + 3 + _NUMBER + _OFFSET + top + 3 for top in tops[1:]]
@@ -64,11 +64,13 @@ def _longest(sizes: list[int]) -> list[int]:
 
 def _characters(text: str) -> int:
     """Bytes of a string in JSON, without its quotes."""
+    if text.isprintable() and '"' not in text and "\\" not in text:  # as most are
+        return len(text.encode())
     return len(to_json(text)) - 2
 
 
 @dataclass(frozen=True)
-class Text:
+class Texts:
     """Texts of one prompt in a reply.
 
     Attributes:
@@ -89,7 +91,7 @@ class Text:
         return self.count * (self.echoed + self.tokens * self.a_token + _CHOICE)
 
 
-def check_reply(texts: Iterable[Text], param: str) -> None:
+def check_reply(texts: Iterable[Texts], param: str) -> None:
     """Checks the largest reply that is possible.
 
     Args:
