@@ -65,9 +65,10 @@ def get_ds_engine(
         LoadError: settings that cannot work, a rank without attention heads, or logits that changed.
     """
     rank = RankInfo.from_env()
-    device = select_device((ctx.model_yaml_config or {}).get("deviceType"), rank)
+    yaml_config = ctx.model_yaml_config or {}
+    device = select_device(yaml_config.get("deviceType"), rank)
     if not torch.distributed.is_initialized():
-        prepare_environment(device, rank)
+        prepare_environment(device, rank, (yaml_config.get("handler") or {}).get("num_threads"))
         init_process_group(rank)
     settings = read_settings(ctx, rank.world_size, model_dtype(model))
     if settings.quantization:

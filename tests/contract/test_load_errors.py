@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
 from transformers import AutoConfig, AutoTokenizer
 
@@ -180,3 +181,14 @@ def test_a_tokenizer_file_that_no_package_reads_names_the_packages(
 
 def test_the_tokenizer_of_these_tests_is_whole() -> None:
     assert make_tokenizer().decode(make_tokenizer()("Ça va?").input_ids) == "Ça va?"
+
+
+def test_the_settings_threads_count_on_one_rank(tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    try:
+        save_model(tmp_path, "llama")
+        handler = deepspeed_handler.DeepSpeedHandler()
+        handler.initialize(make_context(tmp_path, settings(tmp_path, warmup=False, num_threads=before + 2)))
+        assert torch.get_num_threads() == before + 2
+    finally:
+        torch.set_num_threads(before)
