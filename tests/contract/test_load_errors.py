@@ -14,7 +14,9 @@ import transformers
 from transformers import AutoConfig, AutoTokenizer
 
 import deepspeed_handler
+from dsserve.config import HandlerConfig
 from dsserve.errors import LoadError
+from dsserve.hf_model import load_model
 from tests.contexts import make_context
 from tests.tiny_models import CONTEXT, RECIPES, SHAPE, make_tokenizer, save_config, save_model, settings
 
@@ -177,6 +179,24 @@ def test_a_tokenizer_file_that_no_package_reads_names_the_packages(
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", fail)
     line = refusal(tmp_path, caplog)
     assert "tokenizer.model" in line and "sentencepiece" in line and "protobuf" in line
+
+
+def test_a_sentencepiece_file_alone_is_served_as_its_library_reads_it(tmp_path: Path) -> None:
+    from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+
+    save_model(tmp_path, "llama")
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer", "add_bos_token": false}')
+    (tmp_path / "corpus").write_text("\n".join(f"the quick brown fox {n} jumps over lazy dogs" for n in range(500)))
+    SentencePieceTrainer.train(
+        input=str(tmp_path / "corpus"), model_prefix=str(tmp_path / "tokenizer"), vocab_size=400, model_type="bpe",
+        byte_fallback=True, hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    own = SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    config = HandlerConfig(model_path=str(tmp_path))
+    tokenizer = load_model(config, tmp_path).tokenizer
+    for text in ("the quick fox", "lazy 42 dogs!", "Ça va?"):
+        assert tokenizer(text, add_special_tokens=False).input_ids == own.encode(text)
 
 
 def test_the_tokenizer_of_these_tests_is_whole() -> None:
