@@ -109,7 +109,7 @@ def check_config(model_config: Any) -> None:
 
 
 def check_states(model: Any) -> None:
-    """Refuses a model some of whose layers keep recurrent states, which no KV cache holds.
+    """Refuses a model some of whose layers keep more than keys and values, such as recurrent states.
 
     Raises:
         LoadError: the architecture, and what says so.
@@ -119,8 +119,8 @@ def check_states(model: Any) -> None:
     if recurrent or getattr(model, "_is_stateful", False):
         says = f" ({', '.join(recurrent)})" if recurrent else ""
         raise LoadError(
-            f"{type(model).__name__} has layers that keep recurrent states{says}, which this engine does not hold: it "
-            "serves models all of whose layers are attention; name one of those"
+            f"{type(model).__name__} has layers that keep states of their own{says}, which this engine does not hold: "
+            "it serves models all of whose layers keep keys and values alone; name one of those"
         )
 
 

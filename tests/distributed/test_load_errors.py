@@ -15,7 +15,7 @@ REFUSED = {
     "gpt_bigcode": ["GPTBigCodeForCausalLM", "RuntimeError", "2 ranks"],
     "hunyuan": ["HunYuanDenseV1ForCausalLM", "DeepSpeed refuses", "nproc-per-node"],
     "falcon_rw": ["FalconForCausalLM", "2 ranks"],
-    "qwen3_next": ["Qwen3NextForCausalLM", "recurrent states"],
+    "qwen3_next": ["Qwen3NextForCausalLM", "states of their own"],
     "phimoe": ["PhimoeForCausalLM", "2 ranks"],
 }
 
