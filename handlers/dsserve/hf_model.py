@@ -18,7 +18,7 @@ import torch
 from dsserve.config import YAML_FILE, HandlerConfig
 from dsserve.errors import LoadError, first_line
 from dsserve.load_failure import is_memory_error
-from dsserve.model_kind import check_config, check_folder, check_states, describe_headless
+from dsserve.model_kind import check_config, check_folder, check_head, check_states, describe_headless
 from dsserve.weights import check_weight_files, find_weight_files
 
 logger = logging.getLogger(__name__)
@@ -97,6 +97,7 @@ def load_outline(config: HandlerConfig, folder: Path) -> Any:
         if (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)
         check_states(model)
+        check_head(model, folder)
     return model.eval()
 
 

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ WATCH_S = 0.25
 GRACE_S = 5.0
 # After its own failure: how long a rank waits for the others before it wakes those that wait in gloo.
 WAKE_S = 1.0
+_CONNECT_S = 60.0
 _loads = itertools.count()
 
 
@@ -134,7 +136,7 @@ class RankBoard:
         """The board of this process's next load; None for one rank alone. Each rank opens as many, in one order."""
         if rank.world_size == 1:
             return None
-        store, _, _ = next(torch.distributed.rendezvous("env://"))
+        store, _, _ = next(torch.distributed.rendezvous("env://", timeout=timedelta(seconds=_CONNECT_S)))
         return cls(store, rank.world_size, f"dsserve/load/{next(_loads)}")
 
     def clone(self) -> RankBoard:

@@ -1,6 +1,6 @@
 """What a folder or a model is, where it is no causal language model in Hugging Face's format: said before the load.
 
-Looks at file names, config.json and the class that transformers makes of it. Reads no weights (`weights`).
+Looks at the names of files and tensors, config.json and the class that transformers makes of it. Reads no weights.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dsserve.errors import LoadError
+from dsserve.weights import find_weight_files, read_names
 
 logger = logging.getLogger(__name__)
 
@@ -127,6 +128,25 @@ def check_states(model: Any) -> None:
 def named_architecture(model_config: Any) -> str:
     """The class that saved the model, as config.json says; empty where it says nothing."""
     return str(next(iter(getattr(model_config, "architectures", None) or ()), ""))
+
+
+def check_head(model: Any, folder: Path) -> None:
+    """Refuses what another class saved without a language head, by the names in its files. A tied one needs none.
+
+    Raises:
+        LoadError: see `describe_headless`.
+    """
+    reason, head = describe_headless(model), model.get_output_embeddings()
+    if reason is None or head is None or model.config.get_text_config().tie_word_embeddings:
+        return
+    try:
+        files = find_weight_files(folder)
+    except LoadError:  # a shard cache alone
+        return
+    names = set(files.index) or (set(read_names(files.files[0])) if files.is_safetensors else set())
+    parameter = next((name for name, value in model.named_parameters() if value is head.weight), None)
+    if names and parameter not in names:
+        raise LoadError(reason)
 
 
 def describe_headless(model: Any) -> str | None:

@@ -175,6 +175,14 @@ def test_a_folder_of_another_kind_is_described(tmp_path: Path, caplog: pytest.Lo
     assert len(line) < 700
 
 
+def test_an_embedding_model_is_refused_before_its_weights_are_read(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    as_saved_by("LlamaModel")(tmp_path)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *args, **kwargs: pytest.fail("a long load"))
+    assert "no language head" in refusal(tmp_path, caplog)
+
+
 def test_a_file_is_no_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     file = tmp_path / "model-q4.gguf"
     file.write_bytes(b"GGUF")

@@ -58,6 +58,18 @@ def test_kinds_that_have_a_mend_of_their_own(error: BaseException, words: list[s
     assert "Connection closed by peer" not in text
 
 
+@pytest.mark.parametrize(
+    ("error", "stage", "words"),
+    [
+        (OSError(98, "Address already in use"), "after warm-up", "a port"),
+        (AttributeError("no such key"), "settings", "report this line"),
+        (AttributeError("no such key"), "warm-up", "this architecture is not served"),
+    ],
+)
+def test_the_mend_fits_the_stage(error: BaseException, stage: str, words: str) -> None:
+    assert words in str(explain(error, "X", stage))
+
+
 class Panic(BaseException):
     """As PyO3 raises them: no Exception."""
 
