@@ -7,6 +7,7 @@ write the reasons (`load_failure`).
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import threading
@@ -33,6 +34,7 @@ GRACE_S = 5.0
 # After its own failure: how long a rank waits for the others before it wakes those that wait in gloo.
 WAKE_S = 1.0
 _CONNECT_S = 60.0
+_HEARD = "heard"  # the place of a rank that has said the reason
 _loads = itertools.count()
 
 
@@ -91,12 +93,16 @@ class LoadGuard:
         found = explain(error, self.what, stage, self._rank.world_size)
         if found is not error:
             logger.debug("[dsserve] rank %d: the load ends", self._rank.rank, exc_info=error)
-        if self._board is not None:
-            reason = self._board.post(str(found))
+        board = self._board
+        if board is None:
+            logger.error("[dsserve] LoadError: %s", found)
+            return found
+        with contextlib.suppress(RuntimeError):  # the store has gone with torchrun: this rank's own reason stays
+            reason = board.post(str(found))
             found = found if reason == str(found) else LoadError(reason)
         logger.error("[dsserve] LoadError: %s", found)
-        if self._board is not None:
-            self._leave(self._board)
+        with contextlib.suppress(RuntimeError):
+            self._leave(board)
         return found
 
     def _leave(self, board: RankBoard) -> None:
@@ -112,15 +118,13 @@ class LoadGuard:
             threading.Thread(target=self._watch, args=(board,), name="dsserve-load-guard", daemon=True).start()
 
     def _watch(self, board: RankBoard) -> None:
-        while not self._over.wait(WATCH_S):
-            reason = board.reason()
-            if reason is not None and not self._over.wait(GRACE_S):
-                logger.error("[dsserve] LoadError: %s", reason)
-                board.arrive(_HEARD)
-                end_process()
-
-
-_HEARD = "heard"
+        with contextlib.suppress(RuntimeError):
+            while not self._over.wait(WATCH_S):
+                reason = board.reason()
+                if reason is not None and not self._over.wait(GRACE_S):
+                    logger.error("[dsserve] LoadError: %s", reason)
+                    board.arrive(_HEARD)
+                    end_process()
 
 
 class RankBoard:
