@@ -17,7 +17,7 @@ import torch
 
 from dsserve.config import YAML_FILE, HandlerConfig
 from dsserve.errors import LoadError, first_line
-from dsserve.load_failure import is_memory_error
+from dsserve.load_failure import is_of_the_machine
 from dsserve.model_kind import check_config, check_folder, check_head, check_states, describe_headless
 from dsserve.weights import check_weight_files, find_weight_files
 
@@ -189,7 +189,7 @@ def _loading(config: HandlerConfig) -> Iterator[None]:
     except LoadError as error:
         raise LoadError(f"{YAML_FILE}: handler.model_path: {config.model_path}: {error}") from None
     except Exception as error:
-        if is_memory_error(error):
+        if is_of_the_machine(error):
             raise
         reason = f"{type(error).__name__}: {error}"[:400]
         raise LoadError(

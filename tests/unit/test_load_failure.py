@@ -49,6 +49,10 @@ def test_a_librarys_place_is_followed_by_ours() -> None:
         (MemoryError(), ["no memory"]),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: 5 bytes"), ["no memory"]),
         (RuntimeError("pair.cc:553] Connection closed by peer [127.0.0.1]:1"), ["another rank ended", "killed"]),
+        (
+            torch.AcceleratorError("CUDA error: an illegal memory access was encountered", 700),
+            ["device failed", "CUDA"],
+        ),
         (AttributeError("'PackedLinear' object has no attribute 'weight'"), ["handler.pack_weights: false"]),
     ],
 )
