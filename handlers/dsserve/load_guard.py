@@ -178,6 +178,7 @@ class RankBoard:
 
 
 def _close_connections() -> None:
-    """Ranks that wait for this one in gloo get an error at once. NCCL's groups may not be destroyed (`finish_rank`)."""
+    """Ranks that wait for this one in gloo get an error at once, unless DeepSpeed holds the group: those are ended by
+    their watchers. NCCL's groups may not be destroyed (`finish_rank`)."""
     if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
         torch.distributed.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Two ranks end a load that cannot succeed with one reason, also where one fails alone; and they sum without an op."""
+"""Two ranks end a load that cannot succeed with one reason, also where one fails alone, and sum without an op."""
 
 from __future__ import annotations
 
@@ -10,21 +10,18 @@ from tests.ranks import run_ranks
 from tests.tiny_models import save_model
 
 RANKS = "tests.distributed.loading"
-# The router of the last one is cut: rank 1 fails where rank 0 waits for it.
 REFUSED = {
     "gpt_bigcode": ["GPTBigCodeForCausalLM", "RuntimeError", "2 ranks"],
     "hunyuan": ["HunYuanDenseV1ForCausalLM", "DeepSpeed refuses", "nproc-per-node"],
     "falcon_rw": ["FalconForCausalLM", "2 ranks"],
     "qwen3_next": ["Qwen3NextForCausalLM", "states of their own"],
-    "phimoe": ["PhimoeForCausalLM", "2 ranks"],
 }
 
 
 @pytest.fixture(scope="module")
 def reasons(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
     folders = {name: str(save_model(tmp_path_factory.mktemp(name), name)) for name in REFUSED}
-    # Without g++ on PATH the ranks use gloo: a rank that waits in shared memory cannot raise and is ended.
-    return run_ranks(f"{RANKS}:reasons", folders=folders, env={"PATH": str(tmp_path_factory.mktemp("path"))})
+    return run_ranks(f"{RANKS}:reasons", folders=folders)
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -32,6 +29,16 @@ def test_all_ranks_give_one_reason(reasons: list[dict[str, str]], name: str) -> 
     first, second = (rank[name] for rank in reasons)
     assert first == second and "\n" not in first
     assert all(word in first for word in REFUSED[name]) and "Connection closed" not in first
+
+
+@pytest.mark.long
+def test_a_rank_that_waits_for_one_that_failed_ends_with_its_reason(tmp_path: Path) -> None:
+    """The router of this model is cut: rank 1 fails within a layer, and rank 0 waits for it in a sum of DeepSpeed's."""
+    with pytest.raises(RuntimeError) as info:
+        run_ranks(f"{RANKS}:reasons", folders={"phimoe": str(save_model(tmp_path, "phimoe"))})
+    said = str(info.value)
+    assert said.count("LoadError: PhimoeForCausalLM cannot run after DeepSpeed's sharding over 2 ranks") == 2
+    assert "Connection closed" not in said
 
 
 def test_a_rank_that_cannot_compile_makes_all_use_gloo(tmp_path: Path) -> None:
