@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from dsserve.errors import LoadError
+from dsserve.errors import LoadError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -157,16 +157,35 @@ def _agree_on_shared_memory(rank: RankInfo) -> None:
     """Switches DeepSpeed's shared-memory all-reduce off on all ranks if one of them cannot have it."""
     import deepspeed
 
-    from dsserve.compile_lock import drop_stale_lock
-
-    drop_stale_lock(_SHM_OP)
-    reasons: list[str | None] = [None] * rank.world_size
-    torch.distributed.all_gather_object(reasons, _why_no_shared_memory(rank))
-    reason = next((text for text in reasons if text), None)
+    reason = _first_reason(_why_no_shared_memory(rank), rank) or _first_reason(_why_not_built(), rank)
     if reason:
         deepspeed.ops.__compatible_ops__[_SHM_OP] = False
         if rank.is_leader:
             logger.warning("[dsserve] all-reduce over gloo, about 3 times slower: %s", reason)
+
+
+def _first_reason(reason: str | None, rank: RankInfo) -> str | None:
+    """The first rank's reason that has one, on all of them."""
+    reasons: list[str | None] = [None] * rank.world_size
+    torch.distributed.all_gather_object(reasons, reason)
+    return next((text for text in reasons if text), None)
+
+
+def _why_not_built() -> str | None:
+    """Builds DeepSpeed's all-reduce (the first time) and loads it; why that cannot be, None where it is done.
+
+    DeepSpeed would do the same where nothing catches the error, and finds it loaded.
+    """
+    from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
+
+    from dsserve.compile_lock import compiling
+
+    try:
+        with compiling(_SHM_OP, others_compile=True), contextlib.redirect_stdout(io.StringIO()):
+            ShareMemCommBuilder().load()
+    except Exception as error:
+        return f"DeepSpeed's CPU op cannot be built or loaded ({type(error).__name__}: {first_line(error)})"
+    return None
 
 
 def _why_no_shared_memory(rank: RankInfo) -> str | None:
@@ -204,8 +223,10 @@ def _unlink_shared_memory(rank: RankInfo) -> None:
 
 
 def uses_shared_memory() -> bool:
-    """Whether DeepSpeed's shared-memory all-reduce is loaded in this process."""
-    return hasattr(torch.ops.deepspeed, "inference_all_reduce_")
+    """Whether DeepSpeed sums over shared memory. The operation may be loaded on a rank whose group uses gloo."""
+    from deepspeed.comm import comm
+
+    return getattr(comm.cdb, "shm_comm_op", None) is not None
 
 
 def all_reduce(tensor: torch.Tensor) -> torch.Tensor:

@@ -23,7 +23,7 @@ from dsserve.errors import LoadError, first_line
 from dsserve.hf_model import model_dtype
 from dsserve.injection.attempt import KernelInjection
 from dsserve.load_clock import LoadClock
-from dsserve.load_failure import is_memory_error, lost_peer
+from dsserve.load_failure import is_of_the_machine
 from dsserve.precision import convert_parameters, without_deepspeeds_conversion
 from dsserve.quantization import check_device, quantize_engine
 from dsserve.self_check import SelfCheck, answers
@@ -66,9 +66,10 @@ def get_ds_engine(
         LoadError: settings that cannot work, a rank without attention heads, or logits that changed.
     """
     rank = RankInfo.from_env()
-    device = select_device((ctx.model_yaml_config or {}).get("deviceType"), rank)
+    yaml_config = ctx.model_yaml_config or {}
+    device = select_device(yaml_config.get("deviceType"), rank)
     if not torch.distributed.is_initialized():
-        prepare_environment(device, rank)
+        prepare_environment(device, rank, (yaml_config.get("handler") or {}).get("num_threads"))
         init_process_group(rank)
     settings = read_settings(ctx, rank.world_size, model_dtype(model))
     if settings.quantization:
@@ -207,7 +208,7 @@ def _init_inference(model: Any, init: dict[str, Any], settings: DeepSpeedSetting
         with contextlib.redirect_stdout(io.StringIO()), without_deepspeeds_conversion():
             return deepspeed.init_inference(model, config=config)
     except Exception as error:
-        if is_memory_error(error):
+        if is_of_the_machine(error):
             raise
         raise LoadError(
             f"DeepSpeed refuses {type(model).__name__} on {settings.tp_size} rank(s): {type(error).__name__}: "
@@ -236,7 +237,7 @@ def _verify(engine: Any, check: SelfCheck, rank: RankInfo) -> None:
     try:
         logits = answers(engine.module, check.token_ids)
     except Exception as error:  # parts that were not sharded alike do not fit together
-        if is_memory_error(error) or lost_peer(error):
+        if is_of_the_machine(error):
             raise
         raise LoadError(
             f"{type(engine.module).__name__} cannot run after DeepSpeed's sharding over {rank.world_size} ranks "

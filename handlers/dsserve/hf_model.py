@@ -18,8 +18,8 @@ import torch
 from dsserve.config import YAML_FILE, HandlerConfig
 from dsserve.end_of_text import end_ids, warn_of_extra_tokens
 from dsserve.errors import LoadError, first_line
-from dsserve.load_failure import is_memory_error
-from dsserve.model_kind import check_config, check_folder, check_states, describe_headless
+from dsserve.load_failure import is_of_the_machine
+from dsserve.model_kind import check_config, check_folder, check_head, check_states, describe_headless
 from dsserve.quantized_files import refuse_quantized_files
 from dsserve.weights import check_weight_files, find_weight_files
 
@@ -100,6 +100,7 @@ def load_outline(config: HandlerConfig, folder: Path) -> Any:
         if (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)
         check_states(model)
+        check_head(model, folder)
     return model.eval()
 
 
@@ -192,7 +193,7 @@ def _loading(config: HandlerConfig) -> Iterator[None]:
     except LoadError as error:
         raise LoadError(f"{YAML_FILE}: handler.model_path: {config.model_path}: {error}") from None
     except Exception as error:
-        if is_memory_error(error):
+        if is_of_the_machine(error):
             raise
         reason = f"{type(error).__name__}: {error}"[:400]
         raise LoadError(

@@ -47,6 +47,8 @@ def sweep(torchrun_logs: Path | None, shared_memory: Path = SHARED_MEMORY, min_a
 def sweep_build_locks(extensions: Path | None = None, min_age_s: float = MIN_AGE_S) -> list[Path]:
     """Removes locks of compilations that were killed, for which every later load would wait for ever.
 
+    Other hosts and containers may share the folder, whose processes are not seen here: what they compile stays.
+
     Args:
         extensions: torch's folder of compiled operations; None = where torch looks.
     """
@@ -54,9 +56,15 @@ def sweep_build_locks(extensions: Path | None = None, min_age_s: float = MIN_AGE
         from torch.utils.cpp_extension import get_default_build_root
 
         extensions = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    from dsserve.compile_lock import STALE_AFTER_S, quiet_for, was_abandoned
+
     locks = _old(itertools.chain(extensions.glob("*/lock"), extensions.glob("*/*/lock")), min_age_s)
     busy = set(_working_folders()) if locks else set()
-    swept = [lock for lock in locks if lock.parent not in busy]
+
+    def is_dead(folder: Path) -> bool:
+        return was_abandoned(folder) or (folder not in busy and quiet_for(folder) >= STALE_AFTER_S)
+
+    swept = [lock for lock in locks if is_dead(lock.parent)]
     for lock in swept:
         lock.unlink(missing_ok=True)
         logger.warning("[dsserve] removed the lock of a compilation that was killed: %s", lock.parent.name)

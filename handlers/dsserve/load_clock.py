@@ -32,7 +32,7 @@ class LoadClock:
     Attributes:
         share_bytes: what this rank will hold of the weights, where it is known.
         seconds: phase -> seconds it took.
-        current: the phase that runs, or the last one that ran.
+        current: the phase that runs or failed; after one has ended, which that was.
     """
 
     def __init__(self, rank: int, device: torch.device, report_every_s: float = REPORT_EVERY_S) -> None:
@@ -54,6 +54,7 @@ class LoadClock:
         reporter.start()
         try:
             yield
+            self.current = f"after {name}"
         finally:
             over.set()
             reporter.join()

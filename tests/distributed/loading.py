@@ -1,8 +1,22 @@
-"""What the ranks do for `test_load_errors`: the handler's load of one folder after the other."""
+"""What the ranks do for `test_load_errors`: loads that end alike on all of them, and sums where an op is missing."""
 
 from __future__ import annotations
 
+import logging
+import os
+from typing import Any
+
+import torch
+
 import deepspeed_handler
+from dsserve.distributed import (
+    RankInfo,
+    all_reduce,
+    init_process_group,
+    prepare_environment,
+    select_device,
+    uses_shared_memory,
+)
 from dsserve.errors import LoadError
 from tests.contexts import make_context
 from tests.tiny_models import settings
@@ -19,3 +33,25 @@ def _reason(folder: str) -> str:
     except LoadError as error:
         return str(error)
     return ""
+
+
+def sum_without_op(broken: list[int]) -> dict[str, Any]:
+    """A sum over the ranks, some of which have no folder to compile in."""
+    rank = RankInfo.from_env()
+    lines: list[str] = []
+    logging.getLogger("dsserve").addHandler(_Lines(lines))
+    if rank.rank in broken:
+        os.environ["TORCH_EXTENSIONS_DIR"] = f"{__file__}/extensions"
+    prepare_environment(select_device("cpu", rank), rank)
+    init_process_group(rank)
+    value = all_reduce(torch.tensor([1.0 + rank.rank]))
+    return {"sum": value.item(), "shared_memory": uses_shared_memory(), "lines": lines}
+
+
+class _Lines(logging.Handler):
+    def __init__(self, lines: list[str]) -> None:
+        super().__init__(logging.WARNING)
+        self._lines = lines
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._lines.append(record.getMessage())

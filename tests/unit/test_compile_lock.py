@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dsserve.compile_lock import STALE_AFTER_S, compiling, drop_stale_lock
+from dsserve.compile_lock import STALE_AFTER_S, compiling, was_abandoned
 
 
 @pytest.fixture
@@ -27,18 +27,37 @@ def test_a_dead_compilations_lock_is_removed(baton: Path) -> None:
         assert not baton.exists()
 
 
-def test_others_operations_locks_are_removed_by_age_alone(baton: Path) -> None:
-    drop_stale_lock("some_op")
-    assert baton.exists()
+def test_others_operations_locks_are_removed_when_nothing_moves(baton: Path) -> None:
+    """Another program's compilation may live on another host: a file that it writes says so, however old the lock."""
     then = time.time() - STALE_AFTER_S - 1
     os.utime(baton, (then, then))
-    drop_stale_lock("some_op")
-    drop_stale_lock("some_op")
-    assert not baton.exists()
+    part = baton.with_name("part.o")
+    part.touch()
+    with compiling("some_op", others_compile=True):
+        assert baton.exists()
+    os.utime(part, (then, then))
+    with compiling("some_op", others_compile=True):
+        assert not baton.exists()
 
 
-def _hold(entered: multiprocessing.synchronize.Event) -> None:
-    with compiling("some_op"):
+def test_our_killed_compilation_of_others_operations_is_known_at_once(baton: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    entered = context.Event()
+    first = context.Process(target=_hold, args=(entered, True))
+    first.start()
+    assert entered.wait(30)
+    baton.touch()
+    assert not was_abandoned(baton.parent)
+    first.kill()
+    first.join()
+    assert was_abandoned(baton.parent)
+    with compiling("some_op", others_compile=True):
+        assert not baton.exists()
+    assert not was_abandoned(baton.parent)
+
+
+def _hold(entered: multiprocessing.synchronize.Event, others_compile: bool = False) -> None:
+    with compiling("some_op", others_compile):
         entered.set()
         time.sleep(600)
 

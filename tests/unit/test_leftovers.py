@@ -73,3 +73,23 @@ def test_a_lock_of_a_dead_compilation_is_removed_and_a_living_ones_stays(tmp_pat
         compiler.communicate(b"\n")
     assert living.exists() and young.exists()
     assert sweep_build_locks(tmp_path) == [living]
+
+
+def test_a_lock_of_a_compilation_on_another_host_stays(tmp_path: Path) -> None:
+    """No process of it is seen here: old as the lock is, its folder's files change, or our lock in it is held."""
+    compiled, guarded = tmp_path / "compiled", tmp_path / "guarded"
+    for folder in (compiled, guarded):
+        folder.mkdir()
+        make(folder / "lock", time.time() - 120)
+    (compiled / "part.o").touch()
+    holder = (
+        "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, 2); f.write('compiling\\n'); f.flush(); "
+        "print(1, flush=True); input()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", holder, str(guarded / "dsserve.lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout is not None and other.stdout.readline()
+        assert sweep_build_locks(tmp_path) == []
+        other.kill()
+    assert sweep_build_locks(tmp_path) == [guarded / "lock"]

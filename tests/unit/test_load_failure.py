@@ -49,6 +49,10 @@ def test_a_librarys_place_is_followed_by_ours() -> None:
         (MemoryError(), ["no memory"]),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: 5 bytes"), ["no memory"]),
         (RuntimeError("pair.cc:553] Connection closed by peer [127.0.0.1]:1"), ["another rank ended", "killed"]),
+        (
+            torch.AcceleratorError("CUDA error: an illegal memory access was encountered", 700),
+            ["device failed", "CUDA"],
+        ),
         (AttributeError("'PackedLinear' object has no attribute 'weight'"), ["handler.pack_weights: false"]),
     ],
 )
@@ -56,6 +60,18 @@ def test_kinds_that_have_a_mend_of_their_own(error: BaseException, words: list[s
     text = str(explain(error, "XForCausalLM", "shard"))
     assert all(word in text for word in [*words, "XForCausalLM", "shard"])
     assert "Connection closed by peer" not in text
+
+
+@pytest.mark.parametrize(
+    ("error", "stage", "words"),
+    [
+        (OSError(98, "Address already in use"), "after warm-up", "a port"),
+        (AttributeError("no such key"), "settings", "report this line"),
+        (AttributeError("no such key"), "warm-up", "this architecture is not served"),
+    ],
+)
+def test_the_mend_fits_the_stage(error: BaseException, stage: str, words: str) -> None:
+    assert words in str(explain(error, "X", stage))
 
 
 class Panic(BaseException):

@@ -29,8 +29,11 @@ def tune(module: Any, config: HandlerConfig, rank: RankInfo, device: torch.devic
         LoadError: an option that is set to true is not possible here.
     """
     lacks = "it needs a torch with oneDNN's packed linear"
-    packed = _apply("pack_weights", config.pack_weights, can_pack(module), lambda: pack_weights(module), lacks)
+    can = bool(agree_on_least(int(can_pack(module)), rank))
+    packed = _apply("pack_weights", config.pack_weights, can, lambda: pack_weights(module), lacks)
     ops = load_ops(device) if config.compiled_ops else None
+    if not agree_on_least(int(ops is not None), rank):
+        ops = None  # each rank makes the same passes, or they wait for each other
     lacks = "a CPU needs g++ and ninja, a GPU Triton (see the log above)"
     fused = _apply("compiled_ops", config.compiled_ops, ops is not None, lambda: use_fused_ops(module, ops), lacks)
     said = f"{packed} packed matmuls, {fused} fused operations"

@@ -44,12 +44,12 @@ def load_op(say: Callable[[str], None] = logger.info, verbose: bool = False) -> 
             f"replace_with_kernel_inject: {' and '.join(missing)} not found, which DeepSpeed needs for its kernels; "
             "install CUDA's compiler and ninja and run `make ops`, or set replace_with_kernel_inject: false (AutoTP)"
         )
-    from dsserve.compile_lock import drop_stale_lock
+    from dsserve.compile_lock import compiling
 
-    drop_stale_lock(InferenceBuilder.NAME)
     started_s = time.monotonic()
     try:
-        with contextlib.nullcontext() if verbose else contextlib.redirect_stdout(io.StringIO()):
+        silence = contextlib.nullcontext() if verbose else contextlib.redirect_stdout(io.StringIO())
+        with compiling(InferenceBuilder.NAME, others_compile=True), silence:
             BaseOp.inference_module = InferenceBuilder().load(verbose=verbose)
     except _FAULTS as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
