@@ -128,7 +128,9 @@ class DeepSpeedHandler(BaseDeepSpeedHandler):
                     return self._lead(data, context)
                 self._engine.follow()
                 return [b""] * len(data)
-        except Exception as error:
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a library's panic is no Exception
             # The ranks no longer agree on what comes next, and a rank that waits for another waits for ever.
             end_rank(error)
             raise

@@ -113,7 +113,7 @@ def many_cores() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def end_rank(error: Exception) -> None:
+def end_rank(error: BaseException) -> None:
     """Ends this process at once, so that TorchServe fails the worker's requests and starts all ranks anew."""
     where = traceback.extract_tb(error.__traceback__)[-1]
     # The message of an exception may hold a user's text: the type and the place are what can be logged.

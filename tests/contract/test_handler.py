@@ -88,8 +88,17 @@ def test_a_load_that_cannot_work_is_one_line_in_the_log(
         assert word in lines[0]
 
 
-def test_an_engine_that_breaks_ends_the_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    ended: list[Exception] = []
+class Panic(BaseException):
+    """As pyo3's for a panic of Rust: no Exception."""
+
+
+@pytest.mark.parametrize(
+    ("error", "ends"), [(RuntimeError, True), (Panic, True), (KeyboardInterrupt, False), (SystemExit, False)]
+)
+def test_an_engine_that_breaks_ends_the_rank(
+    error: type[BaseException], ends: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended: list[BaseException] = []
     monkeypatch.setattr(deepspeed_handler, "end_rank", ended.append)
     handler = deepspeed_handler.DeepSpeedHandler()
     handler.rank = RankInfo(rank=1, local_rank=1, world_size=2, local_world_size=2)
@@ -97,9 +106,9 @@ def test_an_engine_that_breaks_ends_the_rank(monkeypatch: pytest.MonkeyPatch) ->
 
     class Broken:
         def follow(self) -> None:
-            raise RuntimeError("device is gone")
+            raise error("device is gone")
 
     handler._engine = Broken()  # type: ignore[assignment]
-    with pytest.raises(RuntimeError, match="device is gone"):
+    with pytest.raises(error, match="device is gone"):
         handler.handle([{}], None)
-    assert len(ended) == 1
+    assert len(ended) == ends

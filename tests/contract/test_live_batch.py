@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from dsserve.errors import RequestError
+from dsserve.generation.grammar import GrammarError
 from dsserve.generation.request import TokenEvent
 from tests.contract.rank0 import Worker, body, done, served_model
 
@@ -184,3 +185,73 @@ def test_a_timeout_out_of_range_is_a_400(worker: Worker, timeout: Any, word: str
     item, status, _, _ = worker.call({"a": body(timeout=timeout)})["a"]
     error = json.loads(item)["error"]
     assert status == 400 and error["param"] == "timeout" and word in error["message"]
+
+
+class Panic(BaseException):
+    """As pyo3's for a panic of Rust: no Exception."""
+
+
+def test_a_library_that_panics_while_one_request_is_read_refuses_it_alone(
+    worker: Worker, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise Panic("hello")
+
+    admit = worker.engine.admit
+    worker.engine.admit = lambda request, origin=None: (  # type: ignore[method-assign]
+        fail() if request.request_id == "bad" else admit(request)
+    )
+    replies = worker.call({"a": body(stream=True), "bad": body(), "b": body(stream=True)}, [TokenEvent("b", "x")])
+    assert [reply[1] for reply in replies.values()] == [200, 500, 200]
+    assert json.loads(replies["bad"][0])["error"]["type"] == "internal_error"
+    assert replies["b"][0] == b'data: {"text":"x"}\n\n'
+    assert worker.engine.evicted == ["bad"] and worker.batch.live == 2
+    assert "bad: Panic at test_live_batch.py" in caplog.text and "hello" not in caplog.text
+
+
+def test_a_request_that_fails_after_a_part_of_it_was_admitted_leaves_nothing(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(line: str, *args: Any) -> None:
+        if "text(s)" in line:  # the last thing that is done
+            raise Panic
+
+    monkeypatch.setattr("dsserve.protocol.batch.logger.info", fail)
+    assert worker.call({"a": body()})["a"][1] == 500
+    assert worker.engine.evicted == ["a"] and worker.batch.live == 0
+
+
+def test_a_grammar_that_cannot_be_started_is_a_400(worker: Worker) -> None:
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise GrammarError("of a user")
+
+    worker.engine.admit = fail  # type: ignore[method-assign]
+    item, status, _, _ = worker.call({"a": body()})["a"]
+    assert status == 400 and "grammar" in json.loads(item)["error"]["message"]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_reply_that_panics_ends_alone(worker: Worker, stream: bool) -> None:
+    def fail(event: TokenEvent) -> bytes:
+        raise Panic
+
+    worker.call({"a": body(stream=stream), "b": body(stream=True)})
+    worker.batch._rows["a"].reply.take = fail  # type: ignore[method-assign]
+    replies = worker.call({"a": {}, "b": {}}, [TokenEvent("a", "x"), TokenEvent("b", "y")])
+    assert b"internal_error" in replies["a"][0] and replies["a"][3] == "false"
+    assert replies["b"][0] == b'data: {"text":"y"}\n\n' and replies["b"][3] == "true"
+    assert worker.engine.evicted == ["a"]
+
+
+@pytest.mark.parametrize("is_new", [True, False])
+@pytest.mark.parametrize("stream", [True, False])
+def test_an_error_whose_message_cannot_be_written_is_answered_all_the_same(
+    worker: Worker, stream: bool, is_new: bool
+) -> None:
+    rows, error = {"a": body(stream=stream), "b": body(stream=True)}, RequestError("a lone \ud83d", status=422)
+    if not is_new:
+        worker.call(rows)
+        rows = {"a": {}, "b": {}}
+    replies = worker.call(rows, [TokenEvent("a", "", failed=True, error=error), TokenEvent("b", "y")])
+    assert replies["a"][1] == (422 if is_new else 200) and b'"error"' in replies["a"][0]
+    assert replies["b"][0] == b'data: {"text":"y"}\n\n'

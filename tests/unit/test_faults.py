@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from collections.abc import Callable
@@ -17,12 +18,13 @@ from dsserve.generation.choice import HostChoice, Launch
 from dsserve.generation.device_sampler import DeviceSampler
 from dsserve.generation.engine import Engine
 from dsserve.generation.faults import Fault, attempt, describe
-from dsserve.generation.grammar import GrammarError
+from dsserve.generation.grammar import GrammarCompiler, GrammarError
 from dsserve.generation.plan import Plan
 from dsserve.generation.request import GenerationRequest, SamplingParams, TokenEvent
 from dsserve.generation.runner import StepLogits
 from dsserve.generation.sampler import SamplingState
 from tests.sampling import make_logits, states_of
+from tests.unit.test_detokenizer import byte_level
 from tests.unit.test_metrics import EOS, SLOTS, VOCABULARY, FakeRunner, Letters
 
 CPU, WIDTH = torch.device("cpu"), 300
@@ -267,6 +269,44 @@ def test_the_engine_answers_a_broken_row_once_and_serves_the_others(way: str, ca
     assert len(lines) == 2 and "a user's text" not in caplog.text
     assert "poisoned: the text cannot go on: the model's logits are no numbers" in caplog.text
     assert "mute: the text cannot go on: Panic at test_faults.py" in caplog.text
+
+
+class First(FakeRunner):
+    """All tokens of another vocabulary are equally likely: the first that may come is taken."""
+
+    width = 0
+
+    def execute(self, plan: Plan, chosen: torch.Tensor | None = None) -> StepLogits | None:
+        count = len(plan.tokens) + len(plan.admit)
+        return StepLogits(torch.zeros(count, self.width)) if count else None
+
+
+@each_way
+def test_a_schema_that_leads_to_a_dead_end_says_so_with_its_status(way: str, caplog: pytest.LogCaptureFixture) -> None:
+    """After a comma only a member could follow that no name is left for."""
+    from llguidance import LLMatcher
+
+    score = {"type": "integer"}
+    schema = {
+        "type": "object", "additionalProperties": False, "required": ["score"],
+        "properties": {"score": score}, "patternProperties": {"^score$": score},
+        "x-guidance": {"whitespace_pattern": "[ ]{0,2}"},
+    }  # fmt: skip
+    tokenizer, runner = byte_level(), First()
+    runner.width = len(tokenizer)
+    eos = frozenset({tokenizer.eos_token_id})
+    grammars = GrammarCompiler(tokenizer, runner.width, eos)
+    launch = launch_of(way, SLOTS, runner.width)
+    engine = Engine(runner, RankInfo(0, 0, 1, 1), lambda _: Letters(), eos, grammars, launch=launch)  # type: ignore[arg-type, return-value]
+    wanted = SamplingParams(grammar=LLMatcher.grammar_from_json_schema(json.dumps(schema)))
+    engine.admit(GenerationRequest("dead end", (5,), 60, wanted))
+    engine.admit(GenerationRequest("sane", (5,), 60, SamplingParams(logit_bias={5: 9.0})))
+    events = finish(engine)
+    (end,) = [event for event in events if event.request_id == "dead end" and event.is_last]
+    assert end.error is not None and (end.error.status, end.error.code) == (400, "grammar_dead_end")
+    assert "grammar" in end.error.message and "schema" in end.error.message
+    assert "dead end: the text cannot go on: GrammarError at " in caplog.text
+    assert "".join(event.text for event in events if event.request_id == "sane") == "f" * 60
 
 
 def test_log_probabilities_that_cannot_be_made_fail_their_row_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ those that the device chose.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
@@ -187,6 +188,109 @@ def test_rows_that_are_left_to_the_host_change_no_text(
     engine = make(True)
     assert differences(schedule, expected, play(engine, ALONE, schedule)) == []
     assert any(plan.rewind for plan in plans_of(engine))
+
+
+class Panic(BaseException):
+    """As pyo3's for a panic of Rust: no Exception."""
+
+
+class Fails:
+    """In the place of what one sequence needs each step: works so many times, then panics."""
+
+    def __init__(self, of: Any, times: int) -> None:
+        self._of, self._times = of, times
+        self.stopped = False
+
+    def _use(self) -> None:
+        self._times -= 1
+        if self._times < 0:
+            raise Panic("a user's text")
+
+    def __next__(self) -> float:
+        self._use()
+        return next(self._of)
+
+    def put_back(self, number: float) -> None:
+        self._times += 1
+        self._of.put_back(number)
+
+    def allowed(self, width: int) -> Any:
+        self._use()
+        return torch.ones(width, dtype=torch.bool).numpy()
+
+    def accept(self, token: int) -> None:
+        pass
+
+    is_complete = False
+
+    def push(self, token: int, may_stop: bool = True) -> str:
+        self._use()
+        return self._of.push(token, may_stop)
+
+    def extend(self, tokens: list[int]) -> str:
+        return "".join(map(self.push, tokens))
+
+    def flush(self) -> str:
+        return self._of.flush()
+
+
+def break_some(engine: Engine, kind: str, every: int) -> set[str]:
+    """One in so many sequences fails after some tokens; their names come in when they are admitted."""
+    admit, broken, seen = engine.admit, set[str](), itertools.count(1)
+
+    def admit_one(request: GenerationRequest, origin: Any = None) -> None:
+        admit(request, origin)
+        number, sequence = next(seen), engine._scheduler._waiting[-1]
+        if number % every or request.max_new_tokens == 0:
+            return
+        broken.add(request.request_id)
+        if kind == "numbers":
+            sequence.state.uniforms = Fails(sequence.state.uniforms, number % 4)  # type: ignore[assignment]
+        elif kind == "text":
+            sequence._text = Fails(sequence._text, number % 4)  # type: ignore[assignment]
+        else:
+            sequence.state.grammar = Fails(None, number % 4)  # type: ignore[assignment]
+
+    engine.admit = admit_one  # type: ignore[method-assign]
+    return broken
+
+
+@pytest.mark.parametrize("kind", ["numbers", "text", "grammar"])
+@pytest.mark.parametrize("seed", range(200, 203))
+def test_rows_that_panic_change_no_other_text(
+    make: Make, seed: int, kind: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if seed % 2:  # and some steps are void
+        monkeypatch.setattr("dsserve.generation.engine.STEPS_AFTER_VOID", 2)
+        monkeypatch.setattr(device_sampler, "draw", draw_less(0.4))
+    schedule, counter = Schedule.draw(seed), Counter()
+    engine = make(True, counter)
+    broken = break_some(engine, kind, every=2)
+    expected, found = play(make(False), ALONE, schedule, cancel=False), play(engine, ALONE, schedule)
+    wrong = {line.partition(":")[0] for line in differences(schedule, expected, found)}
+    failed = {name for name in schedule.requests if (end := found.end(name)) is not None and end[2]}
+    assert wrong <= broken and failed <= broken
+    assert failed or not wrong
+    assert all(expected.text(name).startswith(found.text(name)) for name in broken)
+    assert len(counter.outcomes) == len(schedule.requests) and counter.outcomes.count("error") == len(failed)
+    assert engine.run(4) == [] and not engine._flights and engine._runner.live == 0
+    calls_of(engine)
+    assert "a user's text" not in caplog.text and caplog.text.count("Panic at test_launch_ahead.py") == len(failed)
+
+
+def test_a_row_that_panics_in_a_step_launched_ahead_keeps_the_token_before(make: Make) -> None:
+    engine = make(True)
+    for name in "ab":
+        sampling = SamplingParams(1.0, seed=3)
+        engine.admit(GenerationRequest(name, (7, 8, 9), 12, sampling, StopConditions(ignore_eos=True)))
+    sequence = engine._scheduler._waiting[0]
+    sequence.state.uniforms = Fails(sequence.state.uniforms, 4)  # type: ignore[assignment]
+    events = [event for _ in range(16) for event in engine.run(1)]
+    texts = {name: "".join(event.text for event in events if event.request_id == name) for name in "ab"}
+    assert len(texts["b"].split()) == 12 and texts["a"].split() == texts["b"].split()[:4]
+    assert [event.failed for event in events if event.is_last] == [True, False]
+    assert [plan.evict for plan in plans_of(engine) if plan.evict] == [(0,), (0,)]
+    assert any(plan.ahead for plan in plans_of(engine)[:4])
 
 
 def test_most_steps_are_launched_ahead_and_tokens_are_counted_once(make: Make) -> None:

@@ -97,3 +97,38 @@ def test_an_exception_is_an_error_too_and_its_text_is_not_logged(
     assert failures == ["failed"]
     assert "ValueError at" in caplog.text and "test_leader.py" in caplog.text
     assert "the text of a user" not in caplog.text
+
+
+class Panic(BaseException):
+    """As pyo3's for a panic of Rust: no Exception."""
+
+
+@pytest.mark.parametrize("error", [Panic, SystemExit, KeyboardInterrupt, GeneratorExit])
+def test_what_is_no_exception_fails_the_engine_too_and_its_thread_lives(
+    error: type[BaseException],
+    engine: ScriptedEngine,
+    leader: LeaderEngine,
+    failures: list[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    admit(leader, "a", "b")
+
+    def fail() -> list[TokenEvent]:
+        raise error("the text of a user")
+
+    engine.behave = fail
+    begun = time.monotonic()
+    events = leader.run(1)
+    assert time.monotonic() - begun < 0.3, "nobody waited for the time limit"
+    assert [(event.request_id, event.error and event.error.status) for event in events] == [("a", 503), ("b", 503)]
+    assert failures == ["failed"] and leader.has_failed
+    assert f"{error.__name__} at test_leader.py" in caplog.text and "the text of a user" not in caplog.text
+    assert leader._thread.call(lambda: threading.current_thread().name) == "dsserve-engine"
+
+
+def test_a_caller_gets_what_the_function_raised(leader: LeaderEngine) -> None:
+    def fail() -> None:
+        raise Panic
+
+    with pytest.raises(Panic):
+        leader._thread.call(fail)

@@ -150,8 +150,9 @@ def choose_greedily(logits: torch.Tensor) -> list[int]:
     if logits.device.type == "cpu":
         numbers = logits.float().numpy()
         tokens = numbers.argmax(axis=-1)  # a NaN's place where there is one
-        largest = np.take_along_axis(numbers, tokens[:, None], -1)[:, 0]
-        return np.where(np.isfinite(largest), tokens, -1).tolist()
+        largest = numbers[np.arange(len(tokens)), tokens]
+        found: list[int] = np.where(np.isfinite(largest), tokens, -1).tolist()
+        return found
     return likeliest(logits).tolist()
 
 
