@@ -10,6 +10,7 @@ Measured with 49,152 tokens: 1.0 s until the first verdict (0.1 s Python, 0.9 s 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
@@ -31,7 +32,7 @@ MEMORY_BYTES = 512 * 2**20  # of a rehearsal, beside what the process has
 # Half of what a thread has by default: what passes here passes there.
 STACK_BYTES = 4 * 2**20
 VERDICT_S = 5.0  # until the process itself is given up
-START_S = 20.0
+START_S = 10.0
 _LENGTH_BYTES = 4
 _MOST_ANSWER_BYTES = 65_536  # what a pipe takes and gives at once
 _MOST_FAULT = 200
@@ -66,6 +67,7 @@ class GrammarProcess:
         self._vocabulary = vocabulary
         self._process: subprocess.Popen[bytes] | None = None
         self._channel: socket.socket | None = None
+        self._is_ready = False
 
     @property
     def pid(self) -> int | None:
@@ -78,21 +80,31 @@ class GrammarProcess:
         Raises:
             GrammarBusyError: no verdict in time.
         """
+        self.start()
         try:
-            channel = self._started()
-            channel.settimeout(VERDICT_S)
-            send(channel, grammar.encode())
-            found = receive(channel, time.monotonic() + VERDICT_S)
-        except OSError:
+            found = self._ask(grammar.encode())
+        except OSError:  # it did not answer in time, or was killed from outside
             self.close()
             raise GrammarBusyError from None
-        if found is None:  # killed from outside
-            self.close()
-            raise GrammarBusyError
         verdict = Verdict(**json.loads(found))
         if verdict.is_late:
             raise GrammarBusyError
         return verdict
+
+    def start(self) -> None:
+        """Starts the process where none runs, and does not wait until it is ready.
+
+        Raises:
+            GrammarBusyError: there is no memory, or no room for a process.
+        """
+        if self._process is not None and self._process.poll() is None:
+            return
+        self.close()
+        try:
+            self._launch()
+        except OSError:
+            self.close()
+            raise GrammarBusyError from None
 
     def close(self) -> None:
         """Ends the process."""
@@ -101,13 +113,10 @@ class GrammarProcess:
         if self._process is not None:
             self._process.kill()
             self._process.wait()
-        self._process = self._channel = None
+        self._process, self._channel, self._is_ready = None, None, False
 
-    def _started(self) -> socket.socket:
-        if self._channel is not None and self._process is not None and self._process.poll() is None:
-            return self._channel
-        self.close()
-        ours, theirs = socket.socketpair()
+    def _launch(self) -> None:
+        self._channel, theirs = socket.socketpair()
         with theirs:
             # As torchrun's child it would look for torchrun as its parent. A path may have come to sys.path since.
             kept = {name: value for name, value in os.environ.items() if name != LAUNCH_VARIABLE}
@@ -116,12 +125,17 @@ class GrammarProcess:
                 stdin=theirs, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                 env=kept | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
             )  # fmt: skip
-        self._channel = ours
-        ours.settimeout(START_S)
-        send(ours, json.dumps(asdict(self._vocabulary)).encode())
-        if receive(ours, time.monotonic() + START_S) is None:
-            raise OSError
-        return ours
+        self._channel.settimeout(START_S)
+        send(self._channel, json.dumps(asdict(self._vocabulary)).encode())
+
+    def _ask(self, grammar: bytes) -> bytes:
+        assert self._channel is not None, "a process that was started has a channel"
+        if not self._is_ready:
+            receive(self._channel, time.monotonic() + START_S)
+            self._is_ready = True
+        self._channel.settimeout(VERDICT_S)
+        send(self._channel, grammar)
+        return receive(self._channel, time.monotonic() + VERDICT_S)
 
 
 def send(channel: socket.socket, text: bytes) -> None:
@@ -129,27 +143,27 @@ def send(channel: socket.socket, text: bytes) -> None:
     channel.sendall(len(text).to_bytes(_LENGTH_BYTES, "big") + text)
 
 
-def receive(channel: socket.socket, deadline: float | None = None) -> bytes | None:
-    """The next message; None where the other end is gone.
+def receive(channel: socket.socket, deadline: float | None = None) -> bytes:
+    """The next message.
 
     Args:
         deadline: of the monotonic clock.
 
     Raises:
         TimeoutError: it did not come in time.
+        ConnectionError: the other end is gone.
     """
-    head = _read(channel, _LENGTH_BYTES, deadline)
-    return None if head is None else _read(channel, int.from_bytes(head, "big"), deadline)
+    return _read(channel, int.from_bytes(_read(channel, _LENGTH_BYTES, deadline), "big"), deadline)
 
 
-def _read(channel: socket.socket, size: int, deadline: float | None) -> bytes | None:
+def _read(channel: socket.socket, size: int, deadline: float | None) -> bytes:
     parts = bytearray()
     while len(parts) < size:
         if deadline is not None:
             channel.settimeout(max(deadline - time.monotonic(), 1e-3))
         part = channel.recv(size - len(parts))
         if not part:
-            return None
+            raise ConnectionError
         parts += part
     return bytes(parts)
 
@@ -160,14 +174,12 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core would hold a schema
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     channel = socket.socket(fileno=os.dup(0))
-    text = receive(channel)
-    if text is None:
-        return
-    tokens = Vocabulary(**json.loads(text)).tokens()
-    send(channel, b"")
-    while (grammar := receive(channel)) is not None:
-        verdict = _rehearse_in_fork(tokens, grammar.decode())
-        send(channel, json.dumps(asdict(verdict)).encode())
+    with contextlib.suppress(ConnectionError):
+        tokens = Vocabulary(**json.loads(receive(channel))).tokens()
+        send(channel, b"")
+        while True:
+            verdict = _rehearse_in_fork(tokens, receive(channel).decode())
+            send(channel, json.dumps(asdict(verdict)).encode())
 
 
 def _rehearse_in_fork(tokens: object, grammar: str) -> Verdict:
