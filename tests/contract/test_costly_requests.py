@@ -77,18 +77,23 @@ def test_a_reply_that_cannot_be_rendered_fails_alone(
     assert replies["b"][0] == b'data: {"text":"y"}\n\n' and worker.engine.evicted == ["a"]
 
 
+@pytest.fixture(scope="module")
+def compiler() -> Iterator[GrammarCompiler]:
+    made = GrammarCompiler(byte_tokenizer(), WIDTH, frozenset({256}))
+    yield made
+    made.close()
+
+
 @pytest.fixture
-def schema_worker(worker: Worker) -> Iterator[Worker]:
+def schema_worker(worker: Worker, compiler: GrammarCompiler) -> Worker:
     """With a tokenizer that can write JSON, a template that has tools, and a stream under way."""
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = "{{ tools | tojson if tools }}<tool_call>{{ messages[0].content }}"
-    compiler = GrammarCompiler(tokenizer, WIDTH, frozenset({256}))
     worker.batch._served = ServedModel(
         "test", tokenizer, Limits(4096, 16, 32, max_running=8, max_waiting=2), 257, compiler
     )
     worker.call({"old": body(stream=True)})
-    yield worker
-    compiler.close()
+    return worker
 
 
 def completion(schema: Any) -> dict[str, Any]:

@@ -193,7 +193,7 @@ def _rehearse_in_fork(tokens: object, grammar: str) -> Verdict:
     pid = os.fork()
     if pid == 0:
         die_with_parent()
-        _limit()
+        limit_this_process()
         os.write(theirs, json.dumps(asdict(_rehearse(tokens, grammar))).encode())
         os._exit(0)
     os.close(theirs)
@@ -209,7 +209,8 @@ def _rehearse_in_fork(tokens: object, grammar: str) -> Verdict:
     return Verdict(TOO_COMPLEX, is_late=is_late and used.ru_utime + used.ru_stime < PROCESSOR_S / 2)
 
 
-def _limit() -> None:
+def limit_this_process() -> None:
+    """Ends this process where it takes more than a rehearsal may, of anything but the clock."""
     most = _memory(0) + MEMORY_BYTES
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
     resource.setrlimit(resource.RLIMIT_STACK, (STACK_BYTES, STACK_BYTES))
