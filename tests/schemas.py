@@ -147,4 +147,13 @@ GOOD: dict[str, Schema] = {
     "self": {"type": "array", "items": {"$ref": "#"}},
     "address": text(r"^[\w.+-]+@[\w-]+\.[\w.-]+$"),
     "multiples": {"type": "integer", "multipleOf": 9999},
+    "hundreds": {"type": "integer", "multipleOf": 100, "minimum": 0, "maximum": 10**6},
+    "cents": {"type": "number", "multipleOf": 0.01, "minimum": 0, "maximum": 999999.99},
+    "words": text(r"^(\w+\s){5,50}\w+$"),
+    "base64": text("^(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?$"),
+    "a name": {"type": "string", "pattern": "^[a-zA-Z0-9_]+$", "minLength": 3, "maxLength": 30},
+    "further names": closed(
+        properties={"id": {"type": "integer"}}, patternProperties={"^x-": {"type": "string"}}, required=["id"]
+    ),
+    "both": {"allOf": [{"type": "object", "properties": {key: {"type": "string"}}, "required": [key]} for key in "ab"]},
 }  # fmt: skip

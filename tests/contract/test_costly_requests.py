@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
+from dsserve.generation.grammar import GrammarCompiler
 from dsserve.generation.request import Limits, TokenEvent
 from dsserve.protocol import batch
+from dsserve.protocol.served import ServedModel
 from tests.contract.rank0 import Worker, body, make_tokenizer, served_model
+from tests.schemas import DEAD_ENDS, ENDLESS, TOO_COMPLEX, WIDTH, WRAPS, byte_tokenizer, chain, nested
 
 
 @pytest.mark.parametrize(
@@ -68,3 +75,86 @@ def test_a_reply_that_cannot_be_rendered_fails_alone(
     replies = worker.call({"a": {}, "b": {}}, [TokenEvent("a", "x"), TokenEvent("b", "y")])
     assert b'"internal_error"' in replies["a"][0] and replies["a"][3] == "false"
     assert replies["b"][0] == b'data: {"text":"y"}\n\n' and worker.engine.evicted == ["a"]
+
+
+@pytest.fixture(scope="module")
+def compiler() -> Iterator[GrammarCompiler]:
+    made = GrammarCompiler(byte_tokenizer(), WIDTH, frozenset({256}))
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def schema_worker(worker: Worker, compiler: GrammarCompiler) -> Worker:
+    """With a tokenizer that can write JSON, a template that has tools, and a stream under way."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{{ tools | tojson if tools }}<tool_call>{{ messages[0].content }}"
+    worker.batch._served = ServedModel(
+        "test", tokenizer, Limits(4096, 16, 32, max_running=8, max_waiting=2), 257, compiler
+    )
+    worker.call({"old": body(stream=True)})
+    return worker
+
+
+def completion(schema: Any) -> dict[str, Any]:
+    wanted = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
+    return {"body": {"prompt": "hello", "response_format": wanted}}
+
+
+def chat(parameters: Any, choice: str) -> dict[str, Any]:
+    function = {"name": "f", "parameters": parameters}
+    messages = [{"role": "user", "content": "hello"}]
+    return {
+        "body": {"messages": messages, "tools": [{"type": "function", "function": function}], "tool_choice": choice}
+    }
+
+
+def refused_beside_a_stream(worker: Worker, row: dict[str, Any], path: str) -> dict[str, Any]:
+    started = time.monotonic()
+    replies = worker.call({"old": {}, "a": row}, [TokenEvent("old", "y")], path=path)
+    assert time.monotonic() - started < 10
+    assert replies["old"][0] == b'data: {"text":"y"}\n\n'
+    item, status, _, _ = replies["a"]
+    return {**json.loads(item)["error"], "status": status}
+
+
+HOSTILE = {
+    "references": chain(1400, WRAPS["items"]),
+    "references within bounds of number": chain(900, WRAPS["properties"]),
+    "nesting": nested(400, WRAPS["items"]),
+    "number": {"type": "integer", "minimum": 10**400},
+    "length": {"type": "string", "maxLength": 10**30},
+    "divisor": {"type": "integer", "multipleOf": 123456789},
+    "surrogate": {"description": "\ud83d"},
+    "range of multiples": TOO_COMPLEX["a range of multiples"],
+    "products": TOO_COMPLEX["products of alternatives"],
+    "dead end": DEAD_ENDS["declared only"],
+}
+
+
+@pytest.mark.parametrize("schema", HOSTILE.values(), ids=HOSTILE)
+def test_a_hostile_schema_is_refused_and_streams_go_on(schema_worker: Worker, schema: Any) -> None:
+    error = refused_beside_a_stream(schema_worker, completion(schema), "v1/completions")
+    assert error["status"] == 400 and error["param"] == "response_format", error
+    error = refused_beside_a_stream(schema_worker, chat(schema, "required"), "v1/chat/completions")
+    assert error["status"] == 400 and error["param"] == "tools[0].function.parameters", error
+
+
+@pytest.mark.parametrize("name", ["references", "nesting", "number", "surrogate"])
+def test_a_hostile_schema_that_is_only_rendered_is_refused(schema_worker: Worker, name: str) -> None:
+    error = refused_beside_a_stream(schema_worker, chat(HOSTILE[name], "auto"), "v1/chat/completions")
+    assert error["status"] == 400 and error["param"] == "tools[0].function.parameters"
+
+
+def test_the_worker_lives_while_the_process_that_compiles_is_killed(schema_worker: Worker) -> None:
+    assert schema_worker.call({"old": {}, "first": completion({})}, path="v1/completions")["first"][1] == 200
+    process = schema_worker.batch._served.grammars._process
+    assert process is not None and process.pid is not None
+    timer = threading.Timer(0.4, os.kill, [process.pid, signal.SIGKILL])
+    timer.start()
+    endless = completion(ENDLESS["patterns that all hold"])
+    error = refused_beside_a_stream(schema_worker, endless, "v1/completions")
+    timer.join()
+    assert error["status"] == 503 and "too busy" in error["message"]
+    replies = schema_worker.call({"old": {}, "b": completion({"const": 1})}, path="v1/completions")
+    assert replies["b"][1] == 200 and schema_worker.engine.admitted[-1].sampling.grammar is not None

@@ -19,7 +19,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dsserve.generation.grammar_process import CLOCK_S, VERDICT_S, GrammarBusyError, GrammarProcess, Verdict
+from dsserve.generation.grammar_process import (
+    CLOCK_S,
+    MEMORY_BYTES,
+    VERDICT_S,
+    GrammarBusyError,
+    GrammarProcess,
+    Verdict,
+    limit_this_process,
+)
 from dsserve.generation.matcher import Vocabulary
 from dsserve.protocol.schema_bounds import REACH
 from dsserve.protocol.structured import _schema_grammar
@@ -75,11 +83,16 @@ def test_a_schema_whose_texts_would_fail_is_found_out(process: GrammarProcess, s
     assert fault is not None and ("too complex" in fault or "too large" in fault or "too big" in fault)
 
 
-def test_memory_is_bounded(process: GrammarProcess, monkeypatch: pytest.MonkeyPatch) -> None:
-    """200 MB of alternatives: more than the process may take beside what it has."""
-    huge = {"anyOf": [text("(" + "|".join(f"{at}x{way}" for way in range(3000)) + ")") for at in range(400)]}
-    assert judge(process, huge).fault is not None
-    assert judge(process, {}).fault is None
+def test_a_rehearsal_has_no_more_memory_than_its_limit() -> None:
+    pid = os.fork()
+    if pid == 0:
+        limit_this_process()
+        try:
+            bytearray(2 * MEMORY_BYTES)
+        except MemoryError:
+            os._exit(7)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
 
 
 def kill_while_it_compiles(process: GrammarProcess, kill: Callable[[int], None]) -> None:
@@ -107,11 +120,15 @@ def test_a_process_that_was_killed_between_two_grammars_is_started_again(process
     assert judge(process, {}).fault is None
 
 
-def test_a_process_that_is_stopped_is_given_up_in_time(process: GrammarProcess) -> None:
+def test_a_process_that_is_stopped_is_given_up_in_time(
+    process: GrammarProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
     judge(process, {})
+    monkeypatch.setattr("dsserve.generation.grammar_process.VERDICT_S", 1.5)
     started = time.monotonic()
     kill_while_it_compiles(process, lambda pid: os.kill(pid, signal.SIGSTOP))
-    assert time.monotonic() - started < VERDICT_S + 1
+    assert time.monotonic() - started < 2.5
+    monkeypatch.undo()
     assert judge(process, {}).fault is None
 
 
@@ -163,7 +180,8 @@ def test_it_dies_with_its_owner_also_while_it_compiles() -> None:
         wait_for(lambda: len(children_of(pid)) == 1)
         both = [pid, *children_of(pid)]
         owner.kill()
-    wait_for(lambda: not any(map(is_alive, both)))
+    # Its fork would compile for 2 s of a processor, and it would wait for the fork.
+    wait_for(lambda: not any(map(is_alive, both)), 1.5)
 
 
 _KEYS = [
@@ -188,13 +206,17 @@ _ANY = st.recursive(
 _SCHEMAS = st.dictionaries(st.sampled_from(_KEYS), _ANY, max_size=6)
 
 
+_SUPPORTED = sorted(WRAPS.keys() - {"not", "if", "oneOf"})
+
+
 @st.composite
 def hostile(draw: st.DrawFn) -> dict[str, Any]:
     """Sound schemas, wrapped, chained and combined at random."""
     chance = random.Random(draw(st.integers(0, 2**32)))
-    parts: list[Any] = [*GOOD.values(), *TOO_COMPLEX.values(), text(f".*{chance.random()}.*"), draw(_SCHEMAS)]
+    known = [*GOOD.values(), *TOO_COMPLEX.values()]
+    parts: list[Any] = [*(part for part in known if "$ref" not in part), text(f".*{chance.random()}.*"), draw(_SCHEMAS)]
     for _ in range(draw(st.integers(1, 12))):
-        wrap = WRAPS[chance.choice(sorted(WRAPS))]
+        wrap = WRAPS[chance.choice(_SUPPORTED)]
         parts.append(wrap(chance.choice(parts[-6:])))
         parts.append({chance.choice(["allOf", "anyOf"]): chance.sample(parts, 3)})
     return {**parts[-1], "title": "x"}

@@ -20,6 +20,7 @@ from tests.schemas import DEAD_ENDS, GOOD, TOO_COMPLEX, WIDTH, WRAPS, byte_token
 @pytest.fixture(scope="module")
 def compiler() -> Iterator[GrammarCompiler]:
     made = GrammarCompiler(byte_tokenizer(), WIDTH, frozenset({256}))
+    made.check(_schema_grammar({}))
     yield made
     made.close()
 

@@ -68,9 +68,7 @@ class GrammarCompiler:
         if digest in self._refused:
             self._refused.move_to_end(digest)
             raise GrammarError(self._refused[digest])
-        if self._process is None:
-            self._process = GrammarProcess(Vocabulary.of(self._tokenizer, self._width, self._eos_ids))
-        verdict = self._process.judge(grammar)
+        verdict = self._started().judge(grammar)
         if verdict.fault is not None:
             self._refused[digest] = verdict.fault
             if len(self._refused) > _KEPT_REFUSALS:
@@ -89,9 +87,16 @@ class GrammarCompiler:
         if self._process is not None:
             self._process.close()
 
+    def _started(self) -> GrammarProcess:
+        if self._process is None:
+            vocabulary = Vocabulary.of(self._tokenizer, self._width, self._eos_ids)
+            process = GrammarProcess(vocabulary)
+            process.start()
+            self._tokens = vocabulary.tokens()  # while the process makes its own
+            self._process = process
+        return self._process
+
     def _compile(self, grammar: str, nbytes: int = 0) -> _Compiled:
-        if self._tokens is None:
-            self._tokens = Vocabulary.of(self._tokenizer, self._width, self._eos_ids).tokens()
         started = time.thread_time()
         matcher = make_matcher(self._tokens, grammar)
         compiled = _Compiled(matcher, time.thread_time() - started, nbytes + len(grammar))

@@ -17,7 +17,7 @@ from dsserve.generation.matcher import DEAD_END, GrammarError, make_matcher, rea
 _WALKS = 16
 _CHOICES = 64  # of a walk; forced steps are quick
 _STEPS = 1024
-_WALKING_S = 0.4  # of the processor
+_WALKING_S = 0.2  # of the processor
 # JSON's own characters lead through a schema; other tokens stay within its first string.
 _LEADING = '{}[]:,"0123456789.-etfn'
 _LEADING_SHARE = 0.8

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 from dsserve.errors import RequestError
@@ -14,6 +15,8 @@ from dsserve.protocol.schema_bounds import check_schemas
 # Between JSON's tokens; without a limit small models write blank lines for ever.
 _OPTIONS = {"x-guidance": {"whitespace_pattern": r"[ \n\t]{0,8}"}}
 _RETRY_WHEN_BUSY_S = 5
+# Which of several tools has the schema that cannot be used is found out for so long; streams wait.
+_ASKING_S = 2.0
 
 
 def response_grammar(wanted: ResponseFormat | None, compiler: GrammarCompiler) -> str | None:
@@ -56,7 +59,10 @@ def call_grammar(tools: list[Tool], names: list[str], compiler: GrammarCompiler,
     except RequestError as error:
         # Whose fault it is; of what costs much, together or alone, it is not asked.
         if not is_one and error.status == 400 and TOO_COMPLEX not in error.message:
+            until = time.monotonic() + _ASKING_S
             for index, call in calls.items():
+                if time.monotonic() > until:
+                    break
                 _checked(_schema_grammar(call), _parameters_of(index), compiler)
         raise
 
