@@ -89,8 +89,9 @@ def outline(request: pytest.FixtureRequest) -> tuple[str, Any]:
 
 
 def rendered(name: str, tp: int, monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, Any], dict[str, Any]]:
-    """As `make mar` packs it, on a machine with eight GPUs, or on a CPU."""
+    """As `make mar` packs it, on a machine with eight GPUs, or on a CPU that has bf16, whatever CPU runs the test."""
     monkeypatch.setattr("scripts.machine.count_gpus", lambda: 8)
+    monkeypatch.setattr("scripts.machine.has_bf16", lambda cpuinfo: True)
     return render(CONFIGS / name, "/models/x", Choice(tp=str(tp), device="cpu" if name == "smollm2" else "gpu"))
 
 
