@@ -130,7 +130,7 @@ ask: ## ask QUESTION
 test: setup ## run all tests that need no GPU, unit tests first, faults in a short form
 	@"$$_PY" -m pytest -m 'not gpu and not long'
 
-test-unit: setup ## run the unit tests alone (below two minutes)
+test-unit: setup ## run the unit tests alone: no server, no weights
 	@"$$_PY" -m pytest -m 'not gpu and not long' tests/unit
 
 test-long: setup ## the tests that `make test` leaves out, those of faults among them (about 40 minutes)

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from tests.conftest import KINDS, ROOT, pytest_collection_modifyitems
+from tests.unit.test_scripts_makefile import dry_run
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -95,3 +96,29 @@ def test_classifiers_are_the_pythons_that_are_allowed() -> None:
     named = [int(name.rsplit(".", 1)[1]) for name in project()["project"]["classifiers"] if "Python :: 3." in name]
     oldest, above = map(int, re.findall(r"3\.(\d+)", project()["project"]["requires-python"]))
     assert named == list(range(oldest, above))
+
+
+def test_the_site_is_strict_and_nothing_is_installed_into_a_named_python() -> None:
+    lines = dry_run("docs", f"PYTHON={sys.executable}").splitlines()
+    assert [line.split(" ", 2)[2] for line in lines] == ["-m mkdocs build --strict"]
+    assert "'.[docs]'" in dry_run("-B", "docs", "PYTHON=") and "'.[docs]'" not in dry_run("-B", "setup", "PYTHON=")
+
+
+def test_unit_tests_can_be_run_alone() -> None:
+    assert dry_run("test-unit", f"PYTHON={sys.executable}").splitlines()[-1].endswith("not long' tests/unit")
+
+
+def test_the_site_copies_what_a_page_links_to() -> None:
+    pytest.importorskip("mkdocs", reason="mkdocs is not installed: `make docs` installs it")
+    from mkdocs.structure.files import File, Files
+
+    from scripts.docs_site import on_page_markdown
+
+    config: Any = SimpleNamespace(config_file_path=str(ROOT / "mkdocs.yml"), site_dir="site", use_directory_urls=False)
+    config.plugins = SimpleNamespace(_current_plugin=None)
+    page = SimpleNamespace(file=File("measurements/index.md", str(ROOT / "docs"), "site", False))
+    files = Files([])
+    given = "[a](../../configs/openapi.json) [b](../api.md#errors) [c](../../configs/none.json) [d](https://x.org/y)"
+    found = on_page_markdown(given, page=page, config=config, files=files)
+    assert found == given.replace("../../configs/openapi.json", "../repository/configs/openapi.json")
+    assert [file.src_uri for file in files] == ["repository/configs/openapi.json"]
