@@ -98,9 +98,8 @@ _V1 = {
     "model": st.sampled_from([MODEL, "other"]),
     "n": st.integers(1, 3),
     "stream": st.booleans(),
-    "stream_options": st.fixed_dictionaries({}, optional={"include_usage": st.booleans()}),
     "response_format": st.sampled_from([{"type": "text"}, {"type": "json_object"}]) | FORMAT,
-    "user": TEXT,
+    "user": SHORT | SHORT | TEXT,
 }
 _USER = {"role": "user", "content": "a"}
 _ARGUMENTS = JSON.map(json.dumps) | TEXT | st.sampled_from(["{}", "", "[" * 100_000, '{"a": NaN}', '"\\ud83d"'])
@@ -119,7 +118,10 @@ _CALLING = st.fixed_dictionaries(
     {"role": st.just("assistant"), "content": st.none(), "tool_calls": st.lists(_CALL, min_size=1, max_size=2)}
 )
 _ANSWER = st.fixed_dictionaries({"role": st.just("tool"), "content": TEXT, "tool_call_id": SHORT})
+_PLAIN = st.fixed_dictionaries({"role": st.sampled_from(["system", "user", "assistant"]), "content": SHORT})
 MESSAGES = st.one_of(
+    st.lists(_PLAIN, min_size=1, max_size=3),
+    st.lists(_PLAIN, min_size=1, max_size=3),
     st.lists(_MESSAGE, min_size=1, max_size=3),
     st.tuples(_MESSAGE, _CALLING, _ANSWER).map(list),
     st.sampled_from([2048, 2049, 20_000]).map(lambda count: [_USER] * count),
@@ -156,7 +158,7 @@ IDS = st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=5)
 ODD_IDS = st.sampled_from(
     [[VOCABULARY], [2**63], [10**400], [[1], [VOCABULARY]], [0] * 9000, [[1] * 900] * 80, [1] * 300_000]
 )
-_LIKELIEST = {"logprobs": st.booleans(), "top_logprobs": st.integers(0, 20)}
+_LIKELIEST = {"logprobs": st.just(True), "top_logprobs": st.integers(0, 20)}
 BODIES: dict[str, st.SearchStrategy[Any]] = {
     "": _body(
         {"prompt": TEXT, "max_new_tokens": LENGTH | st.sampled_from(BIG)}, {**_SAMPLING, "stream": st.booleans()}
@@ -172,8 +174,14 @@ BODIES: dict[str, st.SearchStrategy[Any]] = {
         ),
     ),
     "/1.0/v1/chat/completions": st.one_of(
-        _body({"messages": MESSAGES, "max_tokens": LENGTH}, {**_SAMPLING, **_V1, **_LIKELIEST, **_TOOLS}),
-        _large({"messages": st.just([_USER])}, "max_completion_tokens", {**_LIKELIEST, **_TOOLS}),
+        _body({"messages": MESSAGES, "max_tokens": LENGTH}, {**_SAMPLING, **_V1}),
+        _body({"messages": MESSAGES, "max_tokens": LENGTH, **_LIKELIEST}, _TOOLS),
+        _body({"messages": MESSAGES, "max_tokens": LENGTH, **_TOOLS}, {"n": st.just(2), "stream": st.booleans()}),
+        _large({"messages": st.just([_USER]), **_LIKELIEST}, "max_completion_tokens", {"tools": _TOOLS["tools"]}),
+        st.fixed_dictionaries(
+            {"messages": st.just([_USER]), "max_tokens": LENGTH, "stream": st.just(True)},
+            optional={"stream_options": st.fixed_dictionaries({}, optional={"include_usage": st.booleans()})},
+        ),
     ),
     "/1.0/v1/tokenize": _body({"prompt": TEXT}, {"add_special_tokens": st.booleans()})
     | _body({"messages": MESSAGES}, {"add_generation_prompt": st.booleans()})

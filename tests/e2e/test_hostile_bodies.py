@@ -130,22 +130,22 @@ def test_hostile_json_is_a_400_whoever_parses_it(name: str, content_type: str, t
 
 
 @pytest.mark.parametrize(
-    "body",
+    ("path", "body", "texts"),
     [
-        {"prompt": "t1 t2", "n": 16, "max_tokens": 700, "logprobs": 20, "ignore_eos": True, "temperature": 1},
-        {"prompt": [LONGEST] * 4000, "echo": True, "n": 22, "max_tokens": 0},
+        (CHAT, {"messages": [USER], "n": 16, "max_tokens": 245, "ignore_eos": True, "temperature": 1, **LIKELIEST}, 16),
+        (COMPLETIONS, {"prompt": [LONGEST] * 4000, "echo": True, "n": 22, "max_tokens": 0}, 22),
     ],
     ids=["logprobs", "echo"],
 )
 def test_a_reply_above_what_torchserve_takes_at_once_arrives_whole(
-    body: dict[str, Any], tiny: Served, beside: Witness
+    path: str, body: dict[str, Any], texts: int, tiny: Served, beside: Witness
 ) -> None:
-    response = post(tiny, COMPLETIONS, json.dumps(body).encode())
-    assert response.status_code == 200
+    response = post(tiny, path, json.dumps(body).encode())
+    assert response.status_code == 200, response.text[:300]
     assert len(response.content) > TORCHSERVES_OWN
     choices = response.json()["choices"]
-    assert [choice["index"] for choice in choices] == list(range(body["n"]))
+    assert [choice["index"] for choice in choices] == list(range(texts))
     assert all(choice["finish_reason"] == "length" for choice in choices)
-    if "logprobs" in body:
-        assert all(len(choice["logprobs"]["tokens"]) == body["max_tokens"] for choice in choices)
+    if path == CHAT:
+        assert all(len(choice["logprobs"]["content"]) == 245 for choice in choices)
     assert len(beside.texts) <= 1, beside.texts

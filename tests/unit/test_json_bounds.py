@@ -68,7 +68,8 @@ def test_a_members_own_number_is_left_to_its_type() -> None:
 
 
 def test_a_name_that_cannot_be_sent_back_is_refused() -> None:
-    assert "a member's name is not valid Unicode" in refusal({"\ud800": 1}).message
+    error = refusal({"\ud800": 1})
+    assert error.param is None and "a member's name is not valid Unicode" in error.message
 
 
 def test_all_values_and_members_count() -> None:

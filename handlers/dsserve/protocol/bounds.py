@@ -74,8 +74,8 @@ BIASED_TOKENS = Bound("members of `logit_bias`", 1024)
 # Prompts.
 CONTEXT = Rule("tokens of prompt and output", "the context", 413, "handler.max_model_len")
 OUTPUT = Rule("new tokens", "`max_new_tokens_limit`", 400, "handler.max_new_tokens_limit")
-PROMPT_CHARACTERS = Bound("characters of a prompt (or 16 a token of the context, where that is more)", 65_536, 413)
-CHARACTERS_A_TOKEN = 16
+PROMPT_CHARACTERS = Bound("characters of a prompt (or 12 a token of the context, where that is more)", 65_536, 413)
+CHARACTERS_A_TOKEN = 12
 PROMPT_TOKENS = Bound("tokens of all prompts of a request (or the context, where that is more)", 65_536)
 TOKENIZED = Rule("tokens of `v1/tokenize`", "twice the context", 413)
 DETOKENIZED = Rule("`tokens` of `v1/detokenize`", "the context")

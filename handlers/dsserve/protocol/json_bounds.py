@@ -25,7 +25,7 @@ def check_body(body: dict[str, Any], most_values: int = VALUES.most) -> None:
     """
     left = most_values
     for name, value in body.items():
-        check_text(name, "a member's name")
+        check_text(name, None)
         if type(value) is not int:
             left -= 1 + check_json(value, name[:_MOST_ECHO], left)
 
@@ -62,14 +62,19 @@ def check_json(value: Any, param: str, most_values: int = VALUES.most) -> int:
     return count
 
 
-def check_text(text: str, param: str) -> None:
-    """Raises RequestError (400) for a lone surrogate, which JSON can spell and nobody can encode."""
+def check_text(text: str, param: str | None) -> None:
+    """Checks a string of a member, or (None) the name of a member.
+
+    Raises:
+        RequestError: 400 for a lone surrogate, which JSON can spell and nobody can encode.
+    """
     if text.isascii():
         return
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise RequestError(f"{param} is not valid Unicode: it holds a lone surrogate", param=param) from None
+        what = param or "a member's name"
+        raise RequestError(f"{what} is not valid Unicode: it holds a lone surrogate", param=param) from None
 
 
 def _check_scalars(values: list[Any], kinds: set[type], param: str) -> None:
