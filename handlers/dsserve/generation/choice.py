@@ -22,7 +22,8 @@ class Choice(Protocol):
         """After `read`: whether some token is another than in `tokens`; what was computed from those is void then."""
 
     def read(self) -> list[int]:
-        """The token of each row; waits for them, but not for what was launched behind them. Once."""
+        """The token of each row; waits for them, but not for what was launched behind them. Once. Where none could be
+        chosen, a zero, and the row's state has a fault from now on."""
 
     def take_back(self) -> None:
         """Instead of `read`: the streams give the numbers again that were taken for this choice."""

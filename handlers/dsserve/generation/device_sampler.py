@@ -88,7 +88,7 @@ class DeviceChoice:
             states = [self._states[row] for row in rows]
             uniforms = [self._uniforms[row] for row in rows]
             found = choose_edited(self._edited[rows].float(), states, uniforms)
-            for row, token in zip(rows, settle(found, self._raw[rows], states), strict=True):
+            for row, token in zip(rows, settle(found, [self._raw[row] for row in rows], states), strict=True):
                 tokens[row] = token
 
         note(attempt(range(len(left)), choose_some), [self._states[row] for row in left])

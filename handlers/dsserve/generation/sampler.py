@@ -94,11 +94,11 @@ def take_uniforms(rows: range, states: list[SamplingState], uniforms: dict[int, 
             uniforms[row] = 0.0 if states[row].is_greedy else next(states[row].uniforms)
 
 
-def settle(tokens: list[int], logits: torch.Tensor, states: list[SamplingState]) -> list[int]:
+def settle(tokens: list[int], logits: torch.Tensor | list[torch.Tensor], states: list[SamplingState]) -> list[int]:
     """The tokens; where one is negative, since none could be chosen, zero and a fault.
 
     Args:
-        logits: the model's own, `[n, V]`.
+        logits: the model's own, `[n, V]`, or `[V]` of each row.
     """
     for row, token in enumerate(tokens):
         if token < 0:
@@ -151,8 +151,7 @@ def choose_greedily(logits: torch.Tensor) -> list[int]:
         numbers = logits.float().numpy()
         tokens = numbers.argmax(axis=-1)  # a NaN's place where there is one
         largest = numbers[np.arange(len(tokens)), tokens]
-        found: list[int] = np.where(np.isfinite(largest), tokens, -1).tolist()
-        return found
+        return np.where(np.isfinite(largest), tokens, -1).tolist()
     return likeliest(logits).tolist()
 
 
