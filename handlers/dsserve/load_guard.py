@@ -69,7 +69,9 @@ class LoadGuard:
             raise
         except BaseException as error:  # a library's panic (PyO3) is no Exception
             agreed = self._fail(error)
-            raise agreed from (None if error is agreed else error)
+            if agreed is error:
+                raise
+            raise agreed from error
         finally:
             self._over.set()
 
