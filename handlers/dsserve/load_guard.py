@@ -18,6 +18,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch
+from torch.distributed.rendezvous import rendezvous
 
 from dsserve.distributed import RankInfo
 from dsserve.errors import LoadError
@@ -142,7 +143,7 @@ class RankBoard:
         """The board of this process's next load; None for one rank alone. Each rank opens as many, in one order."""
         if rank.world_size == 1:
             return None
-        store, _, _ = next(torch.distributed.rendezvous("env://", timeout=timedelta(seconds=_CONNECT_S)))
+        store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=_CONNECT_S)))
         return cls(store, rank.world_size, f"dsserve/load/{next(_loads)}")
 
     def clone(self) -> RankBoard:
