@@ -7,7 +7,7 @@ and `protocol.reply`.
 from __future__ import annotations
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """What a library's error says first, its type where it says nothing."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
 

@@ -18,6 +18,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch
+from torch.distributed.rendezvous import rendezvous
 
 from dsserve.distributed import RankInfo
 from dsserve.errors import LoadError
@@ -69,7 +70,9 @@ class LoadGuard:
             raise
         except BaseException as error:  # a library's panic (PyO3) is no Exception
             agreed = self._fail(error)
-            raise agreed from (None if error is agreed else error)
+            if agreed is error:
+                raise
+            raise agreed from error
         finally:
             self._over.set()
 
@@ -140,7 +143,7 @@ class RankBoard:
         """The board of this process's next load; None for one rank alone. Each rank opens as many, in one order."""
         if rank.world_size == 1:
             return None
-        store, _, _ = next(torch.distributed.rendezvous("env://", timeout=timedelta(seconds=_CONNECT_S)))
+        store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=_CONNECT_S)))
         return cls(store, rank.world_size, f"dsserve/load/{next(_loads)}")
 
     def clone(self) -> RankBoard:

@@ -181,7 +181,7 @@ def replace_layers(module: nn.Module, make: MakeLinear, keep: nn.Module | None =
             count += _fuse(parent, names, make)
         for name, child in _children(parent):
             kind = _kind(child)
-            if kind in ("column", "row") and child is not keep and not _reads_weight(type(parent), name):
+            if kind in ("column", "row") and child is not keep and not _reads_weight(parent, name):
                 if child not in made:
                     made[child] = make(child.weight, child.bias, kind == "row" and child.is_tp_parallel)
                     _drop(child)
@@ -191,7 +191,7 @@ def replace_layers(module: nn.Module, make: MakeLinear, keep: nn.Module | None =
 
 def _fuse(parent: nn.Module, names: tuple[str, ...], make: MakeLinear) -> int:
     layers: list[Any] = [getattr(parent, name, None) for name in names]
-    if any(_kind(layer) != "column" for layer in layers) or any(_reads_weight(type(parent), name) for name in names):
+    if any(_kind(layer) != "column" for layer in layers) or any(_reads_weight(parent, name) for name in names):
         return 0
     if len({layer.bias is None for layer in layers}) != 1:
         return 0
@@ -202,15 +202,19 @@ def _fuse(parent: nn.Module, names: tuple[str, ...], make: MakeLinear) -> int:
     return 1
 
 
-@cache
-def _reads_weight(parent: type, name: str) -> bool:
+def _reads_weight(parent: nn.Module, name: str) -> bool:
     """Whether a layer's code asks a part for its weight or bias itself (a router that asks for the dtype): what
     replaces parts has none."""
+    return name in _parts_read(type(parent))
+
+
+@cache
+def _parts_read(kind: Any) -> frozenset[str]:
+    """The parts whose weight or bias a class's own code reads."""
     try:
-        source = inspect.getsource(parent)
+        return frozenset(re.findall(r"\bself\.(\w+)\.(?:weight|bias)\b", inspect.getsource(kind)))
     except (OSError, TypeError):  # a class without a file
-        return False
-    return re.search(rf"\bself\.{name}\.(weight|bias)\b", source) is not None
+        return frozenset()
 
 
 def _pack_heads(module: nn.Module) -> int:
