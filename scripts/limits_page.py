@@ -11,13 +11,14 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from dsserve.protocol.bounds import LIMITS, Bound, Rule
+from dsserve.protocol import bounds, schema_bounds
+from dsserve.protocol.bounds import Bound, Rule
 from dsserve.protocol.openapi import describe
 from scripts.prepare_model import ROOT
 
 PAGE = ROOT / "docs" / "limits.md"
 # What the tables are made of; a module with bounds of its own joins its `LIMITS` here.
-SOURCES: tuple[tuple[Bound | Rule, ...], ...] = (LIMITS,)
+SOURCES: tuple[tuple[Bound | Rule, ...], ...] = (bounds.LIMITS, schema_bounds.LIMITS)
 BEGIN, END = "<!-- made by scripts/limits_page.py: begin -->", "<!-- made by scripts/limits_page.py: end -->"
 _BODIES = {"GenerateBody": "plain", "CompletionBody": "completions", "ChatBody": "chat"}
 _AT_ONCE = 200  # a bound that refuses nothing
