@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 
+from dsserve.core.request import GenerationRequest, StopConditions
+from dsserve.core.timeline import Timeline
 from dsserve.distributed import RankInfo
 from dsserve.generation.engine import Engine
-from dsserve.generation.observer import Observer, Outcome, Step, Timeline
-from dsserve.generation.request import GenerationRequest, StopConditions
+from dsserve.generation.observer import Observer, Outcome, Step
 from dsserve.generation.sequence import Sequence
 from scripts.bench_report import percentile
 

@@ -18,9 +18,9 @@ from ts.context import Context
 
 from dsserve.base_handler import BaseDeepSpeedHandler
 from dsserve.config import PREFILL_TOKENS_A_STEP, HandlerConfig
+from dsserve.core.errors import LoadError
 from dsserve.distributed import finish_rank
 from dsserve.ds_engine import get_ds_engine
-from dsserve.errors import LoadError
 from dsserve.generation.build import build_engine
 from dsserve.generation.kv_plan import plan_kv_rows
 from dsserve.generation.limits import read_limits

@@ -106,7 +106,7 @@ def make_runner(mode: str, shape: str, dtype: torch.dtype, rows: int, steps: int
 
 def time_steps(runners: list[Any], rows: int, steps: int) -> list[float]:
     """Median milliseconds of a decode step of `rows` rows, for each runner."""
-    from dsserve.generation.plan import Admission, Plan
+    from dsserve.core.step_plan import Admission, Plan
 
     times: list[list[float]] = [[] for _ in runners]
     for runner in runners:
@@ -133,7 +133,7 @@ def main(
     steps: int = typer.Option(50, help="timed steps"),
 ) -> None:
     """Measure and print the table."""
-    from dsserve.errors import LoadError
+    from dsserve.core.errors import LoadError
 
     target = torch.device(device, 0) if device == "cuda" else torch.device(device)
     name = torch.cuda.get_device_name(target) if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"

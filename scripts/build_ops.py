@@ -62,7 +62,7 @@ def _build_kernels() -> None:
     """DeepSpeed's `transformer_inference` op alone, with the compiler's output."""
     os.environ["DS_ACCELERATOR"] = "cuda"
     sys.path.insert(0, str(ROOT / "handlers"))  # a PYTHON that was named does not have the package installed
-    from dsserve.errors import LoadError
+    from dsserve.core.errors import LoadError
     from dsserve.injection.op import load_op
 
     try:

@@ -116,7 +116,7 @@ def main(
     """Measure and print the table."""
     from transformers import AutoTokenizer
 
-    from dsserve.errors import LoadError
+    from dsserve.core.errors import LoadError
 
     try:
         path = prepare(model)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from hypothesis import strategies as st
 
+from dsserve.core.request import GenerationRequest, SamplingParams
 from dsserve.generation.choice import Launch
-from dsserve.generation.request import GenerationRequest, SamplingParams
 from dsserve.generation.sampler import SamplingState
 
 KINDS = ["plain", "plain", "ties", "equal", "few", "holes", "broken"]

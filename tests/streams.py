@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
+from dsserve.core.request import GenerationRequest
 from dsserve.distributed import RankInfo
 from dsserve.generation.engine import Engine
-from dsserve.generation.request import GenerationRequest
 
 
 class Numbers:

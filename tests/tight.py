@@ -10,10 +10,10 @@ import psutil
 import torch
 
 from dsserve.config import HandlerConfig
+from dsserve.core.request import GenerationRequest
 from dsserve.distributed import RankInfo, select_device
 from dsserve.ds_engine import get_ds_engine
 from dsserve.generation.build import build_engine
-from dsserve.generation.request import GenerationRequest
 from dsserve.hf_model import load_model
 from dsserve.load_clock import LoadClock
 from tests.contexts import make_context

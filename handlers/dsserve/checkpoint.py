@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from dsserve.errors import LoadError
+from dsserve.core.errors import LoadError
 from dsserve.weights import find_weight_files
 
 _SINGLE = "pytorch_model.bin"

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from dsserve.errors import LoadError
+from dsserve.core.errors import LoadError
 
 YAML_FILE = "model-config.yaml"
 # New prompts enter a step up to so many tokens, so that neither a burst of arrivals nor a long prompt holds the rows

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from dsserve.errors import first_line
+from dsserve.core.errors import first_line
 
 logger = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from dsserve.errors import LoadError, first_line
+from dsserve.core.errors import LoadError, first_line
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ import torch
 from pydantic import ValidationError
 
 from dsserve.config import YAML_FILE, check_tp_size, describe
-from dsserve.errors import LoadError
+from dsserve.core.errors import LoadError
 from dsserve.quantization import check_mode
 
 AUTO = "auto"

@@ -18,8 +18,8 @@ from ts.context import Context
 
 from dsserve import checkpoint
 from dsserve.config import YAML_FILE
+from dsserve.core.errors import LoadError, first_line
 from dsserve.distributed import RankInfo, init_process_group, many_cores, prepare_environment, select_device
-from dsserve.errors import LoadError, first_line
 from dsserve.hf_model import model_dtype
 from dsserve.injection.attempt import KernelInjection
 from dsserve.load_clock import LoadClock

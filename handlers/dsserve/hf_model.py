@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from dsserve.config import YAML_FILE, HandlerConfig
+from dsserve.core.errors import LoadError, first_line
 from dsserve.end_of_text import end_ids, warn_of_extra_tokens
-from dsserve.errors import LoadError, first_line
 from dsserve.load_failure import is_of_the_machine
 from dsserve.model_kind import check_config, check_folder, check_head, check_states, describe_headless
 from dsserve.quantized_files import refuse_quantized_files

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from dsserve.errors import LoadError, first_line
+from dsserve.core.errors import LoadError, first_line
 
 _OURS = Path(__file__).resolve().parent
 _MOST_CHARACTERS = 300

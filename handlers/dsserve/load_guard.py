@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch.distributed.rendezvous import rendezvous
 
+from dsserve.core.errors import LoadError
 from dsserve.distributed import RankInfo
-from dsserve.errors import LoadError
 from dsserve.load_clock import LoadClock
 from dsserve.load_failure import explain
 from dsserve.watchdog import end_process

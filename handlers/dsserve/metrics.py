@@ -21,7 +21,7 @@ from prometheus_client.core import HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from dsserve import __version__
-from dsserve.errors import RequestError
+from dsserve.core.errors import RequestError
 from dsserve.generation.observer import Observer, Outcome, Step
 from dsserve.generation.sequence import Sequence
 

@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from dsserve.errors import LoadError
+from dsserve.core.errors import LoadError
 from dsserve.weights import find_weight_files, read_names
 
 logger = logging.getLogger(__name__)

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
+from dsserve.core.errors import LoadError, first_line
 from dsserve.distributed import RankInfo, agree_on_least
-from dsserve.errors import LoadError, first_line
 
 logger = logging.getLogger(__name__)
 

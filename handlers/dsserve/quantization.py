@@ -18,8 +18,8 @@ import torch.nn.functional as F
 
 from dsserve import gpu_ops
 from dsserve.config import YAML_FILE
+from dsserve.core.errors import LoadError
 from dsserve.distributed import RankInfo, agree_on_least
-from dsserve.errors import LoadError
 from dsserve.packing import ShardedLinear, copy_into, replace_layers
 from dsserve.self_check import SelfCheck
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from dsserve.errors import LoadError
+from dsserve.core.errors import LoadError
 from dsserve.weights import WeightFiles, find_weight_files
 
 # What a format calls its tensors; a name that ends so belongs to no model that is not quantized.

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from dsserve.core.errors import LoadError
 from dsserve.distributed import RankInfo, agree_on_least, all_reduce
-from dsserve.errors import LoadError
 from dsserve.peers import Peers, most_rows, share_memory
 
 logger = logging.getLogger(__name__)

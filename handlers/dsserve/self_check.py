@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from dsserve.errors import LoadError
+from dsserve.core.errors import LoadError
 from dsserve.precision import computing_in
 
 LENGTH = 24

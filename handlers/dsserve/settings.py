@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dsserve.config import YAML_FILE
-from dsserve.errors import LoadError
+from dsserve.core.errors import LoadError
 
 logger = logging.getLogger(__name__)
 

@@ -22,8 +22,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from dsserve.core.errors import LoadError
 from dsserve.distributed import RankInfo, agree_on_least
-from dsserve.errors import LoadError
 from dsserve.self_check import SelfCheck
 from dsserve.shard_manifest import MANIFEST, FileEntry, Manifest, cache_folder, crc32, read_manifest
 from dsserve.weight_source import find_changed, read

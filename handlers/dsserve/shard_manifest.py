@@ -16,7 +16,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dsserve import weights
-from dsserve.errors import LoadError
+from dsserve.core.errors import LoadError
 from dsserve.weight_source import SourceFile, look_at
 
 MANIFEST = "manifest.json"

@@ -13,7 +13,8 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from dsserve.generation.observer import Observer, Outcome, Timeline
+from dsserve.core.timeline import Timeline
+from dsserve.generation.observer import Observer, Outcome
 
 if TYPE_CHECKING:
     from dsserve.generation.sequence import Sequence

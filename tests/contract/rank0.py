@@ -9,9 +9,9 @@ from transformers import PreTrainedTokenizerFast
 from ts.context import RequestProcessor
 from ts.protocol.otf_message_handler import create_predict_response
 
+from dsserve.core.request import GenerationRequest, Limits, TokenEvent
 from dsserve.generation.call_length import CallLength
 from dsserve.generation.grammar import GrammarCompiler
-from dsserve.generation.request import GenerationRequest, Limits, TokenEvent
 from dsserve.protocol.batch import LiveBatch
 from dsserve.protocol.served import ServedModel
 from tests.contexts import make_context

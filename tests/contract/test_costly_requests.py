@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
+from dsserve.core.request import Limits, TokenEvent
 from dsserve.generation.grammar import GrammarCompiler
-from dsserve.generation.request import Limits, TokenEvent
 from dsserve.protocol import batch
 from dsserve.protocol.served import ServedModel
 from tests.contract.rank0 import Worker, body, make_tokenizer, served_model

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dsserve.errors import LoadError
+from dsserve.core.errors import LoadError
 from dsserve.generation import exact_context
 from tests.contract import tiny
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from dsserve.errors import RequestError
+from dsserve.core.errors import RequestError
+from dsserve.core.request import TokenEvent
 from dsserve.generation.grammar import GrammarError
-from dsserve.generation.request import TokenEvent
 from tests.contract.rank0 import Worker, body, done, served_model
 
 

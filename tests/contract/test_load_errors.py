@@ -15,8 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import deepspeed_handler
 from dsserve.config import HandlerConfig
-from dsserve.errors import LoadError
-from dsserve.generation.request import GenerationRequest, SamplingParams, StopConditions
+from dsserve.core.errors import LoadError
+from dsserve.core.request import GenerationRequest, SamplingParams, StopConditions
 from dsserve.hf_model import load_model
 from tests.contexts import make_context
 from tests.tiny_models import CONTEXT, RECIPES, SHAPE, make_tokenizer, save_config, save_model, settings

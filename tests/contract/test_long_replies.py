@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from dsserve.generation.request import TokenEvent
+from dsserve.core.request import TokenEvent
 from dsserve.protocol import batch
 from dsserve.protocol.bounds import CALL_BYTES, FRAME_BYTES, Bound
 from tests.contract.rank0 import Worker, body, done

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from dsserve.errors import RequestError
+from dsserve.core.errors import RequestError
+from dsserve.core.request import Limits
 from dsserve.generation.grammar import GrammarCompiler
-from dsserve.generation.request import Limits
 from dsserve.protocol.routes import answer
 from dsserve.protocol.served import ServedModel
 from tests.contract.rank0 import Worker

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from dsserve.config import HandlerConfig
+from dsserve.core.errors import LoadError
 from dsserve.distributed import RankInfo, prepare_environment
-from dsserve.errors import LoadError
 from dsserve.hf_model import load_model
 
 

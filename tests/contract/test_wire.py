@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from ts.protocol.otf_message_handler import _retrieve_input_data
 
-from dsserve.errors import RequestError
+from dsserve.core.errors import RequestError
 from dsserve.protocol.routes import answer
 from tests.contract.rank0 import Worker
 

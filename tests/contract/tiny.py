@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import deepspeed_handler
-from dsserve.generation.request import GenerationRequest, SamplingParams, StopConditions
+from dsserve.core.request import GenerationRequest, SamplingParams, StopConditions
 from tests.contexts import make_context
 
 VOCABULARY, CONTEXT, NEW = 512, 256, 12

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from dsserve.core.step_plan import Plan
 from dsserve.distributed import RankInfo, select_device
 from dsserve.generation import device_sampler
 from dsserve.generation import engine as engine_module
@@ -13,7 +14,6 @@ from dsserve.generation.choice import HostChoice
 from dsserve.generation.device_sampler import DeviceSampler
 from dsserve.generation.engine import Engine
 from dsserve.generation.model_runner import ModelRunner
-from dsserve.generation.plan import Plan
 from dsserve.generation.prefix_cache import PrefixCache
 from dsserve.generation.runner import StepLogits
 from dsserve.generation.scheduler import Scheduler

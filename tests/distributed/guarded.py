@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import torch
 
+from dsserve.core.errors import LoadError
 from dsserve.distributed import RankInfo
-from dsserve.errors import LoadError
 from dsserve.load_guard import LoadGuard
 
 WORDS = "layer 3 has no weight"

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 import deepspeed_handler
+from dsserve.core.errors import LoadError
 from dsserve.distributed import (
     RankInfo,
     all_reduce,
@@ -17,7 +18,6 @@ from dsserve.distributed import (
     select_device,
     uses_shared_memory,
 )
-from dsserve.errors import LoadError
 from tests.contexts import make_context
 from tests.tiny_models import settings
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from dsserve.core.errors import LoadError
 from dsserve.ds_engine import get_ds_engine
-from dsserve.errors import LoadError
 from dsserve.generation.model_runner import ModelRunner
 from dsserve.generation.warmup import verify_runner
 from dsserve.packing import pack_weights

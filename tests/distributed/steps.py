@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from dsserve.core.step_plan import Admission, Plan, PlanChannel
 from dsserve.distributed import RankInfo, count_all_reduces, uses_shared_memory
 from dsserve.ds_engine import get_ds_engine, shard_shapes
 from dsserve.fused_ops import load_ops, use_fused_ops
 from dsserve.generation.model_runner import ModelRunner
-from dsserve.generation.plan import Admission, Plan, PlanChannel
 from dsserve.generation.warmup import verify_runner
 from dsserve.packing import pack_weights
 from tests.contexts import make_context
@@ -137,7 +137,7 @@ def carry_plans(path: str) -> list[list[int]]:
 
 def load_error(path: str, yaml_config: dict[str, Any], settings: dict[str, Any] | None = None) -> str:
     """The LoadError's text of a configuration that cannot work."""
-    from dsserve.errors import LoadError
+    from dsserve.core.errors import LoadError
 
     model = AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval()
     try:

@@ -12,13 +12,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from dsserve.config import HandlerConfig
+from dsserve.core.request import GenerationRequest
 from dsserve.distributed import RankInfo, all_reduce, init_process_group, select_device
 from dsserve.ds_engine import get_ds_engine
 from dsserve.generation.device_sampler import DeviceSampler
 from dsserve.generation.engine import Engine
 from dsserve.generation.model_runner import ModelRunner
 from dsserve.generation.prefill_graphs import MOST_TOKENS
-from dsserve.generation.request import GenerationRequest
 from dsserve.generation.tuning import tune
 from dsserve.generation.warmup import verify_runner
 from dsserve.peers import share_memory

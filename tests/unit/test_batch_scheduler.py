@@ -5,9 +5,9 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dsserve.core.request import GenerationRequest
+from dsserve.core.step_plan import Plan
 from dsserve.generation.batch_scheduler import BatchScheduler
-from dsserve.generation.plan import Plan
-from dsserve.generation.request import GenerationRequest
 from dsserve.generation.sampler import SamplingState
 from dsserve.generation.sequence import Sequence
 from tests.unit.test_scheduler import EOS, Letters

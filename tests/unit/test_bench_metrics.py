@@ -9,9 +9,9 @@ import time
 import pytest
 import torch
 
+from dsserve.core.step_plan import Plan
 from dsserve.distributed import RankInfo
 from dsserve.generation.engine import Engine
-from dsserve.generation.plan import Plan
 from dsserve.generation.runner import StepLogits
 from dsserve.metrics import Metrics
 from scripts import bench_metrics

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from dsserve.errors import RequestError
-from dsserve.generation.request import Limits
+from dsserve.core.errors import RequestError
+from dsserve.core.request import Limits
 from dsserve.protocol import bounds
 from dsserve.protocol.routes import answer
 from dsserve.protocol.served import ServedModel

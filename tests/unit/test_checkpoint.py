@@ -10,7 +10,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dsserve import checkpoint
-from dsserve.errors import LoadError
+from dsserve.core.errors import LoadError
 
 
 def touch(folder: Path, *names: str) -> None:

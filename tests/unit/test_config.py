@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dsserve.config import HandlerConfig, check_tp_size, read_handler_config
-from dsserve.errors import LoadError
+from dsserve.core.errors import LoadError
 from dsserve.settings import check_server_settings
 
 

@@ -20,7 +20,7 @@ import yaml
 from PIL import Image
 from promql_parser import AggModifierType, AggregateExpr, VectorSelector
 
-from dsserve.errors import RequestError
+from dsserve.core.errors import RequestError
 from dsserve.metrics import Metrics
 from scripts import dashboard
 from scripts.dashboard_run import PICTURE

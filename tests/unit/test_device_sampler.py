@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from dsserve.core.request import SamplingParams
 from dsserve.generation.choice import HostChoice
 from dsserve.generation.device_draw import ROW_NUMBERS, draw, row_numbers
 from dsserve.generation.device_sampler import DeviceSampler
-from dsserve.generation.request import SamplingParams
 from dsserve.generation.sampler import choose
 from tests.sampling import KINDS, assert_same, make_logits, params, states_of
 

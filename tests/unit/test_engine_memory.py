@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from dsserve.core.request import GenerationRequest, TokenEvent
+from dsserve.core.step_plan import Plan
 from dsserve.distributed import RankInfo
 from dsserve.generation.engine import MOST_MEMORY_FAILURES, Engine
-from dsserve.generation.plan import Plan
 from dsserve.generation.prefix_cache import PrefixCache
-from dsserve.generation.request import GenerationRequest, TokenEvent
 from dsserve.generation.runner import StepLogits
 from dsserve.generation.scheduler import Scheduler
 from tests.unit.test_metrics import FakeRunner, Letters

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dsserve.errors import LoadError, first_line
+from dsserve.core.errors import LoadError, first_line
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from transformers import AutoConfig
 
-from dsserve.errors import LoadError
+from dsserve.core.errors import LoadError
 from dsserve.generation.exact_context import check_pass_tokens, exact_context
 
 LONG = {

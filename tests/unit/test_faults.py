@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 import torch
 
+from dsserve.core.errors import RequestError
+from dsserve.core.request import GenerationRequest, SamplingParams, TokenEvent
+from dsserve.core.step_plan import Plan
 from dsserve.distributed import RankInfo
-from dsserve.errors import RequestError
 from dsserve.generation.choice import HostChoice, Launch
 from dsserve.generation.device_sampler import DeviceSampler
 from dsserve.generation.engine import Engine
 from dsserve.generation.faults import Fault, attempt, describe
 from dsserve.generation.grammar import GrammarCompiler, GrammarError
-from dsserve.generation.plan import Plan
-from dsserve.generation.request import GenerationRequest, SamplingParams, TokenEvent
 from dsserve.generation.runner import StepLogits
 from dsserve.generation.sampler import SamplingState
 from tests.sampling import make_logits, states_of

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dsserve import rank_sum
-from dsserve.errors import LoadError
+from dsserve.core.errors import LoadError
 from dsserve.fused_layers import FusedLayer, can_fuse_layers, use_fused_layers
 from dsserve.fused_ops import FusedRMSNorm
 from dsserve.packing import ShardedLinear, replace_layers

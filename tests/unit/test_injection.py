@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import AutoConfig
 
+from dsserve.core.errors import LoadError
 from dsserve.distributed import RankInfo
-from dsserve.errors import LoadError
 from dsserve.injection.attempt import KernelInjection
 from dsserve.injection.cache import KernelCache
 from dsserve.injection.families import FAMILIES, check_device, check_model

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsserve.errors import RequestError
+from dsserve.core.errors import RequestError
 from dsserve.protocol.bounds import DEPTH, LARGEST_INT, SMALLEST_INT
 from dsserve.protocol.json_bounds import check_body, check_json
 

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from dsserve.config import AUTO_RUNNING, HandlerConfig
+from dsserve.core.errors import LoadError
 from dsserve.distributed import RankInfo
-from dsserve.errors import LoadError
 from dsserve.generation import kv_plan
 from dsserve.generation.build import _memory_errors_explained
 from dsserve.generation.kv_plan import KVPlan, measure_passes, plan_kv_rows

@@ -14,6 +14,8 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from dsserve.core.request import GenerationRequest, SamplingParams, StopConditions
+from dsserve.core.step_plan import Admission, Plan, PlanChannel
 from dsserve.distributed import RankInfo
 from dsserve.generation import cuda_graphs, device_sampler
 from dsserve.generation.choice import HostChoice
@@ -22,9 +24,7 @@ from dsserve.generation.device_sampler import DeviceSampler
 from dsserve.generation.engine import Engine
 from dsserve.generation.model_runner import ModelRunner
 from dsserve.generation.observer import Observer, Step
-from dsserve.generation.plan import Admission, Plan, PlanChannel
 from dsserve.generation.prefix_cache import PrefixCache
-from dsserve.generation.request import GenerationRequest, SamplingParams, StopConditions
 from dsserve.generation.runner import StepLogits
 from dsserve.generation.scheduler import Scheduler
 from tests.schedules import (

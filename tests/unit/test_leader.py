@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+from dsserve.core.request import GenerationRequest, TokenEvent
 from dsserve.generation.leader import EngineThread, LeaderEngine
-from dsserve.generation.request import GenerationRequest, TokenEvent
 
 
 class ScriptedEngine:

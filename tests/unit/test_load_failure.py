@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from dsserve.errors import LoadError
+from dsserve.core.errors import LoadError
 from dsserve.generation.blocks import weigh
 from dsserve.load_failure import explain
 from dsserve.load_guard import LoadGuard

@@ -11,12 +11,12 @@ import pytest
 import torch
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
 
+from dsserve.core.errors import RequestError
+from dsserve.core.request import GenerationRequest, Origin
+from dsserve.core.step_plan import Plan
 from dsserve.distributed import RankInfo
-from dsserve.errors import RequestError
 from dsserve.generation.engine import Engine
 from dsserve.generation.observer import Observer, Step
-from dsserve.generation.plan import Plan
-from dsserve.generation.request import GenerationRequest, Origin
 from dsserve.generation.runner import StepLogits
 from dsserve.metrics import Metrics, WeightedHistogram
 from tests.conftest import ROOT

@@ -9,8 +9,8 @@ import pytest
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
-from dsserve.errors import RequestError
-from dsserve.generation.request import TokenEvent, TokenLogprob
+from dsserve.core.errors import RequestError
+from dsserve.core.request import TokenEvent, TokenLogprob
 from dsserve.protocol.openai_reply import Envelope, StreamReply, WholeReply
 from dsserve.protocol.openai_schema import StreamOptions
 from dsserve.protocol.openai_shapes import ChatShape, CompletionShape

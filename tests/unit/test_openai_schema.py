@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from dsserve.errors import RequestError
+from dsserve.core.errors import RequestError
 from dsserve.protocol.openai_schema import ChatBody, CompletionBody, parse
 from dsserve.protocol.tokenizer_endpoints import TokenizeBody
 

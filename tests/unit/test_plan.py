@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsserve.generation.plan import FRAME, Admission, Plan, PlanChannel
+from dsserve.core.step_plan import FRAME, Admission, Plan, PlanChannel
 
 numbers = st.lists(st.integers(0, 2**24 - 1), max_size=80).map(tuple)
 plans = st.builds(

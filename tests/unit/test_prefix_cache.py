@@ -6,9 +6,9 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsserve.generation.plan import Plan
+from dsserve.core.request import GenerationRequest
+from dsserve.core.step_plan import Plan
 from dsserve.generation.prefix_cache import SHORTEST, Hit, PrefixCache, common_length
-from dsserve.generation.request import GenerationRequest
 from dsserve.generation.sampler import SamplingState
 from dsserve.generation.scheduler import WORTH_A_STEP, Scheduler
 from dsserve.generation.sequence import Sequence

@@ -11,9 +11,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
 from transformers.masking_utils import sdpa_mask
 
+from dsserve.core.step_plan import Admission, Plan
 from dsserve.generation import decode_attention, forward_pass, prompt_attention
 from dsserve.generation.model_runner import ModelRunner
-from dsserve.generation.plan import Admission, Plan
 from dsserve.generation.prompt_attention import PromptSpans
 
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}

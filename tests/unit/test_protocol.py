@@ -12,15 +12,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from dsserve.errors import RequestError
+from dsserve.core.errors import RequestError
+from dsserve.core.request import GenerationRequest, Limits, SamplingParams, StopConditions, TokenEvent
 from dsserve.generation.grammar import GrammarCompiler
-from dsserve.generation.request import (
-    GenerationRequest,
-    Limits,
-    SamplingParams,
-    StopConditions,
-    TokenEvent,
-)
 from dsserve.protocol.plain_endpoint import generate
 from dsserve.protocol.prompt import encode_messages
 from dsserve.protocol.reply import JsonReply, PlainReply, SseReply

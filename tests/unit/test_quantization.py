@@ -11,8 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
+from dsserve.core.errors import LoadError
 from dsserve.distributed import RankInfo
-from dsserve.errors import LoadError
 from dsserve.quantization import QuantizedLinear, check_device, quantize_engine, quantize_layers
 from dsserve.self_check import SelfCheck
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from dsserve.config import HandlerConfig
-from dsserve.errors import LoadError
+from dsserve.core.errors import LoadError
 from dsserve.hf_model import load_outline
 from dsserve.quantized_files import refuse_quantized_files
 

@@ -10,9 +10,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from dsserve.errors import RequestError
+from dsserve.core.errors import RequestError
+from dsserve.core.request import Limits, TokenEvent, TokenLogprob
 from dsserve.generation.grammar import GrammarCompiler
-from dsserve.generation.request import Limits, TokenEvent, TokenLogprob
 from dsserve.protocol.bounds import REPLY_BYTES
 from dsserve.protocol.routes import answer
 from dsserve.protocol.served import ServedModel

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
+from dsserve.core.request import GenerationRequest, SamplingParams
 from dsserve.generation import candidates
 from dsserve.generation.candidates import Rules, find_candidates
 from dsserve.generation.choice import HostChoice
 from dsserve.generation.device_draw import row_numbers
 from dsserve.generation.device_sampler import DeviceSampler
 from dsserve.generation.logits_edits import edit_logits
-from dsserve.generation.request import GenerationRequest, SamplingParams
 from dsserve.generation.sampler import SamplingState, choose, edit
 from dsserve.generation.token_history import TokenHistory
 

@@ -22,9 +22,9 @@ from transformers import (
     TypicalLogitsWarper,
 )
 
+from dsserve.core.request import GenerationRequest, SamplingParams
 from dsserve.generation.candidates import FIRST, Candidates, find_candidates, find_top
 from dsserve.generation.logits_edits import pack, unpack
-from dsserve.generation.request import GenerationRequest, SamplingParams
 from dsserve.generation.sampler import (
     SamplingState,
     choose,

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsserve.config import PREFILL_TOKENS_A_STEP
-from dsserve.generation.plan import Admission, Plan, moves
+from dsserve.core.request import GenerationRequest, TokenEvent
+from dsserve.core.step_plan import Admission, Plan, moves
 from dsserve.generation.prefix_cache import PrefixCache
-from dsserve.generation.request import GenerationRequest, TokenEvent
 from dsserve.generation.sampler import SamplingState
 from dsserve.generation.scheduler import Scheduler
 from dsserve.generation.sequence import Sequence

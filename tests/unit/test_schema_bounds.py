@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from dsserve.errors import RequestError
+from dsserve.core.errors import RequestError
 from dsserve.protocol.schema_bounds import LIMITS, REACH, Bound, check_schemas
 from tests.schemas import GOOD, WRAPS, chain, nested, text
 

@@ -308,7 +308,7 @@ def test_waiting_has_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_waiting_ends_with_the_workers_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = RunDir(tmp_path / "run")
     temp = run.create({})
-    run.model_log.write_text("\n".join(log("dsserve.errors.LoadError: ds-config.json: mend it")) + "\n")
+    run.model_log.write_text("\n".join(log("dsserve.core.errors.LoadError: ds-config.json: mend it")) + "\n")
     monkeypatch.setattr(server, "TRACEBACK_S", 0.0)
     with pytest.raises(server.ServerError, match=r"could not be loaded: ds-config\.json: mend it"):
         server.wait_until_ready(run, Record(1, "m", 1024, str(temp), 0.0), lambda stage: None)
@@ -339,7 +339,7 @@ def test_no_error_while_nothing_died() -> None:
     [
         (
             "Backend worker process died.\nTraceback (most recent call last):\n  File x\n"
-            "dsserve.errors.LoadError: model-config.yaml: key: mend",
+            "dsserve.core.errors.LoadError: model-config.yaml: key: mend",
             "model-config.yaml: key: mend",
         ),
         (

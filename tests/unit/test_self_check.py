@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dsserve.errors import LoadError
+from dsserve.core.errors import LoadError
 from dsserve.precision import convert_parameters
 from dsserve.self_check import LENGTH, SelfCheck
 

@@ -24,9 +24,9 @@ from transformers import (
 from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 
 from dsserve.config import HandlerConfig
-from dsserve.errors import LoadError
+from dsserve.core.errors import LoadError
+from dsserve.core.step_plan import Admission, Plan
 from dsserve.generation.model_runner import ModelRunner
-from dsserve.generation.plan import Admission, Plan
 from dsserve.hf_model import load_outline
 from dsserve.sharding.alibi import RankAlibi, key_positions, use_rank_alibi
 from dsserve.sharding.heads import plan_kv_copies, repeat_kv_heads

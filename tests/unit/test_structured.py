@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dsserve.errors import RequestError
+from dsserve.core.errors import RequestError
 from dsserve.generation.grammar import GrammarCompiler, GrammarError
 from dsserve.generation.matcher import make_matcher
 from dsserve.protocol.openai_schema import ResponseFormat, Tool

@@ -13,10 +13,11 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import StatusCode
 
 from dsserve import tracing
+from dsserve.core.request import GenerationRequest, Origin
+from dsserve.core.timeline import Timeline
 from dsserve.distributed import RankInfo
 from dsserve.generation.engine import Engine
-from dsserve.generation.observer import Observer, Timeline
-from dsserve.generation.request import GenerationRequest, Origin
+from dsserve.generation.observer import Observer
 from dsserve.protocol.rows import row_origin
 from dsserve.tracing import Spans, phases, spans_from_env
 from tests.unit.test_metrics import FakeRunner, Letters

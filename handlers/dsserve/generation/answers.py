@@ -11,10 +11,10 @@ from collections.abc import Callable
 
 import torch
 
+from dsserve.core.request import TokenEvent, TokenLogprob
 from dsserve.generation.faults import Fault, attempt, describe
 from dsserve.generation.flight import Flight
 from dsserve.generation.observer import Observer, Outcome, Step
-from dsserve.generation.request import TokenEvent, TokenLogprob
 from dsserve.generation.sampler import note, report_logprobs
 from dsserve.generation.scheduler import Scheduler
 from dsserve.generation.sequence import Sequence

@@ -6,7 +6,7 @@ a batch to gather. Rows that end leave the book at once; what becomes of them in
 
 from __future__ import annotations
 
-from dsserve.generation.plan import Admission, Plan
+from dsserve.core.step_plan import Admission, Plan
 from dsserve.generation.prefix_cache import PrefixCache
 from dsserve.generation.scheduler import Scheduler
 from dsserve.generation.sequence import Sequence

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from dsserve.config import YAML_FILE, HandlerConfig
+from dsserve.core.errors import LoadError, first_line
+from dsserve.core.request import Limits
 from dsserve.distributed import RankInfo
-from dsserve.errors import LoadError, first_line
 from dsserve.fused_layers import FusedLayer
 from dsserve.generation.batch_scheduler import BatchScheduler
 from dsserve.generation.choice import HostChoice, Launch
@@ -34,7 +35,6 @@ from dsserve.generation.model_runner import ModelRunner
 from dsserve.generation.observer import Observer
 from dsserve.generation.prefill_memory import PrefillMemory
 from dsserve.generation.prefix_cache import PrefixCache
-from dsserve.generation.request import Limits
 from dsserve.generation.runner import Runner
 from dsserve.generation.scheduler import Scheduler
 from dsserve.generation.tuning import tune

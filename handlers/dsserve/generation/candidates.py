@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from dsserve.core.request import SamplingParams
 from dsserve.generation.blocks import BLOCK, split, sum_blocks, weigh
-from dsserve.generation.request import SamplingParams
 
 # The likeliest tokens of a row that the rules look at first.
 FIRST = 128

@@ -16,7 +16,7 @@ from functools import cache
 
 import torch
 
-from dsserve.errors import LoadError, first_line
+from dsserve.core.errors import LoadError, first_line
 from dsserve.generation.pinned import stage
 
 logger = logging.getLogger(__name__)

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import torch
 
+from dsserve.core.request import SamplingParams
 from dsserve.generation.blocks import find_places, sum_blocks, weigh
 from dsserve.generation.candidates import FIRST, Rules, find_top, has_rules
-from dsserve.generation.request import SamplingParams
 from dsserve.generation.temperature import GREEDY_BELOW, clipped, scaled
 
 _GREEDY, _FREE, _RULED = 0.0, 1.0, 2.0

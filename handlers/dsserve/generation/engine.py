@@ -16,6 +16,8 @@ from dataclasses import replace
 
 import torch
 
+from dsserve.core.request import GenerationRequest, Origin, TokenEvent
+from dsserve.core.step_plan import Plan, PlanChannel
 from dsserve.distributed import RankInfo
 from dsserve.generation.answers import Answers
 from dsserve.generation.choice import HostChoice, Launch
@@ -24,9 +26,7 @@ from dsserve.generation.flight import Flight
 from dsserve.generation.grammar import GrammarCompiler
 from dsserve.generation.observer import Observer
 from dsserve.generation.packed_prompts import PREFILL_BUCKETS
-from dsserve.generation.plan import Plan, PlanChannel
 from dsserve.generation.prefix_cache import PrefixCache
-from dsserve.generation.request import GenerationRequest, Origin, TokenEvent
 from dsserve.generation.runner import Runner
 from dsserve.generation.sampler import SamplingState
 from dsserve.generation.scheduler import Scheduler

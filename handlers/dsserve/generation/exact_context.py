@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dsserve.config import YAML_FILE
-from dsserve.errors import LoadError
+from dsserve.core.errors import LoadError
 
 # The same frequencies for every length. transformers computes those of "dynamic" and "longrope" anew for each pass, by
 # its largest position: one long text changes its neighbours, and keys of an earlier pass no longer fit.

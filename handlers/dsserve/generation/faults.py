@@ -13,7 +13,7 @@ from traceback import walk_tb
 
 import torch
 
-from dsserve.errors import RequestError
+from dsserve.core.errors import RequestError
 from dsserve.generation.grammar import GrammarError
 
 

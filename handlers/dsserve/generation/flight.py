@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dsserve.core.step_plan import Plan
 from dsserve.generation.choice import Choice
-from dsserve.generation.plan import Plan
 from dsserve.generation.runner import StepLogits
 from dsserve.generation.sequence import Sequence
 

@@ -14,15 +14,15 @@ import psutil
 import torch
 
 from dsserve.config import YAML_FILE, HandlerConfig
+from dsserve.core.errors import LoadError
+from dsserve.core.request import Limits
+from dsserve.core.step_plan import Admission, Plan
 from dsserve.distributed import RankInfo, agree_on_least
-from dsserve.errors import LoadError
 from dsserve.generation import cuda_graphs, prefill_graphs
 from dsserve.generation.decode_attention import uses_decode_attention
 from dsserve.generation.model_runner import KV_STEP, ModelRunner, row_capacity
 from dsserve.generation.packed_prompts import PREFILL_BUCKETS, prefill_bucket
-from dsserve.generation.plan import Admission, Plan
 from dsserve.generation.prefill_memory import PrefillMemory
-from dsserve.generation.request import Limits
 from dsserve.generation.runner import prefill_at_load
 from dsserve.hf_model import model_dtype
 from dsserve.sharding.heads import head_size

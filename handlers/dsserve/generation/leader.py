@@ -16,15 +16,14 @@ from typing import Any, TypeVar
 
 import torch
 
-from dsserve.errors import RequestError
+from dsserve.core.errors import RETRY_AFTER_S, RequestError
+from dsserve.core.request import GenerationRequest, Origin, TokenEvent
 from dsserve.generation.engine import Engine
 from dsserve.generation.faults import describe
-from dsserve.generation.request import GenerationRequest, Origin, TokenEvent
 
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
-RETRY_AFTER_S = 10
 
 
 class EngineThread:

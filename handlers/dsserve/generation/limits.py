@@ -8,9 +8,9 @@ from __future__ import annotations
 from typing import Any
 
 from dsserve.config import YAML_FILE, HandlerConfig
-from dsserve.errors import LoadError
+from dsserve.core.errors import LoadError
+from dsserve.core.request import Limits
 from dsserve.generation.exact_context import exact_context
-from dsserve.generation.request import Limits
 from dsserve.model_kind import describe_scaling
 
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from dsserve.errors import LoadError
+from dsserve.core.errors import LoadError
+from dsserve.core.step_plan import Admission, Plan
 from dsserve.generation.model_runner import ModelRunner
-from dsserve.generation.plan import Admission, Plan
 from dsserve.generation.runner import prefill_at_load
 from dsserve.self_check import LENGTH, SelfCheck
 

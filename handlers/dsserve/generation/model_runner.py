@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
+from dsserve.core.step_plan import Admission, Plan, moves
 from dsserve.distributed import RankInfo
 from dsserve.generation.cuda_graphs import DecodeGraphs
 from dsserve.generation.forward_pass import ForwardPass
 from dsserve.generation.packed_prompts import PackedPrompts
 from dsserve.generation.pinned import stage
-from dsserve.generation.plan import Admission, Plan, moves
 from dsserve.generation.prefill_graphs import PrefillGraphs
 from dsserve.generation.prefill_memory import PrefillMemory
 from dsserve.generation.runner import StepLogits, prefill_at_load

@@ -10,7 +10,7 @@ from functools import cached_property
 
 import torch
 
-from dsserve.generation.plan import Admission
+from dsserve.core.step_plan import Admission
 
 # The pass is padded on the right to one of these lengths, then to multiples of half the last: each new shape costs 6 to
 # 100 ms the first time on a CPU.

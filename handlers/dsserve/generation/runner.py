@@ -8,8 +8,8 @@ from typing import Protocol
 import torch
 
 from dsserve.config import YAML_FILE
-from dsserve.errors import LoadError
-from dsserve.generation.plan import Plan
+from dsserve.core.errors import LoadError
+from dsserve.core.step_plan import Plan
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,13 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from dsserve.core.request import GenerationRequest, TokenLogprob
 from dsserve.generation.blocks import find_places, sum_blocks, weigh
 from dsserve.generation.candidates import find_candidates, find_top, has_rules
 from dsserve.generation.device_draw import may_find, row_numbers
 from dsserve.generation.faults import Fault, attempt, no_token
 from dsserve.generation.grammar import Grammar
 from dsserve.generation.logits_edits import edit_logits, mask_logits
-from dsserve.generation.request import GenerationRequest, TokenLogprob
 from dsserve.generation.temperature import GREEDY_BELOW, clipped, scale
 from dsserve.generation.token_history import TokenHistory
 from dsserve.generation.uniforms import Uniforms

@@ -10,12 +10,12 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from dsserve.errors import RequestError
+from dsserve.core.errors import RequestError
+from dsserve.core.request import FinishReason, GenerationRequest, Origin, TokenEvent, TokenLogprob
+from dsserve.core.timeline import Timeline
+from dsserve.core.token_ids import TokenIds
 from dsserve.generation.detokenizer import TextStream
-from dsserve.generation.observer import Timeline
-from dsserve.generation.request import FinishReason, GenerationRequest, Origin, TokenEvent, TokenLogprob
 from dsserve.generation.sampler import SamplingState, report_logprobs
-from dsserve.generation.token_ids import TokenIds
 
 # Rows of a prompt's logits that are converted to fp32 together.
 _REPORTED_AT_ONCE = 128

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from dsserve.generation.request import SamplingParams
+from dsserve.core.request import SamplingParams
 
 _NOTHING = np.zeros(0, dtype=np.int64)
 _ROOM = 64

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from dsserve.config import YAML_FILE, HandlerConfig
+from dsserve.core.errors import LoadError
 from dsserve.distributed import RankInfo, agree_on_least
-from dsserve.errors import LoadError
 from dsserve.fused_layers import can_fuse_layers, use_fused_layers
 from dsserve.fused_ops import load_ops, use_fused_ops
 from dsserve.generation.decode_attention import use_decode_attention

@@ -10,10 +10,10 @@ import time
 
 import torch
 
+from dsserve.core.step_plan import Admission, Plan
 from dsserve.distributed import count_all_reduces
 from dsserve.generation.model_runner import ModelRunner
 from dsserve.generation.packed_prompts import PREFILL_BUCKETS
-from dsserve.generation.plan import Admission, Plan
 from dsserve.generation.runner import Runner, prefill_at_load
 from dsserve.self_check import SelfCheck
 

@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from dsserve import checkpoint
+from dsserve.core.errors import LoadError
 from dsserve.distributed import RankInfo, agree_on_least
-from dsserve.errors import LoadError
 from dsserve.injection.inject import check_injection, find_layers, inject_kernels
 from dsserve.injection.op import load_op
 from dsserve.injection.verify import verify_kernels

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from dsserve.errors import LoadError
+from dsserve.core.errors import LoadError
 
 _MEND = "set replace_with_kernel_inject: false (AutoTP)"
 _GELU = frozenset({"gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh"})

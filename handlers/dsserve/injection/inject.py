@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from dsserve.config import YAML_FILE
-from dsserve.errors import LoadError
+from dsserve.core.errors import LoadError
 from dsserve.injection.families import check_device, check_model, family_of
 from dsserve.injection.layer import InjectedLayer, LayerCall, PassState, probe_returns_tuple
 from dsserve.injection.patches import forget_merge_buffers, has_injected_model, patched_deepspeed

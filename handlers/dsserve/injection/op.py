@@ -14,7 +14,7 @@ import shutil
 import time
 from collections.abc import Callable
 
-from dsserve.errors import LoadError
+from dsserve.core.errors import LoadError
 
 logger = logging.getLogger(__name__)
 

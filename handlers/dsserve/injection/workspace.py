@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache
 
-from dsserve.errors import LoadError
+from dsserve.core.errors import LoadError
 from dsserve.injection.cache import count_tokens
 
 # inference_context.h: the cache begins behind 10 times a token's hidden values of one rank.

@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any
 
-from dsserve.errors import RequestError
+from dsserve.core.errors import RequestError
+from dsserve.core.request import Origin, TokenEvent
 from dsserve.generation.call_length import CallLength
 from dsserve.generation.faults import Fault
 from dsserve.generation.leader import LeaderEngine
-from dsserve.generation.request import Origin, TokenEvent
 from dsserve.protocol import refusals
 from dsserve.protocol.bounds import CALL_BYTES, FRAME_BYTES, SHARE_BYTES
 from dsserve.protocol.job import Job

@@ -20,8 +20,8 @@ from pydantic import (
 from pydantic import model_validator as checks_model
 from pydantic_core import PydanticCustomError
 
-from dsserve.errors import RequestError
-from dsserve.generation.request import Limits, SamplingParams, StopConditions
+from dsserve.core.errors import RequestError
+from dsserve.core.request import Limits, SamplingParams, StopConditions
 from dsserve.protocol.bounds import (
     BIASED_TOKENS,
     COUNT,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dsserve.generation.request import GenerationRequest
+from dsserve.core.request import GenerationRequest
 from dsserve.protocol.reply import Reply
 
 

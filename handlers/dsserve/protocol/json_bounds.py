@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from dsserve.errors import RequestError
+from dsserve.core.errors import RequestError
 from dsserve.protocol.bounds import DEPTH, LARGEST_INT, SMALLEST_INT, VALUES
 
 _MOST_ECHO = 64

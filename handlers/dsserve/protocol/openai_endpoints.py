@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from dsserve.errors import RequestError
-from dsserve.generation.request import GenerationRequest, SamplingParams, StopConditions
+from dsserve.core.errors import RequestError
+from dsserve.core.request import GenerationRequest, SamplingParams, StopConditions
 from dsserve.protocol.bounds import ECHOED_LOGPROBS
 from dsserve.protocol.job import Job
 from dsserve.protocol.json_bounds import check_json

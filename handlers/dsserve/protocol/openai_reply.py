@@ -10,8 +10,8 @@ import uuid
 from dataclasses import dataclass, field
 from typing import Any
 
-from dsserve.errors import RequestError
-from dsserve.generation.request import TokenEvent
+from dsserve.core.errors import RequestError
+from dsserve.core.request import TokenEvent
 from dsserve.protocol.openai_schema import StreamOptions
 from dsserve.protocol.openai_shapes import Shape
 from dsserve.protocol.reply import SSE_TYPE, Reply, json_object, sse, sse_failure, to_json

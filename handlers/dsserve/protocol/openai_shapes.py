@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any
 
-from dsserve.generation.request import TokenEvent, TokenLogprob
+from dsserve.core.request import TokenEvent, TokenLogprob
 from dsserve.protocol.reply import JsonArray, json_object, to_json
 from dsserve.protocol.token_text import TokenText
 from dsserve.protocol.tools import Call, ToolCallText

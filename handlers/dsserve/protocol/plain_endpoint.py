@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dsserve.generation.request import GenerationRequest
+from dsserve.core.request import GenerationRequest
 from dsserve.protocol.job import Job
 from dsserve.protocol.prompt import check_least, encode_messages, encode_text, fit_output
 from dsserve.protocol.reply import JsonReply, PlainReply, Reply, SseReply

@@ -10,8 +10,8 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from dsserve.errors import RequestError
-from dsserve.generation.request import Limits
+from dsserve.core.errors import RequestError
+from dsserve.core.request import Limits
 from dsserve.protocol.bounds import CHARACTERS_A_TOKEN, PROMPT_CHARACTERS, PROMPT_TOKENS
 from dsserve.protocol.served import ServedModel
 

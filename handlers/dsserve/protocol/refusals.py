@@ -5,8 +5,7 @@ Only what they say; when they are given is `batch`'s affair.
 
 from __future__ import annotations
 
-from dsserve.errors import RequestError
-from dsserve.generation.leader import RETRY_AFTER_S
+from dsserve.core.errors import RETRY_AFTER_S, RequestError
 
 INTERNAL = "internal_error"
 _RETRY_WHEN_FULL_S = 1

@@ -10,8 +10,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from dsserve.errors import RequestError
-from dsserve.generation.request import TokenEvent, Usage
+from dsserve.core.errors import RequestError
+from dsserve.core.request import TokenEvent, Usage
 
 JSON_TYPE = "application/json"
 SSE_TYPE = "text/event-stream; charset=utf-8"

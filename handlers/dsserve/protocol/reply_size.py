@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from dsserve.errors import RequestError
+from dsserve.core.errors import RequestError
 from dsserve.protocol.bounds import LOGPROBS, REPLY_BYTES
 from dsserve.protocol.reply import to_json
 from dsserve.protocol.token_text import TokenText

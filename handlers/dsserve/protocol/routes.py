@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from dsserve.errors import RequestError
+from dsserve.core.errors import RequestError
 from dsserve.protocol.bounds import VALUES
 from dsserve.protocol.job import Job
 from dsserve.protocol.json_bounds import check_body

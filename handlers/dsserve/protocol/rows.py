@@ -6,8 +6,8 @@ import json
 import re
 from typing import Any
 
-from dsserve.errors import RequestError
-from dsserve.generation.request import Origin
+from dsserve.core.errors import RequestError
+from dsserve.core.request import Origin
 
 _BODY_KEYS = ("body", "data")
 _NO_TYPE = (None, "application/octet-stream")  # the second is what TorchServe writes for the first

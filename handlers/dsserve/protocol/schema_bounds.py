@@ -13,7 +13,7 @@ from decimal import Decimal
 from typing import Any
 from urllib.parse import unquote
 
-from dsserve.errors import RequestError
+from dsserve.core.errors import RequestError
 from dsserve.protocol.bounds import Bound
 
 # Measured with llguidance 1.9.1 and 49,152 tokens on one core of 2.1 GHz; "dies" is a signal that ends the process.

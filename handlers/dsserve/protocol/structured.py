@@ -6,7 +6,7 @@ import json
 import time
 from typing import Any
 
-from dsserve.errors import RequestError
+from dsserve.core.errors import RequestError
 from dsserve.generation.grammar import GrammarBusyError, GrammarCompiler, GrammarError
 from dsserve.generation.matcher import TOO_COMPLEX
 from dsserve.protocol.openai_schema import FunctionTool, ResponseFormat, Tool

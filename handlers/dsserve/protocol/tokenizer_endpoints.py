@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from dsserve.errors import RequestError
+from dsserve.core.errors import RequestError
 from dsserve.protocol.fields import Body, Quick, Text, TokenId
 from dsserve.protocol.openai_endpoints import check_model, render_message
 from dsserve.protocol.openai_schema import Messages, Name, parse

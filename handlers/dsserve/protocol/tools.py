@@ -10,7 +10,7 @@ import uuid
 from dataclasses import dataclass
 from typing import Any
 
-from dsserve.errors import RequestError
+from dsserve.core.errors import RequestError
 from dsserve.generation.detokenizer import overlap
 from dsserve.protocol.json_bounds import check_json
 

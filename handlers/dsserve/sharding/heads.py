@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dsserve.errors import LoadError
+from dsserve.core.errors import LoadError
 
 _KV_PROJECTIONS = ("k_proj", "v_proj")
 

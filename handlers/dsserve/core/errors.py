@@ -6,6 +6,9 @@ and `protocol.reply`.
 
 from __future__ import annotations
 
+# For requests that a broken engine could not answer: the worker may be back by then.
+RETRY_AFTER_S = 10
+
 
 def first_line(error: BaseException) -> str:
     """What a library's error says first, its type where it says nothing."""

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from dsserve.errors import RequestError
+from dsserve.core.errors import RequestError
 
 FinishReason = Literal["stop", "length"]
 

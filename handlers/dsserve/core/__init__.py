@@ -1,0 +1,1 @@
+"""Words that every other package uses: errors, requests, the step's plan, a text's times."""
