@@ -12,14 +12,15 @@ from typing import Any
 
 from dsserve import shard_cache
 from dsserve.base_handler import BaseDeepSpeedHandler
-from dsserve.config import HandlerConfig, read_handler_config
+from dsserve.config.handler import HandlerConfig, read_handler_config
+from dsserve.config.limits import read_limits
+from dsserve.config.torchserve import check_server_settings, read_time_limits
 from dsserve.control import ControlFiles
 from dsserve.distributed import end_rank
 from dsserve.ds_engine import get_ds_engine, read_settings
 from dsserve.generation.build import build_engine
 from dsserve.generation.call_length import CallLength
 from dsserve.generation.leader import EngineThread, LeaderEngine
-from dsserve.generation.limits import read_limits
 from dsserve.generation.observer import Observers
 from dsserve.hf_model import LoadedModel, load_model, load_outline, locate_model, max_position, model_dtype
 from dsserve.injection.attempt import KernelInjection
@@ -30,7 +31,6 @@ from dsserve.metrics import Metrics
 from dsserve.metrics_endpoint import MetricsEndpoint
 from dsserve.protocol.batch import LiveBatch
 from dsserve.protocol.served import describe_model
-from dsserve.settings import check_server_settings, read_time_limits
 from dsserve.shard_cache import Shards
 from dsserve.shard_manifest import Manifest
 from dsserve.sharding.heads import plan_kv_copies

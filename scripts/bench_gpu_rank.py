@@ -17,13 +17,13 @@ import torch
 from ts.context import Context
 
 from dsserve.base_handler import BaseDeepSpeedHandler
-from dsserve.config import PREFILL_TOKENS_A_STEP, HandlerConfig
+from dsserve.config.handler import PREFILL_TOKENS_A_STEP, HandlerConfig
+from dsserve.config.limits import read_limits
 from dsserve.core.errors import LoadError
 from dsserve.distributed import finish_rank
 from dsserve.ds_engine import get_ds_engine
 from dsserve.generation.build import build_engine
 from dsserve.generation.kv_plan import plan_kv_rows
-from dsserve.generation.limits import read_limits
 from dsserve.hf_model import load_model, model_dtype
 from dsserve.load_clock import LoadClock
 from scripts.bench_gpu_device import StepBytes, held_bytes, read_bandwidth

@@ -17,7 +17,7 @@ from ts.context import Context
 
 from dsserve import shard_cache
 from dsserve.base_handler import BaseDeepSpeedHandler
-from dsserve.config import HandlerConfig
+from dsserve.config.handler import HandlerConfig
 from dsserve.ds_engine import get_ds_engine
 from dsserve.hf_model import load_outline, load_weights
 from dsserve.load_clock import LoadClock, own_bytes

@@ -33,7 +33,7 @@ ENTRY = "deepspeed_handler.py"
 MODEL_CONFIG = "model-config.yaml"
 DS_CONFIG = "ds-config.json"
 STARTUP_KEY = "startupTimeout"
-# What the handler holds where `handler:` does not say it (`dsserve.config.HandlerConfig`).
+# What the handler holds where `handler:` does not say it (`dsserve.config.handler.HandlerConfig`).
 DEFAULT_RUNNING, DEFAULT_WAITING = 16, 64
 # Requests of a call beyond those: the handler refuses so many at once, with a 429, a reason and advice.
 SPARE_ROWS = 64

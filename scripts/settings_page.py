@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dsserve.config import HandlerConfig
+from dsserve.config.handler import HandlerConfig
 from scripts.page_tables import DOCS, field_table, write
 
 PAGE = DOCS / "settings.md"

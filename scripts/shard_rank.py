@@ -15,7 +15,7 @@ from ts.context import Context
 
 from dsserve import shard_cache
 from dsserve.base_handler import BaseDeepSpeedHandler
-from dsserve.config import read_handler_config
+from dsserve.config.handler import read_handler_config
 from dsserve.core.errors import LoadError
 from dsserve.ds_engine import get_ds_engine, read_settings
 from dsserve.hf_model import load_outline, load_weights, locate_model, model_dtype

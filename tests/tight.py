@@ -9,7 +9,7 @@ from typing import Any
 import psutil
 import torch
 
-from dsserve.config import HandlerConfig
+from dsserve.config.handler import HandlerConfig
 from dsserve.core.request import GenerationRequest
 from dsserve.distributed import RankInfo, select_device
 from dsserve.ds_engine import get_ds_engine

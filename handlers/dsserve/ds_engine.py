@@ -17,7 +17,7 @@ import torch
 from ts.context import Context
 
 from dsserve import checkpoint
-from dsserve.config import YAML_FILE
+from dsserve.config.handler import YAML_FILE
 from dsserve.core.errors import LoadError, first_line
 from dsserve.distributed import RankInfo, init_process_group, many_cores, prepare_environment, select_device
 from dsserve.hf_model import model_dtype
@@ -33,7 +33,7 @@ from dsserve.sharding.heads import plan_kv_copies, repeat_kv_heads
 from dsserve.sharding.phi3 import use_rank_query_heads
 
 if TYPE_CHECKING:
-    from dsserve.ds_config import DeepSpeedSettings
+    from dsserve.config.deepspeed import DeepSpeedSettings
     from dsserve.shard_cache import Shards
 
 logger = logging.getLogger(__name__)
@@ -102,7 +102,7 @@ def get_ds_engine(
 def read_settings(ctx: Context, world_size: int, dtype: torch.dtype) -> DeepSpeedSettings:
     """The `deepspeed:` settings of a load, for a model in `dtype`; see `read_deepspeed_settings`."""
     # Imported here: it imports DeepSpeed, which reads the environment that the base handler prepares.
-    from dsserve.ds_config import read_deepspeed_settings
+    from dsserve.config.deepspeed import read_deepspeed_settings
 
     model_dir = Path(ctx.system_properties["model_dir"])
     return read_deepspeed_settings(ctx.model_yaml_config or {}, model_dir, world_size, dtype)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from dsserve.config import YAML_FILE, HandlerConfig
+from dsserve.config.handler import YAML_FILE, HandlerConfig
 from dsserve.core.errors import LoadError, first_line
 from dsserve.end_of_text import end_ids, warn_of_extra_tokens
 from dsserve.load_failure import is_of_the_machine

@@ -162,22 +162,6 @@ def describe_headless(model: Any) -> str | None:
     )
 
 
-def describe_scaling(model_config: Any) -> str:
-    """How a context beyond `max_position_embeddings` is had, where yarn scaling has one; else nothing.
-
-    yarn's positions depend on the factor and the original length alone, so the number in config.json may be raised.
-    """
-    rope = getattr(model_config.get_text_config(), "rope_parameters", None) or {}
-    original, factor = rope.get("original_max_position_embeddings"), rope.get("factor")
-    if (rope.get("rope_type") or rope.get("type")) != "yarn" or not original or not factor:
-        return ""
-    reach = int(original * factor)
-    return (
-        f", or set max_position_embeddings: {reach} in config.json, which its rope scaling reaches (yarn, factor "
-        f"{factor:g} of {original})"
-    )
-
-
 def _kind(model_type: str) -> str:
     from transformers.models.auto import modeling_auto
 

@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 
 from dsserve import gpu_ops
-from dsserve.config import YAML_FILE
+from dsserve.config.deepspeed import QUANTIZATION_KEY as KEY
+from dsserve.config.deepspeed import QUANTIZATION_LIMITS as LIMITS
 from dsserve.core.errors import LoadError
 from dsserve.distributed import RankInfo, agree_on_least
 from dsserve.packing import ShardedLinear, copy_into, replace_layers
@@ -25,9 +26,6 @@ from dsserve.self_check import SelfCheck
 
 logger = logging.getLogger(__name__)
 
-KEY = f"{YAML_FILE}: deepspeed.quantization"
-# Mode -> the largest relative error of the logits that its rounding explains; above it something is wrong.
-LIMITS = {"int8": 0.15, "fp8": 0.3, "int4": 0.7}
 # Weights of a row that share a scale in int4.
 INT4_GROUP = 32
 # Output features that torch's int4 product on a CPU takes at a time; it refuses other numbers.
@@ -38,21 +36,6 @@ _CPU_INT8_ROWS = 16
 _CPU_INT8_STEP = 16
 # Compute capability from which a GPU has fp8, and torch its int4 matmul.
 _CAPABILITY = {"int8": (0, 0), "int4": (8, 0), "fp8": (8, 9)}
-
-
-def check_mode(mode: Any, kernel_inject: bool) -> str | None:
-    """The mode that `deepspeed.quantization` names, None where it is left out.
-
-    Raises:
-        LoadError: an unknown mode, or kernel injection, whose kernels read their own weights.
-    """
-    if mode is None:
-        return None
-    if not isinstance(mode, str) or mode not in LIMITS:
-        raise LoadError(f"{KEY}: {mode!r:.80} is unknown; use one of {', '.join(LIMITS)}, or leave it out")
-    if kernel_inject:
-        raise LoadError(f"{KEY}: {mode} needs AutoTP; set replace_with_kernel_inject: false, or leave it out")
-    return mode
 
 
 def check_device(mode: str, dtype: torch.dtype, device: torch.device) -> None:

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dsserve.config import exact_context
 from dsserve.core.errors import LoadError
-from dsserve.generation import exact_context
 from tests.contract import tiny
 
 LONG_ROPE = {

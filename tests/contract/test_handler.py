@@ -12,9 +12,9 @@ from ts.context import RequestProcessor
 from ts.utils.util import list_classes_from_module
 
 import deepspeed_handler
+from dsserve.config.torchserve import TimeLimits
 from dsserve.core.errors import LoadError
 from dsserve.distributed import RankInfo
-from dsserve.settings import TimeLimits
 from dsserve.watchdog import Watchdog
 from tests.contexts import make_context
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dsserve.config import HandlerConfig
+from dsserve.config.handler import HandlerConfig
 from dsserve.core.errors import LoadError
 from dsserve.distributed import RankInfo, prepare_environment
 from dsserve.hf_model import load_model

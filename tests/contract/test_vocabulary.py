@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from transformers import GenerationConfig
 
-from dsserve.config import HandlerConfig
+from dsserve.config.handler import HandlerConfig
 from dsserve.hf_model import LoadedModel, load_model
 from tests.contract import tiny
 

@@ -20,7 +20,8 @@ from tests.faults.conftest import COLLECTIVE_TIMEOUT_S, LONG, PROMPT, Victim, wa
 
 STARTS_WITHIN_S = 120
 CUT_WITHIN_S = 5
-# The other ranks give up so much later than rank 0 (`dsserve.settings.ANSWER_MARGIN_S`); 3 s are for a busy machine.
+# The other ranks give up so much later than rank 0 (`dsserve.config.torchserve.ANSWER_MARGIN_S`); 3 s are for a busy
+# machine.
 MARGIN_S = 5 + 3
 
 

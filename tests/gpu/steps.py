@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from dsserve.config import HandlerConfig
+from dsserve.config.handler import HandlerConfig
 from dsserve.core.request import GenerationRequest
 from dsserve.distributed import RankInfo, all_reduce, init_process_group, select_device
 from dsserve.ds_engine import get_ds_engine

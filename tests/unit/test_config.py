@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from dsserve.config import HandlerConfig, check_tp_size, read_handler_config
+from dsserve.config.handler import HandlerConfig, check_tp_size, read_handler_config
+from dsserve.config.torchserve import check_server_settings
 from dsserve.core.errors import LoadError
-from dsserve.settings import check_server_settings
 
 
 def read(**section: object) -> HandlerConfig:

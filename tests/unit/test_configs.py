@@ -27,14 +27,14 @@ from transformers import (
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-from dsserve.config import read_handler_config
+from dsserve.config.deepspeed import read_deepspeed_settings
+from dsserve.config.handler import read_handler_config
+from dsserve.config.limits import read_limits
+from dsserve.config.torchserve import check_server_settings, read_time_limits
 from dsserve.distributed import RankInfo
-from dsserve.ds_config import read_deepspeed_settings
 from dsserve.generation.kv_plan import plan_kv_rows
-from dsserve.generation.limits import read_limits
 from dsserve.injection.families import check_model
 from dsserve.injection.workspace import WorkspaceSize
-from dsserve.settings import check_server_settings, read_time_limits
 from dsserve.sharding.heads import plan_kv_copies
 from scripts.package import CONFIGS, Choice, PackageError, render
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import yaml
 
-from dsserve.config import AUTO_RUNNING, HandlerConfig
-from dsserve.ds_config import _OUR_KEYS
-from dsserve.settings import _REQUIRED
+from dsserve.config.deepspeed import _OUR_KEYS
+from dsserve.config.handler import AUTO_RUNNING, HandlerConfig
+from dsserve.config.torchserve import _REQUIRED
 from scripts import api_page, settings_page
 from scripts.page_tables import field_table, with_tables
 from tests.conftest import ROOT

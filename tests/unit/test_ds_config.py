@@ -12,8 +12,8 @@ import torch
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
+from dsserve.config.deepspeed import DeepSpeedSettings, read_deepspeed_settings
 from dsserve.core.errors import LoadError
-from dsserve.ds_config import DeepSpeedSettings, read_deepspeed_settings
 
 
 def read(section: Any, folder: Path, file: Any = None, world_size: int = 1, **yaml_config: Any) -> DeepSpeedSettings:

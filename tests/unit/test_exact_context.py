@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from transformers import AutoConfig
 
+from dsserve.config.exact_context import check_pass_tokens, exact_context
 from dsserve.core.errors import LoadError
-from dsserve.generation.exact_context import check_pass_tokens, exact_context
 
 LONG = {
     "rope_type": "longrope", "short_factor": [1.0] * 64, "long_factor": [2.0] * 64,

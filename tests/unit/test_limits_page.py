@@ -35,7 +35,7 @@ def test_every_bound_stands_in_the_table_and_is_used() -> None:
 
 
 def test_settings_that_the_page_names_are_there() -> None:
-    fields = importlib.import_module("dsserve.config").HandlerConfig.model_fields
+    fields = importlib.import_module("dsserve.config.handler").HandlerConfig.model_fields
     for limit in bounds.LIMITS:
         if limit.setting.startswith("handler."):
             assert set(limit.setting.removeprefix("handler.").split(", ")) <= set(fields), limit

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from dsserve.config import HandlerConfig
+from dsserve.config.handler import HandlerConfig
 from dsserve.core.errors import LoadError
 from dsserve.hf_model import load_outline
 from dsserve.quantized_files import refuse_quantized_files

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsserve.config import PREFILL_TOKENS_A_STEP
+from dsserve.config.handler import PREFILL_TOKENS_A_STEP
 from dsserve.core.request import GenerationRequest, TokenEvent
 from dsserve.core.step_plan import Admission, Plan, moves
 from dsserve.generation.prefix_cache import PrefixCache

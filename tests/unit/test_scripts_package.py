@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
-from dsserve.config import HandlerConfig
-from dsserve.settings import ENOUGH_QUEUE
+from dsserve.config.handler import HandlerConfig
+from dsserve.config.torchserve import ENOUGH_QUEUE
 from scripts import package as packaging
 from scripts.machine import MachineError
 from scripts.package import (

@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 
-from dsserve.config import HandlerConfig
+from dsserve.config.handler import HandlerConfig
 from dsserve.core.errors import LoadError
 from dsserve.core.step_plan import Admission, Plan
 from dsserve.generation.model_runner import ModelRunner

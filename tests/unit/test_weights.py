@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from dsserve.checkpoint import check_finite
-from dsserve.config import HandlerConfig
+from dsserve.config.handler import HandlerConfig
 from dsserve.core.errors import LoadError
 from dsserve.hf_model import load_outline, load_weights, locate_model
 from dsserve.weights import find_weight_files

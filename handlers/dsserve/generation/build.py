@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 
-from dsserve.config import YAML_FILE, HandlerConfig
+from dsserve.config.exact_context import check_pass_tokens
+from dsserve.config.handler import YAML_FILE, HandlerConfig
+from dsserve.config.limits import read_limits
 from dsserve.core.errors import LoadError, first_line
 from dsserve.core.request import Limits
 from dsserve.distributed import RankInfo
@@ -25,11 +27,9 @@ from dsserve.generation.decode_attention import uses_decode_attention
 from dsserve.generation.detokenizer import TextStream
 from dsserve.generation.device_sampler import DeviceSampler
 from dsserve.generation.engine import Engine
-from dsserve.generation.exact_context import check_pass_tokens
 from dsserve.generation.grammar import GrammarCompiler
 from dsserve.generation.kernel_runner import KernelRunner
 from dsserve.generation.kv_plan import measure_passes, plan_kv_rows
-from dsserve.generation.limits import read_limits
 from dsserve.generation.long_check import LongCheck
 from dsserve.generation.model_runner import ModelRunner
 from dsserve.generation.observer import Observer

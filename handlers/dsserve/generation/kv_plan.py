@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import torch
 
-from dsserve.config import YAML_FILE, HandlerConfig
+from dsserve.config.handler import YAML_FILE, HandlerConfig
 from dsserve.core.errors import LoadError
 from dsserve.core.request import Limits
 from dsserve.core.step_plan import Admission, Plan

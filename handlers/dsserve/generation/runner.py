@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from dsserve.config import YAML_FILE
+from dsserve.config.handler import YAML_FILE
 from dsserve.core.errors import LoadError
 from dsserve.core.step_plan import Plan
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections import deque
 
-from dsserve.config import PREFILL_TOKENS_A_STEP
+from dsserve.config.handler import PREFILL_TOKENS_A_STEP
 from dsserve.core.step_plan import Admission, Plan, moves
 from dsserve.generation.prefix_cache import PrefixCache, common_length
 from dsserve.generation.sequence import Sequence

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from dsserve.config import YAML_FILE, HandlerConfig
+from dsserve.config.handler import YAML_FILE, HandlerConfig
 from dsserve.core.errors import LoadError
 from dsserve.distributed import RankInfo, agree_on_least
 from dsserve.fused_layers import can_fuse_layers, use_fused_layers

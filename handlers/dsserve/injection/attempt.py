@@ -25,7 +25,7 @@ from dsserve.precision import convert_parameters
 from dsserve.self_check import SelfCheck
 
 if TYPE_CHECKING:
-    from dsserve.ds_config import DeepSpeedSettings
+    from dsserve.config.deepspeed import DeepSpeedSettings
 
 logger = logging.getLogger(__name__)
 

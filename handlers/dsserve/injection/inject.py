@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from dsserve.config import YAML_FILE
+from dsserve.config.handler import YAML_FILE
 from dsserve.core.errors import LoadError
 from dsserve.injection.families import check_device, check_model, family_of
 from dsserve.injection.layer import InjectedLayer, LayerCall, PassState, probe_returns_tuple

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from dsserve.config import YAML_FILE, HandlerConfig
+from dsserve.config.exact_context import exact_context
+from dsserve.config.handler import YAML_FILE, HandlerConfig
 from dsserve.core.errors import LoadError
 from dsserve.core.request import Limits
-from dsserve.generation.exact_context import exact_context
-from dsserve.model_kind import describe_scaling
 
 
 def read_limits(
@@ -54,3 +53,19 @@ def read_limits(
         length, default, limit, config.most_running, config.max_waiting, config.request_timeout,
         config.max_n, config.max_stops,
     )  # fmt: skip
+
+
+def describe_scaling(model_config: Any) -> str:
+    """How a context beyond `max_position_embeddings` is had, where yarn scaling has one; else nothing.
+
+    yarn's positions depend on the factor and the original length alone, so the number in config.json may be raised.
+    """
+    rope = getattr(model_config.get_text_config(), "rope_parameters", None) or {}
+    original, factor = rope.get("original_max_position_embeddings"), rope.get("factor")
+    if (rope.get("rope_type") or rope.get("type")) != "yarn" or not original or not factor:
+        return ""
+    reach = int(original * factor)
+    return (
+        f", or set max_position_embeddings: {reach} in config.json, which its rope scaling reaches (yarn, factor "
+        f"{factor:g} of {original})"
+    )

@@ -1,6 +1,6 @@
 """The `handler:` section of model-config.yaml, typed and checked, and the one truth for the TP size.
 
-Does not read the `deepspeed:` section (`ds_config`) and does not look at weights (`hf_model`).
+Does not read the `deepspeed:` section (`deepspeed`) and does not look at weights (`hf_model`).
 """
 
 from __future__ import annotations

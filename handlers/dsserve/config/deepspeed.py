@@ -14,14 +14,18 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
-from dsserve.config import YAML_FILE, check_tp_size, describe
+from dsserve.config.handler import YAML_FILE, check_tp_size, describe
 from dsserve.core.errors import LoadError
-from dsserve.quantization import check_mode
 
 AUTO = "auto"
 # Ours alone: they stand in model-config.yaml and DeepSpeed never sees them.
 _OUR_KEYS = ("config", "checkpoint", "self_check", "quantization")
 _INJECT = "replace_with_kernel_inject"
+
+QUANTIZATION_KEY = f"{YAML_FILE}: deepspeed.quantization"
+
+# Mode -> the largest relative error of the logits that its rounding explains; above it something is wrong.
+QUANTIZATION_LIMITS = {"int8": 0.15, "fp8": 0.3, "int4": 0.7}
 
 
 @dataclass(frozen=True)
@@ -203,3 +207,22 @@ def _check_with_deepspeed(settings: dict[str, Any], file_name: Any) -> None:
     except ValidationError as error:
         allowed = list(DeepSpeedInferenceConfig.model_fields)
         raise LoadError(f"{file_name or YAML_FILE}: {describe(error, 'deepspeed', allowed)}") from None
+
+
+def check_mode(mode: Any, kernel_inject: bool) -> str | None:
+    """The mode that `deepspeed.quantization` names, None where it is left out.
+
+    Raises:
+        LoadError: an unknown mode, or kernel injection, whose kernels read their own weights.
+    """
+    if mode is None:
+        return None
+    if not isinstance(mode, str) or mode not in QUANTIZATION_LIMITS:
+        raise LoadError(
+            f"{QUANTIZATION_KEY}: {mode!r:.80} is unknown; use one of {', '.join(QUANTIZATION_LIMITS)}, or leave it out"
+        )
+    if kernel_inject:
+        raise LoadError(
+            f"{QUANTIZATION_KEY}: {mode} needs AutoTP; set replace_with_kernel_inject: false, or leave it out"
+        )
+    return mode

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from dsserve.config import YAML_FILE
+from dsserve.config.handler import YAML_FILE
 from dsserve.core.errors import LoadError
 
 # The same frequencies for every length. transformers computes those of "dynamic" and "longrope" anew for each pass, by

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dsserve.config import YAML_FILE
+from dsserve.config.handler import YAML_FILE
 from dsserve.core.errors import LoadError
 
 logger = logging.getLogger(__name__)

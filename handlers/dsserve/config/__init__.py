@@ -1,0 +1,1 @@
+"""The sections of model-config.yaml (handler, deepspeed, TorchServe's own), and limits that follow."""
