@@ -37,7 +37,7 @@ def build() -> bool:
 
         get_accelerator().create_op_builder("ShareMemCommBuilder").load(verbose=False)
     sys.path.insert(0, str(ROOT / "handlers"))  # a PYTHON that was named does not have the package installed
-    from dsserve.cpu_ops import load_cpu_ops
+    from dsserve.kernels.cpu_ops import load_cpu_ops
 
     return load_cpu_ops()
 

@@ -178,7 +178,7 @@ def _why_not_built() -> str | None:
     """
     from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 
-    from dsserve.compile_lock import compiling
+    from dsserve.kernels.compile_lock import compiling
 
     try:
         with compiling(_SHM_OP, others_compile=True), contextlib.redirect_stdout(io.StringIO()):

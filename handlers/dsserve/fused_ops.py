@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from dsserve import cpu_ops, gpu_ops
 from dsserve.packing import FusedPart
 
 _ROTARY = "apply_rotary_pos_emb"  # transformers' modelling files call it by this name, each its own
@@ -86,20 +85,6 @@ class FusedRotary:
         if rest or more or not is_ours:
             return self.original(q, k, cos, sin, *rest, **more)
         return self._ops.rotary(q, k, cos.contiguous(), sin.contiguous())
-
-
-def load_ops(device: torch.device) -> Any | None:
-    """Compiles (the first time) and loads the operations for a device; None where they cannot be had."""
-    if device.type == "cpu":
-        return torch.ops.dsserve_cpu if cpu_ops.load_cpu_ops() else None
-    return gpu_ops if gpu_ops.load_gpu_ops() else None
-
-
-def loaded_ops(device: torch.device) -> Any | None:
-    """What `load_ops` gave in this process, None before it."""
-    if device.type == "cpu":
-        return torch.ops.dsserve_cpu if cpu_ops.is_loaded() else None
-    return gpu_ops if gpu_ops.is_loaded() else None
 
 
 def use_fused_ops(module: nn.Module, ops: Any) -> int:

@@ -56,7 +56,7 @@ def sweep_build_locks(extensions: Path | None = None, min_age_s: float = MIN_AGE
         from torch.utils.cpp_extension import get_default_build_root
 
         extensions = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
-    from dsserve.compile_lock import STALE_AFTER_S, quiet_for, was_abandoned
+    from dsserve.kernels.compile_lock import STALE_AFTER_S, quiet_for, was_abandoned
 
     locks = _old(itertools.chain(extensions.glob("*/lock"), extensions.glob("*/*/lock")), min_age_s)
     busy = set(_working_folders()) if locks else set()

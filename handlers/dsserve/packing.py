@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dsserve import gpu_ops
 from dsserve.distributed import all_reduce
+from dsserve.kernels import gpu_ops
 from dsserve.rank_sum import RankSum
 from dsserve.vocab_head import VocabParallelHead, gather_rows
 

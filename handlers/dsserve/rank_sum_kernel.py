@@ -8,9 +8,9 @@ import torch
 import triton
 import triton.language as tl
 
-from dsserve import early_launch
-from dsserve.early_launch import wait_for_inputs
-from dsserve.gpu_kernels import warps
+from dsserve.kernels import pdl
+from dsserve.kernels.elementwise_triton import warps
+from dsserve.kernels.pdl import wait_for_inputs
 from dsserve.peers import Peers
 
 _ALIGNMENT = 16  # bytes that a thread reads at once
@@ -117,7 +117,7 @@ def add_norm(
         rank, world, shared = 0, 1, (part,) * 4  # the kernel does not look at them
     else:
         rank, world, shared = peers.rank, peers.world_size, (peers.places, peers.flags, peers.epochs, peers.late)
-    launch = early_launch.options(part.device)
+    launch = pdl.options(part.device)
     _add_norm[(rows,)](
         part, *shared, residual, weight, total, out, part.stride(0), residual.stride(0), eps, spins,
         RANK=rank, WORLD=world, PEERS=triton.next_power_of_2(world), SIZE=size, PAD=pad, ALIGN=align,

@@ -8,12 +8,13 @@ import torch
 
 from dsserve.core.request import GenerationRequest, SamplingParams, TokenEvent
 from dsserve.distributed import RankInfo, select_device
-from dsserve.fused_ops import load_ops, use_fused_ops
+from dsserve.fused_ops import use_fused_ops
 from dsserve.generation.decode_attention import use_decode_attention
 from dsserve.generation.engine import Engine
 from dsserve.generation.model_runner import ModelRunner
 from dsserve.generation.prefix_cache import PrefixCache
 from dsserve.generation.scheduler import Scheduler
+from dsserve.kernels.ops import load_ops
 from dsserve.packing import pack_weights
 from tests.distributed.steps import make_engine
 from tests.streams import Numbers, more

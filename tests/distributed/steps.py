@@ -14,9 +14,10 @@ from transformers import AutoModelForCausalLM
 from dsserve.core.step_plan import Admission, Plan, PlanChannel
 from dsserve.distributed import RankInfo, count_all_reduces, uses_shared_memory
 from dsserve.ds_engine import get_ds_engine, shard_shapes
-from dsserve.fused_ops import load_ops, use_fused_ops
+from dsserve.fused_ops import use_fused_ops
 from dsserve.generation.model_runner import ModelRunner
 from dsserve.generation.warmup import verify_runner
+from dsserve.kernels.ops import load_ops
 from dsserve.packing import pack_weights
 from tests.contexts import make_context
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dsserve import gpu_ops
+from dsserve.kernels import gpu_ops
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is visible")
 # ||out - ref|| / ||ref||: the result's rounding.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dsserve.compile_lock import STALE_AFTER_S, compiling, was_abandoned
+from dsserve.kernels.compile_lock import STALE_AFTER_S, compiling, was_abandoned
 
 
 @pytest.fixture

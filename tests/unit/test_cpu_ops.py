@@ -14,9 +14,9 @@ from transformers.models.gemma import modeling_gemma
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from dsserve.cpu_ops import is_loaded, load_cpu_ops
 from dsserve.fused_ops import FusedRMSNorm, FusedRotary, use_fused_ops
 from dsserve.generation.kv_cache import SlotLayer, Window
+from dsserve.kernels.cpu_ops import is_loaded, load_cpu_ops
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 needs_compiler = pytest.mark.skipif(not load_cpu_ops(), reason="g++ or ninja is missing: the operations are not used")
@@ -130,7 +130,7 @@ def test_tokens_reach_the_cells_that_torch_would_write(
         keys, values, cells = keys[:, :, :1], values[:, :, :1], torch.tensor([7, 40])
     written = []
     for loaded in (True, False):
-        monkeypatch.setattr("dsserve.cpu_ops.is_loaded", lambda loaded=loaded: loaded)
+        monkeypatch.setattr("dsserve.kernels.cpu_ops.is_loaded", lambda loaded=loaded: loaded)
         layer = SlotLayer(3, 20, Window(cells, None if prefill else 16))
         layer.update(keys, values)
         written.append(layer)

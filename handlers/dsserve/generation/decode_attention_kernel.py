@@ -8,8 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
-from dsserve import early_launch
-from dsserve.early_launch import wait_for_inputs
+from dsserve.kernels import pdl
+from dsserve.kernels.pdl import wait_for_inputs
 
 _LEAST_HEADS = 16  # rows of the smallest matrix product
 
@@ -93,7 +93,7 @@ def launch(
     sums = torch.empty(rows, heads, parts, dim, dtype=torch.float32, device=query.device)
     best = torch.empty(2, rows, heads, parts, dtype=torch.float32, device=query.device)
     out = torch.empty(rows, heads, 1, dim, dtype=query.dtype, device=query.device)
-    dim_pad, launch_early = triton.next_power_of_2(dim), early_launch.options(query.device)
+    dim_pad, launch_early = triton.next_power_of_2(dim), pdl.options(query.device)
     _read_part[rows, kv_heads, parts](
         query, key, value, mask, sums, best[0], best[1], scale,
         query.stride(0), query.stride(1), key.stride(0), key.stride(1), key.stride(2),

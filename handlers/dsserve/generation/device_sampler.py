@@ -15,10 +15,8 @@ from functools import partial
 
 import torch
 
-from dsserve.generation.cuda_graphs import buckets, capture
 from dsserve.generation.device_draw import ROW_NUMBERS, draw, is_ruled
 from dsserve.generation.faults import Fault, attempt
-from dsserve.generation.pinned import Readback, stage
 from dsserve.generation.sampler import (
     SamplingState,
     choose_edited,
@@ -28,6 +26,8 @@ from dsserve.generation.sampler import (
     settle,
     take_uniforms,
 )
+from dsserve.kernels.cuda_graph import buckets, capture
+from dsserve.kernels.host_copy import Readback, stage
 
 logger = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from dsserve.fused_ops import loaded_ops
+from dsserve.kernels.ops import loaded_ops
 
 _ALIGNMENT = 64  # bytes, a cache line
 

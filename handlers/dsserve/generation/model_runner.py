@@ -14,10 +14,10 @@ from dsserve.distributed import RankInfo
 from dsserve.generation.cuda_graphs import DecodeGraphs
 from dsserve.generation.forward_pass import ForwardPass
 from dsserve.generation.packed_prompts import PackedPrompts
-from dsserve.generation.pinned import stage
 from dsserve.generation.prefill_graphs import PrefillGraphs
 from dsserve.generation.prefill_memory import PrefillMemory
 from dsserve.generation.runner import StepLogits, prefill_at_load
+from dsserve.kernels.host_copy import stage
 
 # Attention reads up to the longest live row, rounded up to this.
 KV_STEP = 16

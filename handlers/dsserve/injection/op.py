@@ -44,7 +44,7 @@ def load_op(say: Callable[[str], None] = logger.info, verbose: bool = False) -> 
             f"replace_with_kernel_inject: {' and '.join(missing)} not found, which DeepSpeed needs for its kernels; "
             "install CUDA's compiler and ninja and run `make ops`, or set replace_with_kernel_inject: false (AutoTP)"
         )
-    from dsserve.compile_lock import compiling
+    from dsserve.kernels.compile_lock import compiling
 
     started_s = time.monotonic()
     try:

@@ -15,8 +15,8 @@ import torch
 import triton
 import triton.language as tl
 
-from dsserve import early_launch
-from dsserve.early_launch import prefetch_rows, wait_for_inputs
+from dsserve.kernels import pdl
+from dsserve.kernels.pdl import prefetch_rows, wait_for_inputs
 
 # What a program of a one-row matmul computes and reads at a time, and the cache lines of each weight row that it
 # fetches before its input is there: the best of 13 on an H200 for the matrices of a 6.7 billion Llama, 71 to 97 % of
@@ -164,7 +164,7 @@ def multiply_few(
     count, is_scaled = x.shape[0], scale is not None
     tensors = (x, weight, weight if scale is None else scale, weight if bias is None else bias, out)
     forms = {"IS_SCALED": is_scaled, "HAS_BIAS": bias is not None, "IS_GATED": is_gated}
-    launch = early_launch.options(x.device)
+    launch = pdl.options(x.device)
     if count == 1:
         places = _SCALED_OUTPUTS if is_scaled and not is_gated else _OUTPUTS
         _multiply_row[(triton.cdiv(outputs, places),)](

@@ -21,11 +21,11 @@ def load_gpu_ops() -> bool:
     """Imports the kernels; False, with the reason in the log, where there is no Triton."""
     global _kernels, _matmul
     try:
-        from dsserve import gpu_kernels, gpu_matmul
+        from dsserve.kernels import elementwise_triton, matmul_triton
     except ImportError as error:
         logger.warning("[dsserve] no fused GPU operations: %s", error)
         return False
-    _kernels, _matmul = gpu_kernels, gpu_matmul
+    _kernels, _matmul = elementwise_triton, matmul_triton
     return True
 
 

@@ -32,7 +32,7 @@ def load_cpu_ops() -> bool:
         return False
     from torch.utils.cpp_extension import load_inline
 
-    from dsserve.compile_lock import compiling
+    from dsserve.kernels.compile_lock import compiling
 
     try:
         # The text, not the file: its path differs at every start, and a new path is compiled anew.

@@ -8,8 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
-from dsserve import early_launch
-from dsserve.early_launch import wait_for_inputs
+from dsserve.kernels import pdl
+from dsserve.kernels.pdl import wait_for_inputs
 
 _WIDTH = 1024  # elements of the gated product that a program computes
 _FEW_TOKENS = 32
@@ -36,7 +36,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     pad = triton.next_power_of_2(size)
     _rms_norm[(rows.shape[0],)](
         rows, weight, out, rows.stride(0), eps, SIZE=size, PAD=pad, num_warps=warps(pad),
-        **early_launch.options(x.device),
+        **pdl.options(x.device),
     )  # fmt: skip
     return out.view(x.shape)
 
@@ -87,7 +87,7 @@ def rotary(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tenso
     size = 1 if batch * tokens <= _FEW_TOKENS else 8
     _rotate[batch * tokens, triton.cdiv(heads, size) + triton.cdiv(k.shape[1], size)](
         q, k, cos, sin, new_q, new_k, *q.stride()[:3], *k.stride()[:3], turn_batch, tokens, heads, k.shape[1],
-        DIM=dim, PAD=triton.next_power_of_2(dim // 2), HEADS=size, num_warps=1, **early_launch.options(q.device),
+        DIM=dim, PAD=triton.next_power_of_2(dim // 2), HEADS=size, num_warps=1, **pdl.options(q.device),
     )  # fmt: skip
     return new_q.transpose(1, 2), new_k.transpose(1, 2)
 
@@ -111,7 +111,7 @@ def gated_silu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     gates, ups = gate.reshape(-1, size), up.reshape(-1, size)
     out = torch.empty(gates.shape, dtype=up.dtype, device=up.device)
     grid = (gates.shape[0], triton.cdiv(size, _WIDTH))
-    launch = early_launch.options(gate.device)
+    launch = pdl.options(gate.device)
     _gated_silu[grid](gates, ups, out, gates.stride(0), ups.stride(0), size, WIDTH=_WIDTH, **launch)
     return out.view(*gate.shape)
 
@@ -144,7 +144,7 @@ def store(
     pad = triton.next_power_of_2(size)
     _store[cells.shape[0], 2](
         keys, values, new_keys, new_values, cells, *new_keys.stride()[:3], *new_values.stride()[:3], tokens,
-        SIZE=size, DIM=dim, PAD=pad, num_warps=warps(pad), **early_launch.options(keys.device),
+        SIZE=size, DIM=dim, PAD=pad, num_warps=warps(pad), **pdl.options(keys.device),
     )  # fmt: skip
 
 
