@@ -16,7 +16,6 @@ from dsserve.config.handler import HandlerConfig, read_handler_config
 from dsserve.config.limits import read_limits
 from dsserve.config.torchserve import check_server_settings, read_time_limits
 from dsserve.control import ControlFiles
-from dsserve.distributed import end_rank
 from dsserve.ds_engine import get_ds_engine, read_settings
 from dsserve.generation.build import build_engine
 from dsserve.generation.call_length import CallLength
@@ -29,13 +28,14 @@ from dsserve.load_guard import LoadGuard
 from dsserve.logs import set_serving_level
 from dsserve.metrics import Metrics
 from dsserve.metrics_endpoint import MetricsEndpoint
+from dsserve.parallel.kv_heads import plan_kv_copies
 from dsserve.protocol.batch import LiveBatch
 from dsserve.protocol.served import describe_model
 from dsserve.shard_cache import Shards
 from dsserve.shard_manifest import Manifest
-from dsserve.sharding.heads import plan_kv_copies
 from dsserve.tracing import spans_from_env
 from dsserve.watchdog import end_process
+from dsserve.worker.exit import end_rank
 
 logger = logging.getLogger(__name__)
 

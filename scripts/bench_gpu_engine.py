@@ -14,10 +14,10 @@ import torch
 
 from dsserve.core.request import GenerationRequest, StopConditions
 from dsserve.core.timeline import Timeline
-from dsserve.distributed import RankInfo
 from dsserve.generation.engine import Engine
 from dsserve.generation.observer import Observer, Outcome, Step
 from dsserve.generation.sequence import Sequence
+from dsserve.parallel.rank import RankInfo
 from scripts.bench_report import percentile
 
 Prompt = tuple[int, ...]

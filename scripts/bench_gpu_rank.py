@@ -20,12 +20,12 @@ from dsserve.base_handler import BaseDeepSpeedHandler
 from dsserve.config.handler import PREFILL_TOKENS_A_STEP, HandlerConfig
 from dsserve.config.limits import read_limits
 from dsserve.core.errors import LoadError
-from dsserve.distributed import finish_rank
 from dsserve.ds_engine import get_ds_engine
 from dsserve.generation.build import build_engine
 from dsserve.generation.kv_plan import plan_kv_rows
 from dsserve.hf_model import load_model, model_dtype
 from dsserve.load_clock import LoadClock
+from dsserve.worker.exit import finish_rank
 from scripts.bench_gpu_device import StepBytes, held_bytes, read_bandwidth
 from scripts.bench_gpu_engine import IDLE_STEPS, Group, Watch, summarise, summarise_admission
 from scripts.bench_gpu_generate import continuous_batching, generate

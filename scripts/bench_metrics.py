@@ -22,12 +22,12 @@ import typer
 from prometheus_client import generate_latest
 
 from dsserve.core.request import GenerationRequest
-from dsserve.distributed import RankInfo
 from dsserve.generation.detokenizer import TextStream
 from dsserve.generation.engine import Engine
 from dsserve.generation.model_runner import ModelRunner
 from dsserve.generation.observer import Observer
 from dsserve.metrics import Metrics
+from dsserve.parallel.rank import RankInfo
 from scripts.bench_quantization import SHAPES, VOCABULARY, make_model, tune
 from scripts.machine import cpu_model
 

@@ -16,9 +16,11 @@ from statistics import median
 import torch
 import typer
 
-from dsserve.distributed import RankInfo, finish_rank, init_process_group, select_device
-from dsserve.peers import share_memory
-from dsserve.rank_sum import RankSum
+from dsserve.parallel.process_group import init_process_group
+from dsserve.parallel.rank import RankInfo, select_device
+from dsserve.parallel.rank_sum import RankSum
+from dsserve.parallel.symmetric_memory import share_memory
+from dsserve.worker.exit import finish_rank
 
 A_GRAPH, REPLAYS = 32, 20
 Sums = tuple[RankSum, RankSum]

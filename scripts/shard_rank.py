@@ -20,8 +20,8 @@ from dsserve.core.errors import LoadError
 from dsserve.ds_engine import get_ds_engine, read_settings
 from dsserve.hf_model import load_outline, load_weights, locate_model, model_dtype
 from dsserve.load_guard import LoadGuard
+from dsserve.parallel.kv_heads import plan_kv_copies
 from dsserve.shard_manifest import Manifest
-from dsserve.sharding.heads import plan_kv_copies
 
 
 class ShardRank(BaseDeepSpeedHandler):

@@ -40,8 +40,8 @@ def run_ranks(
 def main() -> None:
     import torch
 
-    from dsserve.distributed import finish_rank
-    from dsserve.parents import die_with_parent
+    from dsserve.parallel.parent_watch import die_with_parent
+    from dsserve.worker.exit import finish_rank
 
     die_with_parent()  # ranks that spin would outlive a torchrun that is killed at its time limit
     function, kwargs, folder = sys.argv[1:]

@@ -12,10 +12,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dsserve.core.request import GenerationRequest, SamplingParams, StopConditions, TokenEvent
-from dsserve.distributed import RankInfo
 from dsserve.generation.detokenizer import TextStream
 from dsserve.generation.device_draw import draw
 from dsserve.generation.engine import Engine
+from dsserve.parallel.rank import RankInfo
 from tests.streams import more
 
 SLOTS, KEPT, PART, CONTEXT, EOS, VOCABULARY = 3, 2, 20, 48, 5, 40

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from dsserve.core.request import GenerationRequest
-from dsserve.distributed import RankInfo
 from dsserve.generation.engine import Engine
+from dsserve.parallel.rank import RankInfo
 
 
 class Numbers:

@@ -2,7 +2,7 @@
 
 The two public names are what a handler of one's own needs; everything else is the ready handler's inside.
 They are imported on first use: DeepSpeed reads the environment when it is imported, and
-`dsserve.distributed` has to prepare that environment first.
+`dsserve.parallel.rank` has to prepare that environment first.
 """
 
 from __future__ import annotations

@@ -14,10 +14,11 @@ import torch
 from ts.context import Context
 from ts.torch_handler.distributed.base_deepspeed_handler import BaseDeepSpeedHandler as TorchServeDeepSpeedHandler
 
-from dsserve.distributed import RankInfo, init_process_group, prepare_environment, select_device
 from dsserve.leftovers import sweep, sweep_build_locks, torchrun_log_folder
 from dsserve.logs import set_up_logs
-from dsserve.parents import Parents, die_with_parent
+from dsserve.parallel.parent_watch import Parents, die_with_parent
+from dsserve.parallel.process_group import init_process_group
+from dsserve.parallel.rank import RankInfo, prepare_environment, select_device
 from dsserve.watchdog import Watchdog
 
 

@@ -19,18 +19,19 @@ from ts.context import Context
 from dsserve import checkpoint
 from dsserve.config.handler import YAML_FILE
 from dsserve.core.errors import LoadError, first_line
-from dsserve.distributed import RankInfo, init_process_group, many_cores, prepare_environment, select_device
 from dsserve.hf_model import model_dtype
 from dsserve.injection.attempt import KernelInjection
 from dsserve.load_clock import LoadClock
 from dsserve.load_failure import is_of_the_machine
+from dsserve.parallel.alibi import use_rank_alibi
+from dsserve.parallel.experts import LayerWeights
+from dsserve.parallel.kv_heads import plan_kv_copies, repeat_kv_heads
+from dsserve.parallel.phi3 import use_rank_query_heads
+from dsserve.parallel.process_group import init_process_group
+from dsserve.parallel.rank import RankInfo, many_cores, prepare_environment, select_device
 from dsserve.precision import convert_parameters, without_deepspeeds_conversion
 from dsserve.quantization import check_device, quantize_engine
 from dsserve.self_check import SelfCheck, answers
-from dsserve.sharding.alibi import use_rank_alibi
-from dsserve.sharding.experts import LayerWeights
-from dsserve.sharding.heads import plan_kv_copies, repeat_kv_heads
-from dsserve.sharding.phi3 import use_rank_query_heads
 
 if TYPE_CHECKING:
     from dsserve.config.deepspeed import DeepSpeedSettings

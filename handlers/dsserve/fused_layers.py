@@ -16,7 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from dsserve.fused_ops import FusedRMSNorm
 from dsserve.packing import ShardedLinear
-from dsserve.rank_sum import RankSum
+from dsserve.parallel.rank_sum import RankSum
 
 
 class FusedLayer(nn.Module):

@@ -21,9 +21,9 @@ import torch
 from torch.distributed.rendezvous import rendezvous
 
 from dsserve.core.errors import LoadError
-from dsserve.distributed import RankInfo
 from dsserve.load_clock import LoadClock
 from dsserve.load_failure import explain
+from dsserve.parallel.rank import RankInfo
 from dsserve.watchdog import end_process
 
 logger = logging.getLogger(__name__)

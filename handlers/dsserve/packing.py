@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dsserve.distributed import all_reduce
 from dsserve.kernels import gpu_ops
-from dsserve.rank_sum import RankSum
-from dsserve.vocab_head import VocabParallelHead, gather_rows
+from dsserve.parallel.collectives import all_reduce
+from dsserve.parallel.rank_sum import RankSum
+from dsserve.parallel.vocab_head import VocabParallelHead, gather_rows
 
 # Siblings that transformers' layers feed with the same tensor, in the order in which they are called.
 _FUSED_SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))

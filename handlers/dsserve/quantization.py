@@ -19,9 +19,10 @@ import torch.nn.functional as F
 from dsserve.config.deepspeed import QUANTIZATION_KEY as KEY
 from dsserve.config.deepspeed import QUANTIZATION_LIMITS as LIMITS
 from dsserve.core.errors import LoadError
-from dsserve.distributed import RankInfo, agree_on_least
 from dsserve.kernels import gpu_ops
 from dsserve.packing import ShardedLinear, copy_into, replace_layers
+from dsserve.parallel.collectives import agree_on_least
+from dsserve.parallel.rank import RankInfo
 from dsserve.self_check import SelfCheck
 
 logger = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
-from dsserve.parents import Parents
+from dsserve.parallel.parent_watch import Parents
 
 logger = logging.getLogger(__name__)
 

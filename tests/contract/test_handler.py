@@ -14,7 +14,7 @@ from ts.utils.util import list_classes_from_module
 import deepspeed_handler
 from dsserve.config.torchserve import TimeLimits
 from dsserve.core.errors import LoadError
-from dsserve.distributed import RankInfo
+from dsserve.parallel.rank import RankInfo
 from dsserve.watchdog import Watchdog
 from tests.contexts import make_context
 

@@ -11,8 +11,8 @@ import torch
 
 from dsserve.config.handler import HandlerConfig
 from dsserve.core.errors import LoadError
-from dsserve.distributed import RankInfo, prepare_environment
 from dsserve.hf_model import load_model
+from dsserve.parallel.rank import RankInfo, prepare_environment
 
 
 class Bomb:

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from dsserve.core.step_plan import Plan
-from dsserve.distributed import RankInfo, select_device
 from dsserve.generation import device_sampler
 from dsserve.generation import engine as engine_module
 from dsserve.generation.choice import HostChoice
@@ -17,6 +16,7 @@ from dsserve.generation.model_runner import ModelRunner
 from dsserve.generation.prefix_cache import PrefixCache
 from dsserve.generation.runner import StepLogits
 from dsserve.generation.scheduler import Scheduler
+from dsserve.parallel.rank import RankInfo, select_device
 from tests.distributed.steps import make_engine
 from tests.schedules import CONTEXT, EOS, KEPT, PART, SLOTS, Schedule, differences, draw_less, make_text, play
 

@@ -10,14 +10,9 @@ import torch
 
 import deepspeed_handler
 from dsserve.core.errors import LoadError
-from dsserve.distributed import (
-    RankInfo,
-    all_reduce,
-    init_process_group,
-    prepare_environment,
-    select_device,
-    uses_shared_memory,
-)
+from dsserve.parallel.collectives import all_reduce, uses_shared_memory
+from dsserve.parallel.process_group import init_process_group
+from dsserve.parallel.rank import RankInfo, prepare_environment, select_device
 from tests.contexts import make_context
 from tests.tiny_models import settings
 

@@ -8,11 +8,11 @@ import torch
 
 from dsserve.core.errors import LoadError
 from dsserve.core.request import GenerationRequest
-from dsserve.distributed import RankInfo
 from dsserve.generation.engine import Engine
 from dsserve.generation.model_runner import ModelRunner
 from dsserve.generation.prefill_memory import PrefillMemory
 from dsserve.generation.warmup import warm_up
+from dsserve.parallel.rank import RankInfo
 from tests.distributed.steps import make_engine
 from tests.streams import Numbers, run_or_fail
 

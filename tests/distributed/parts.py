@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from dsserve.core.request import GenerationRequest, SamplingParams, TokenEvent
-from dsserve.distributed import RankInfo, select_device
 from dsserve.fused_ops import use_fused_ops
 from dsserve.generation.decode_attention import use_decode_attention
 from dsserve.generation.engine import Engine
@@ -16,6 +15,7 @@ from dsserve.generation.prefix_cache import PrefixCache
 from dsserve.generation.scheduler import Scheduler
 from dsserve.kernels.ops import load_ops
 from dsserve.packing import pack_weights
+from dsserve.parallel.rank import RankInfo, select_device
 from tests.distributed.steps import make_engine
 from tests.streams import Numbers, more
 

@@ -36,12 +36,12 @@ from transformers import (
 from deepspeed_handler import DeepSpeedHandler
 from dsserve.core.errors import LoadError
 from dsserve.core.request import GenerationRequest
-from dsserve.distributed import RankInfo
 from dsserve.ds_engine import get_ds_engine
 from dsserve.generation.engine import Engine
 from dsserve.generation.model_runner import ModelRunner
 from dsserve.generation.warmup import verify_runner
 from dsserve.packing import pack_weights
+from dsserve.parallel.rank import RankInfo
 from dsserve.self_check import SelfCheck
 from dsserve.shard_cache import find_shards, write_shards
 from dsserve.shard_manifest import Manifest

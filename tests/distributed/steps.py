@@ -11,14 +11,16 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from dsserve.core.step_plan import Admission, Plan, PlanChannel
-from dsserve.distributed import RankInfo, count_all_reduces, uses_shared_memory
+from dsserve.core.step_plan import Admission, Plan
 from dsserve.ds_engine import get_ds_engine, shard_shapes
 from dsserve.fused_ops import use_fused_ops
 from dsserve.generation.model_runner import ModelRunner
 from dsserve.generation.warmup import verify_runner
 from dsserve.kernels.ops import load_ops
 from dsserve.packing import pack_weights
+from dsserve.parallel.collectives import count_all_reduces, uses_shared_memory
+from dsserve.parallel.plan_channel import PlanChannel
+from dsserve.parallel.rank import RankInfo
 from tests.contexts import make_context
 
 

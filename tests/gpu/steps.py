@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM
 
 from dsserve.config.handler import HandlerConfig
 from dsserve.core.request import GenerationRequest
-from dsserve.distributed import RankInfo, all_reduce, init_process_group, select_device
 from dsserve.ds_engine import get_ds_engine
 from dsserve.generation.device_sampler import DeviceSampler
 from dsserve.generation.engine import Engine
@@ -21,8 +20,11 @@ from dsserve.generation.model_runner import ModelRunner
 from dsserve.generation.prefill_graphs import MOST_TOKENS
 from dsserve.generation.tuning import tune
 from dsserve.generation.warmup import verify_runner
-from dsserve.peers import share_memory
-from dsserve.rank_sum import RankSum
+from dsserve.parallel.collectives import all_reduce
+from dsserve.parallel.process_group import init_process_group
+from dsserve.parallel.rank import RankInfo, select_device
+from dsserve.parallel.rank_sum import RankSum
+from dsserve.parallel.symmetric_memory import share_memory
 from tests.contexts import make_context
 from tests.streams import Numbers, run, run_or_fail
 

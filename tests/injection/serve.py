@@ -13,12 +13,12 @@ import torch
 
 from dsserve.core.errors import LoadError
 from dsserve.core.request import GenerationRequest, SamplingParams
-from dsserve.distributed import RankInfo, select_device
 from dsserve.ds_engine import get_ds_engine
 from dsserve.generation.batch_scheduler import BatchScheduler
 from dsserve.generation.engine import Engine
 from dsserve.generation.kernel_runner import KernelRunner
 from dsserve.generation.warmup import warm_up_batches
+from dsserve.parallel.rank import RankInfo, select_device
 from dsserve.self_check import answers
 from tests.contexts import make_context
 from tests.injection.cell import forget_kernels

@@ -8,14 +8,15 @@ from types import SimpleNamespace
 import pytest
 
 from dsserve.core.request import GenerationRequest
-from dsserve.core.step_plan import Plan, PlanChannel
-from dsserve.distributed import RankInfo
+from dsserve.core.step_plan import Plan
 from dsserve.generation import engine as engine_module
 from dsserve.generation.call_length import CallLength
 from dsserve.generation.engine import Engine
 from dsserve.generation.prefix_cache import PrefixCache
 from dsserve.generation.runner import StepLogits
 from dsserve.generation.scheduler import Scheduler
+from dsserve.parallel.plan_channel import PlanChannel
+from dsserve.parallel.rank import RankInfo
 from tests.unit.test_metrics import FakeRunner, Letters
 
 STEP_S = 0.03

@@ -31,11 +31,11 @@ from dsserve.config.deepspeed import read_deepspeed_settings
 from dsserve.config.handler import read_handler_config
 from dsserve.config.limits import read_limits
 from dsserve.config.torchserve import check_server_settings, read_time_limits
-from dsserve.distributed import RankInfo
 from dsserve.generation.kv_plan import plan_kv_rows
 from dsserve.injection.families import check_model
 from dsserve.injection.workspace import WorkspaceSize
-from dsserve.sharding.heads import plan_kv_copies
+from dsserve.parallel.kv_heads import plan_kv_copies
+from dsserve.parallel.rank import RankInfo
 from scripts.package import CONFIGS, Choice, PackageError, render
 
 GPU_BYTES = 80 * 10**9

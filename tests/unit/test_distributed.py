@@ -8,8 +8,8 @@ import pytest
 import torch
 from deepspeed.ops.op_builder.builder import OpBuilder
 
-from dsserve import distributed
-from dsserve.distributed import RankInfo, prepare_environment
+from dsserve.parallel import process_group
+from dsserve.parallel.rank import RankInfo, prepare_environment
 
 
 def unwritable(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
@@ -29,7 +29,7 @@ def test_an_all_reduce_that_cannot_be_built_is_a_reason(
     monkeypatch.setattr(OpBuilder, "_loaded_ops", {})
     assert callable(spoil)
     spoil(monkeypatch, tmp_path)
-    reason = distributed._why_not_built()
+    reason = process_group._why_not_built()
     assert reason is not None and "cannot be built" in reason and "\n" not in reason
 
 

@@ -15,7 +15,6 @@ import torch
 from dsserve.core.errors import RequestError
 from dsserve.core.request import GenerationRequest, SamplingParams, TokenEvent
 from dsserve.core.step_plan import Plan
-from dsserve.distributed import RankInfo
 from dsserve.generation.choice import HostChoice, Launch
 from dsserve.generation.device_sampler import DeviceSampler
 from dsserve.generation.engine import Engine
@@ -23,6 +22,7 @@ from dsserve.generation.faults import Fault, attempt, describe
 from dsserve.generation.grammar import GrammarCompiler, GrammarError
 from dsserve.generation.runner import StepLogits
 from dsserve.generation.sampler import SamplingState
+from dsserve.parallel.rank import RankInfo
 from tests.sampling import make_logits, states_of
 from tests.unit.test_detokenizer import byte_level
 from tests.unit.test_metrics import EOS, SLOTS, VOCABULARY, FakeRunner, Letters

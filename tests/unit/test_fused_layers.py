@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from dsserve import rank_sum
 from dsserve.core.errors import LoadError
 from dsserve.fused_layers import FusedLayer, can_fuse_layers, use_fused_layers
 from dsserve.fused_ops import FusedRMSNorm
 from dsserve.packing import ShardedLinear, replace_layers
-from dsserve.peers import Peers
-from dsserve.rank_sum import RankSum
+from dsserve.parallel import rank_sum
+from dsserve.parallel.rank_sum import RankSum
+from dsserve.parallel.symmetric_memory import Peers
 
 SHAPE = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -47,7 +47,7 @@ class Kernel:
 
 @pytest.fixture(autouse=True)
 def kernel(monkeypatch: pytest.MonkeyPatch) -> type[Kernel]:
-    monkeypatch.setitem(sys.modules, "dsserve.rank_sum_kernel", Kernel)  # type: ignore[misc]
+    monkeypatch.setitem(sys.modules, "dsserve.parallel.rank_sum_triton", Kernel)  # type: ignore[misc]
     monkeypatch.setattr(Kernel, "calls", 0)
     return Kernel
 

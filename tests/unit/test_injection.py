@@ -10,7 +10,6 @@ import torch
 from transformers import AutoConfig
 
 from dsserve.core.errors import LoadError
-from dsserve.distributed import RankInfo
 from dsserve.injection.attempt import KernelInjection
 from dsserve.injection.cache import KernelCache
 from dsserve.injection.families import FAMILIES, check_device, check_model
@@ -18,6 +17,7 @@ from dsserve.injection.inject import _refuse_beams, check_injection
 from dsserve.injection.mask import additive, as_ones, in_window
 from dsserve.injection.op import load_op
 from dsserve.injection.workspace import Workspace, WorkspaceError, WorkspaceSize
+from dsserve.parallel.rank import RankInfo
 from tests.injection.kernels import softmax
 from tests.injection.models import make_config
 

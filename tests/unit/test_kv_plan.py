@@ -18,12 +18,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from dsserve.config.handler import AUTO_RUNNING, HandlerConfig
 from dsserve.config.limits import read_limits
 from dsserve.core.errors import LoadError
-from dsserve.distributed import RankInfo
 from dsserve.generation import kv_plan
 from dsserve.generation.build import _memory_errors_explained
 from dsserve.generation.kv_plan import KVPlan, measure_passes, plan_kv_rows
 from dsserve.generation.model_runner import ModelRunner
 from dsserve.generation.prefill_memory import PrefillMemory
+from dsserve.parallel.rank import RankInfo
 from scripts.random_model import make_config
 
 GIB = 2**30

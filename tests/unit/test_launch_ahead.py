@@ -15,8 +15,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from dsserve.core.request import GenerationRequest, SamplingParams, StopConditions
-from dsserve.core.step_plan import Admission, Plan, PlanChannel
-from dsserve.distributed import RankInfo
+from dsserve.core.step_plan import Admission, Plan
 from dsserve.generation import cuda_graphs, device_sampler
 from dsserve.generation.choice import HostChoice
 from dsserve.generation.cuda_graphs import DecodeGraphs
@@ -27,6 +26,8 @@ from dsserve.generation.observer import Observer, Step
 from dsserve.generation.prefix_cache import PrefixCache
 from dsserve.generation.runner import StepLogits
 from dsserve.generation.scheduler import Scheduler
+from dsserve.parallel.plan_channel import PlanChannel
+from dsserve.parallel.rank import RankInfo
 from tests.schedules import (
     CONTEXT,
     EOS,

@@ -14,11 +14,11 @@ from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from dsserve.core.errors import RequestError
 from dsserve.core.request import GenerationRequest, Origin
 from dsserve.core.step_plan import Plan
-from dsserve.distributed import RankInfo
 from dsserve.generation.engine import Engine
 from dsserve.generation.observer import Observer, Step
 from dsserve.generation.runner import StepLogits
 from dsserve.metrics import Metrics, WeightedHistogram
+from dsserve.parallel.rank import RankInfo
 from tests.conftest import ROOT
 from tests.scrape import Scrape
 

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsserve.core.step_plan import FRAME, Admission, Plan, PlanChannel
+from dsserve.core.step_plan import Admission, Plan
+from dsserve.parallel.plan_channel import FRAME, PlanChannel
 
 numbers = st.lists(st.integers(0, 2**24 - 1), max_size=80).map(tuple)
 plans = st.builds(
@@ -38,7 +39,7 @@ class Wire:
         self.leader, self.follower = PlanChannel(0, 2), PlanChannel(1, 2)
         for channel in (self.leader, self.follower):
             channel._shared = shared
-        monkeypatch.setattr("dsserve.distributed.all_reduce", self.exchange)
+        monkeypatch.setattr("dsserve.parallel.collectives.all_reduce", self.exchange)
         monkeypatch.setattr(torch.distributed, "broadcast", lambda tensor, src: self.exchange(tensor))
 
     def exchange(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -59,7 +60,7 @@ class Wire:
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("length", [0, 1, FRAME - 8, FRAME - 6, FRAME - 5, FRAME - 4, FRAME, 8192])
 def test_the_channel_carries_plans_of_every_length(monkeypatch: pytest.MonkeyPatch, shared: bool, length: int) -> None:
-    monkeypatch.setattr("dsserve.distributed.uses_shared_memory", lambda: shared)
+    monkeypatch.setattr("dsserve.parallel.collectives.uses_shared_memory", lambda: shared)
     wire = Wire(monkeypatch, shared)
     plan = Plan(evict=(1,), tokens=tuple(range(length)), last=True)
     assert wire.carry(plan) == plan

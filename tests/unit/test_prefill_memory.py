@@ -7,8 +7,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from dsserve.distributed import RankInfo
 from dsserve.generation.prefill_memory import PrefillMemory
+from dsserve.parallel.rank import RankInfo
 
 GIB = 2**30
 

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 from dsserve.core.errors import LoadError
-from dsserve.distributed import RankInfo
+from dsserve.parallel.rank import RankInfo
 from dsserve.quantization import QuantizedLinear, check_device, quantize_engine, quantize_layers
 from dsserve.self_check import SelfCheck
 

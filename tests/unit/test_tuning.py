@@ -8,9 +8,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dsserve.config.handler import HandlerConfig
 from dsserve.core.errors import LoadError
-from dsserve.distributed import RankInfo
 from dsserve.generation import tuning
 from dsserve.packing import PackedLinear
+from dsserve.parallel.rank import RankInfo
 
 CPU, FIRST_OF_TWO = torch.device("cpu"), RankInfo(0, 0, 2, 2)
 

@@ -7,7 +7,7 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsserve.vocab_head import split_evenly
+from dsserve.parallel.vocab_head import split_evenly
 
 
 @given(rows=st.integers(1, 200_000), world_size=st.integers(1, 16))

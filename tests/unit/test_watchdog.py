@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from dsserve.parents import Parents, parent_of
+from dsserve.parallel.parent_watch import Parents, parent_of
 from tests.waiting import wait_for
 
 HANDLERS = Path(__file__).resolve().parents[2] / "handlers"
@@ -85,7 +85,7 @@ def test_a_limit_costs_little() -> None:
 
 RANK = """
 import os, sys, time
-from dsserve.parents import Parents, die_with_parent
+from dsserve.parallel.parent_watch import Parents, die_with_parent
 from dsserve.watchdog import Watchdog
 if sys.argv[1] == "kernel":
     die_with_parent()
@@ -120,7 +120,7 @@ def test_no_rank_outlives_its_parents(tmp_path: Path, line: str, victim: str) ->
 
 def test_a_rank_whose_torchrun_is_dead_already_ends_at_once(tmp_path: Path) -> None:
     script = tmp_path / "rank.py"
-    script.write_text("from dsserve.parents import die_with_parent; die_with_parent(); print('lives')")
+    script.write_text("from dsserve.parallel.parent_watch import die_with_parent; die_with_parent(); print('lives')")
     done = subprocess.run(
         [sys.executable, str(script)],  # its parent is pytest, no torchrun
         env=ENVIRON | {"TORCHELASTIC_RUN_ID": "x"}, capture_output=True, text=True, timeout=30, check=False,

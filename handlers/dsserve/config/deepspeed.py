@@ -1,6 +1,6 @@
 """The `deepspeed:` section of model-config.yaml and its ds-config.json, merged into arguments of `init_inference`.
 
-Does not create the engine (`ds_engine`). Imports DeepSpeed: call `distributed.prepare_environment` first.
+Does not create the engine (`ds_engine`). Imports DeepSpeed: call `parallel.rank.prepare_environment` first.
 """
 
 from __future__ import annotations

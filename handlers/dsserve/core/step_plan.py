@@ -1,4 +1,4 @@
-"""What all ranks do in the next step, and the channel on which rank 0 tells them.
+"""What all ranks do in the next step. `parallel.plan_channel` carries it from rank 0 to the others.
 
 A plan (the field's scheduler output) is a short list of integers; every step starts with one, so every call of the
 handler holds a collective (ranks above 0 lose calls otherwise) and all ranks see the same requests. Decides nothing
@@ -9,13 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import islice
-
-import torch
-
-from dsserve import distributed
-
-# One frame of the shared-memory all-reduce: 64 fp32 values take about 2 us (gloo's broadcast takes 120).
-FRAME = 64
 
 
 @dataclass(frozen=True)
@@ -102,52 +95,3 @@ def moves(row: int, live: int, has_part: bool) -> list[tuple[int, int]]:
     last = live - 1
     pairs = [(last - 1, row), (last, last - 1)] if has_part and row < last else [(last, row)]
     return [(source, target) for source, target in pairs if source != target]
-
-
-class PlanChannel:
-    """Carries plans from rank 0 to all others. One rank alone needs no channel and gets one that does nothing.
-
-    Shared memory where DeepSpeed's all-reduce is loaded (rank 0 gives the numbers, the others zeros), else gloo.
-
-    Attributes:
-        is_open: rank 0: the handler's call did not end for the others yet.
-    """
-
-    def __init__(self, rank: int, world_size: int) -> None:
-        self._rank = rank
-        self._alone = world_size == 1
-        self._shared = not self._alone and distributed.uses_shared_memory()
-        self.is_open = True
-
-    def send(self, plan: Plan) -> None:
-        """Rank 0: hands `plan` to all ranks."""
-        self.is_open = not plan.last
-        if self._alone:
-            return
-        numbers = plan.encode()
-        head = [len(numbers), *numbers[: FRAME - 1]]
-        self._exchange(head + [0] * (FRAME - len(head)))
-        if len(numbers) >= FRAME:
-            self._exchange(numbers[FRAME - 1 :])
-
-    def end_call(self) -> None:
-        """Rank 0: ends the call for all ranks, unless its last plan did; the next plan begins another one."""
-        if self.is_open:
-            self.send(Plan(last=True))
-        self.is_open = True
-
-    def receive(self) -> Plan:
-        """Other ranks: waits for the next plan."""
-        head = self._exchange([0] * FRAME)
-        length = head[0]
-        numbers = head[1 : length + 1]
-        if length >= FRAME:
-            numbers += self._exchange([0] * (length - FRAME + 1))
-        return Plan.decode(numbers)
-
-    def _exchange(self, numbers: list[int]) -> list[int]:
-        if self._shared:
-            return [int(value) for value in distributed.all_reduce(torch.tensor(numbers, dtype=torch.float32)).tolist()]
-        values = torch.tensor(numbers, dtype=torch.int64)
-        torch.distributed.broadcast(values, src=0)
-        return values.tolist()

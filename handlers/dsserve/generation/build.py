@@ -19,7 +19,6 @@ from dsserve.config.handler import YAML_FILE, HandlerConfig
 from dsserve.config.limits import read_limits
 from dsserve.core.errors import LoadError, first_line
 from dsserve.core.request import Limits
-from dsserve.distributed import RankInfo
 from dsserve.fused_layers import FusedLayer
 from dsserve.generation.batch_scheduler import BatchScheduler
 from dsserve.generation.choice import HostChoice, Launch
@@ -41,6 +40,7 @@ from dsserve.generation.tuning import tune
 from dsserve.generation.warmup import verify_runner, warm_up, warm_up_batches
 from dsserve.hf_model import LoadedModel, model_dtype
 from dsserve.load_clock import LoadClock
+from dsserve.parallel.rank import RankInfo
 from dsserve.self_check import SelfCheck
 
 logger = logging.getLogger(__name__)

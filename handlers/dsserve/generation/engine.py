@@ -17,8 +17,7 @@ from dataclasses import replace
 import torch
 
 from dsserve.core.request import GenerationRequest, Origin, TokenEvent
-from dsserve.core.step_plan import Plan, PlanChannel
-from dsserve.distributed import RankInfo
+from dsserve.core.step_plan import Plan
 from dsserve.generation.answers import Answers
 from dsserve.generation.choice import HostChoice, Launch
 from dsserve.generation.detokenizer import TextStream
@@ -31,6 +30,8 @@ from dsserve.generation.runner import Runner
 from dsserve.generation.sampler import SamplingState
 from dsserve.generation.scheduler import Scheduler
 from dsserve.generation.sequence import Sequence, ending_ids
+from dsserve.parallel.plan_channel import PlanChannel
+from dsserve.parallel.rank import RankInfo
 
 logger = logging.getLogger(__name__)
 

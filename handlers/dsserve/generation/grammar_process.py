@@ -30,7 +30,7 @@ from dataclasses import asdict, dataclass
 
 from dsserve.generation.matcher import TOO_COMPLEX, GrammarError, Vocabulary
 from dsserve.generation.rehearsal import rehearse
-from dsserve.parents import LAUNCH_VARIABLE, die_with_parent
+from dsserve.parallel.parent_watch import LAUNCH_VARIABLE, die_with_parent
 
 PROCESSOR_S = 2.0  # of a rehearsal
 CLOCK_S = 4.0  # of a rehearsal; on a busy machine the clock runs faster than the processor

@@ -17,7 +17,6 @@ from dsserve.config.handler import YAML_FILE, HandlerConfig
 from dsserve.core.errors import LoadError
 from dsserve.core.request import Limits
 from dsserve.core.step_plan import Admission, Plan
-from dsserve.distributed import RankInfo, agree_on_least
 from dsserve.generation import cuda_graphs, prefill_graphs
 from dsserve.generation.decode_attention import uses_decode_attention
 from dsserve.generation.model_runner import KV_STEP, ModelRunner, row_capacity
@@ -25,7 +24,9 @@ from dsserve.generation.packed_prompts import PREFILL_BUCKETS, prefill_bucket
 from dsserve.generation.prefill_memory import PrefillMemory
 from dsserve.generation.runner import prefill_at_load
 from dsserve.hf_model import model_dtype
-from dsserve.sharding.heads import head_size
+from dsserve.parallel.collectives import agree_on_least
+from dsserve.parallel.kv_heads import head_size
+from dsserve.parallel.rank import RankInfo
 
 # Kept rows where the settings leave their number open; fewer where memory is short.
 _KEPT_ROWS = 8

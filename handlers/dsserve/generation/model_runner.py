@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from dsserve.core.step_plan import Admission, Plan, moves
-from dsserve.distributed import RankInfo
 from dsserve.generation.cuda_graphs import DecodeGraphs
 from dsserve.generation.forward_pass import ForwardPass
 from dsserve.generation.packed_prompts import PackedPrompts
@@ -18,6 +17,7 @@ from dsserve.generation.prefill_graphs import PrefillGraphs
 from dsserve.generation.prefill_memory import PrefillMemory
 from dsserve.generation.runner import StepLogits, prefill_at_load
 from dsserve.kernels.host_copy import stage
+from dsserve.parallel.rank import RankInfo
 
 # Attention reads up to the longest live row, rounded up to this.
 KV_STEP = 16

@@ -12,8 +12,9 @@ from collections.abc import Callable
 
 import torch
 
-from dsserve.distributed import RankInfo, agree_on_least
 from dsserve.generation.packed_prompts import prefill_bucket
+from dsserve.parallel.collectives import agree_on_least
+from dsserve.parallel.rank import RankInfo
 
 
 class PrefillMemory:

@@ -13,14 +13,15 @@ import torch
 
 from dsserve.config.handler import YAML_FILE, HandlerConfig
 from dsserve.core.errors import LoadError
-from dsserve.distributed import RankInfo, agree_on_least
 from dsserve.fused_layers import can_fuse_layers, use_fused_layers
 from dsserve.fused_ops import use_fused_ops
 from dsserve.generation.decode_attention import use_decode_attention
 from dsserve.generation.prefill_graphs import MOST_TOKENS
 from dsserve.kernels.ops import load_ops
 from dsserve.packing import can_pack, pack_weights
-from dsserve.rank_sum import make_rank_sums
+from dsserve.parallel.collectives import agree_on_least
+from dsserve.parallel.rank import RankInfo
+from dsserve.parallel.rank_sum import make_rank_sums
 
 
 def tune(module: Any, config: HandlerConfig, rank: RankInfo, device: torch.device) -> str:

@@ -11,10 +11,10 @@ import time
 import torch
 
 from dsserve.core.step_plan import Admission, Plan
-from dsserve.distributed import count_all_reduces
 from dsserve.generation.model_runner import ModelRunner
 from dsserve.generation.packed_prompts import PREFILL_BUCKETS
 from dsserve.generation.runner import Runner, prefill_at_load
+from dsserve.parallel.collectives import count_all_reduces
 from dsserve.self_check import SelfCheck
 
 logger = logging.getLogger(__name__)

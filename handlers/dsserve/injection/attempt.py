@@ -17,10 +17,11 @@ from torch import nn
 
 from dsserve import checkpoint
 from dsserve.core.errors import LoadError
-from dsserve.distributed import RankInfo, agree_on_least
 from dsserve.injection.inject import check_injection, find_layers, inject_kernels
 from dsserve.injection.op import load_op
 from dsserve.injection.verify import verify_kernels
+from dsserve.parallel.collectives import agree_on_least
+from dsserve.parallel.rank import RankInfo
 from dsserve.precision import convert_parameters
 from dsserve.self_check import SelfCheck
 

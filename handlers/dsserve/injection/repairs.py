@@ -8,7 +8,7 @@ from dsserve.injection.alibi import AlibiSoftmax
 from dsserve.injection.residual import SummedResidual
 from dsserve.injection.rotary import RotatedAttention, kernel_rotates
 from dsserve.injection.workspace import Workspace
-from dsserve.sharding.heads import copy_kv_heads
+from dsserve.parallel.kv_heads import copy_kv_heads
 
 
 def prepare_model(model: Any) -> None:

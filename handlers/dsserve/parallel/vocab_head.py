@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dsserve.distributed import all_reduce
+from dsserve.parallel.collectives import all_reduce
 
 # Rows that are gathered at a time while the layout changes.
 _GATHERED_ROWS = 4096

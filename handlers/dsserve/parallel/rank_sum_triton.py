@@ -11,14 +11,14 @@ import triton.language as tl
 from dsserve.kernels import pdl
 from dsserve.kernels.elementwise_triton import warps
 from dsserve.kernels.pdl import wait_for_inputs
-from dsserve.peers import Peers
+from dsserve.parallel.symmetric_memory import Peers
 
 _ALIGNMENT = 16  # bytes that a thread reads at once
 
 
 @triton.jit
 def _place_of(places, peers, peer: tl.constexpr):
-    """One of the addresses `places` of `peers`."""
+    """One of the addresses `places` of `symmetric_memory`."""
     return tl.sum(tl.where(peers == peer, places, 0), 0)
 
 
@@ -101,10 +101,10 @@ def add_norm(
     peers: Peers | None = None,
     spins: int = -1,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`part + residual` and its norm, `[n, H]` each; with `peers` the parts of all ranks are summed before.
+    """`part + residual` and its norm, `[n, H]` each; with `symmetric_memory` the parts of all ranks are summed before.
 
     Args:
-        part: `[n, H]`; with `peers` this rank's own in their memory.
+        part: `[n, H]`; with `symmetric_memory` this rank's own in their memory.
         peers: where the ranks' parts lie.
         spins: how often a program looks for another rank's part before it goes on without; -1 = for ever.
     """

@@ -1,8 +1,8 @@
 """The sum of a row-parallel layer over the ranks, the addition to the residual, and the norm that follows, in one step.
 
 Apart they are an all-reduce and two small operations, three launches for a few kilobytes. Where GPUs read each other's
-memory (`peers`) one kernel does all of it; elsewhere, and for more rows than pay there, NCCL sums and one kernel adds
-and norms. One rank alone sums nothing. Does not know layers (`fused_layers`).
+memory (`symmetric_memory`) one kernel does all of it; elsewhere, and for more rows than pay there, NCCL sums and one
+kernel adds and norms. One rank alone sums nothing. Does not know layers (`fused_layers`).
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from dsserve.core.errors import LoadError
-from dsserve.distributed import RankInfo, agree_on_least, all_reduce
-from dsserve.peers import Peers, most_rows, share_memory
+from dsserve.parallel.collectives import agree_on_least, all_reduce
+from dsserve.parallel.rank import RankInfo
+from dsserve.parallel.symmetric_memory import Peers, most_rows, share_memory
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +24,8 @@ _TRIED_SPINS = 1_000_000
 
 
 class RankSum:
-    """Sums of all layers that lie at the same place of theirs. Two take turns, through all steps (see `peers`).
+    """Sums of all layers that lie at the same place of theirs. Two take turns, through all steps (see
+    `symmetric_memory`).
 
     Args:
         world_size: number of ranks.
@@ -61,7 +63,7 @@ class RankSum:
         Raises:
             LoadError: the part is not what was written to the memory that `take` gave.
         """
-        from dsserve.rank_sum_kernel import add_norm
+        from dsserve.parallel.rank_sum_triton import add_norm
 
         taken, self._taken = self._taken, None
         if taken is not None and taken.data_ptr() != part.data_ptr():
@@ -78,7 +80,7 @@ class RankSum:
 
         All ranks must call it. Waits a second for the others at most, once all have compiled the kernel.
         """
-        from dsserve.rank_sum_kernel import add_norm
+        from dsserve.parallel.rank_sum_triton import add_norm
 
         peers = self._peers
         if peers is None:
@@ -103,7 +105,8 @@ def make_rank_sums(module: Any, rank: RankInfo, rows: int) -> tuple[RankSum, Ran
     """The two sums of each layer of a sharded model, over peers' memory where it gives right ones; all ranks call it.
 
     Args:
-        rows: more than that go over NCCL; fewer rows may be fast there (`peers.most_rows`), and so many have memory.
+        rows: more than that go over NCCL; fewer rows may be fast there (`symmetric_memory.most_rows`), and so many have
+            memory.
     """
     like = next(module.parameters())
     width = module.config.get_text_config().hidden_size

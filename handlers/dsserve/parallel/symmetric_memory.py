@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from dsserve.core.errors import LoadError, first_line
-from dsserve.distributed import RankInfo, agree_on_least
+from dsserve.parallel.collectives import agree_on_least
+from dsserve.parallel.rank import RankInfo
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,1 @@
+"""Ranks: their numbers, group, collectives and channel, and layers that AutoTP does not cut right."""
