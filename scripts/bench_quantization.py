@@ -54,8 +54,8 @@ def make_model(shape: str, dtype: torch.dtype, device: torch.device) -> Any:
 
 def tune(model: Any, device: torch.device) -> None:
     """What the handler replaces after the sharding; see `generation.build`."""
+    from dsserve.attention.decode import use_decode_attention
     from dsserve.fused_ops import use_fused_ops
-    from dsserve.generation.decode_attention import use_decode_attention
     from dsserve.kernels.ops import load_ops
     from dsserve.packing import can_pack, pack_weights
 

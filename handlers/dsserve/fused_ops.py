@@ -2,7 +2,7 @@
 
 On a CPU they are compiled C++ (`cpu_ops`), on a GPU Triton kernels (`gpu_ops`). An operation is replaced only where the
 fused one gives the same numbers on random input, so other kinds of norm and rotary embedding stay as they are. Does not
-touch matmuls (`packing`) or attention (`generation.decode_attention`).
+touch matmuls (`packing`) or attention (`attention.decode`).
 """
 
 from __future__ import annotations

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
+from dsserve.attention.decode import use_decode_attention
 from dsserve.core.request import GenerationRequest, SamplingParams, TokenEvent
 from dsserve.fused_ops import use_fused_ops
-from dsserve.generation.decode_attention import use_decode_attention
 from dsserve.generation.engine import Engine
 from dsserve.generation.model_runner import ModelRunner
 from dsserve.generation.prefix_cache import PrefixCache

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dsserve.generation.decode_attention import decode_attention
+from dsserve.attention.decode import decode_attention
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is visible")
 LIMIT = {torch.float32: 2e-6, torch.float16: 6e-4, torch.bfloat16: 5e-3}

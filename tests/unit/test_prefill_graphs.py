@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from dsserve.attention.prefill import PROMPT_SPANS
 from dsserve.core.step_plan import Admission, Plan
 from dsserve.generation import prefill_graphs
 from dsserve.generation.kv_cache import SlotLayer
 from dsserve.generation.model_runner import ModelRunner
 from dsserve.generation.prefill_graphs import PrefillGraphs, Shape, most_captured
-from dsserve.generation.prompt_attention import PROMPT_SPANS
 from scripts.random_model import draw_prompts, make_config
 from tests.unit.test_prompt_attention import in_spans
 

@@ -11,10 +11,12 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
 from transformers.masking_utils import sdpa_mask
 
+from dsserve.attention import decode as decode_attention
+from dsserve.attention import prefill as prompt_attention
+from dsserve.attention.prefill import PromptSpans
 from dsserve.core.step_plan import Admission, Plan
-from dsserve.generation import decode_attention, forward_pass, prompt_attention
+from dsserve.generation import forward_pass
 from dsserve.generation.model_runner import ModelRunner
-from dsserve.generation.prompt_attention import PromptSpans
 
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
 LLAMA = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, **HEADS}

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from dsserve.attention.decode import uses_decode_attention
 from dsserve.config.exact_context import check_pass_tokens
 from dsserve.config.handler import YAML_FILE, HandlerConfig
 from dsserve.config.limits import read_limits
@@ -22,7 +23,6 @@ from dsserve.core.request import Limits
 from dsserve.fused_layers import FusedLayer
 from dsserve.generation.batch_scheduler import BatchScheduler
 from dsserve.generation.choice import HostChoice, Launch
-from dsserve.generation.decode_attention import uses_decode_attention
 from dsserve.generation.detokenizer import TextStream
 from dsserve.generation.device_sampler import DeviceSampler
 from dsserve.generation.engine import Engine

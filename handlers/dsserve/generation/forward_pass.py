@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from dsserve.generation.decode_attention import uses_decode_attention
+from dsserve.attention.decode import uses_decode_attention
+from dsserve.attention.prefill import PROMPT_SPANS, PromptSpans, has_flash
 from dsserve.generation.kv_cache import SlotCache
 from dsserve.generation.packed_prompts import PackedPrompts
-from dsserve.generation.prompt_attention import PROMPT_SPANS, PromptSpans, has_flash
 from dsserve.hf_model import model_dtype
 from dsserve.parallel.collectives import agree_on_least
 from dsserve.parallel.kv_heads import head_size

@@ -13,12 +13,12 @@ from typing import Any
 import psutil
 import torch
 
+from dsserve.attention.decode import uses_decode_attention
 from dsserve.config.handler import YAML_FILE, HandlerConfig
 from dsserve.core.errors import LoadError
 from dsserve.core.request import Limits
 from dsserve.core.step_plan import Admission, Plan
 from dsserve.generation import cuda_graphs, prefill_graphs
-from dsserve.generation.decode_attention import uses_decode_attention
 from dsserve.generation.model_runner import KV_STEP, ModelRunner, row_capacity
 from dsserve.generation.packed_prompts import PREFILL_BUCKETS, prefill_bucket
 from dsserve.generation.prefill_memory import PrefillMemory

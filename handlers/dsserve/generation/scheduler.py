@@ -31,7 +31,7 @@ class Scheduler:
         idle_tokens: most tokens of prompts in a step that few or no rows wait for; default: `prefill_tokens`.
         waiting_served_ratio: so many times as many as run, and more than one, must wait and find a free row, for those
             that run to be few. A single prompt is read in parts beside the others, however few they are.
-        by_span: prompts are read by their spans (`prompt_attention`): what they read of the cache needs no mask.
+        by_span: prompts are read by their spans (`attention.prefill`): what they read of the cache needs no mask.
     """
 
     def __init__(

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
+from dsserve.attention.decode import use_decode_attention
 from dsserve.config.handler import YAML_FILE, HandlerConfig
 from dsserve.core.errors import LoadError
 from dsserve.fused_layers import can_fuse_layers, use_fused_layers
 from dsserve.fused_ops import use_fused_ops
-from dsserve.generation.decode_attention import use_decode_attention
 from dsserve.generation.prefill_graphs import MOST_TOKENS
 from dsserve.kernels.ops import load_ops
 from dsserve.packing import can_pack, pack_weights

@@ -4,7 +4,7 @@ torch's attention with a mask reads every row up to the length of the longest on
 and gives each head to one block, which leaves most of a GPU idle at few rows. Here a row's heads share what they read,
 tiles that the mask hides are skipped, and a row is split over blocks whose parts are put together afterwards
 (flash-decoding, Dao et al. 2023). Covers decode steps of models that use transformers' attention interface; prefill
-goes to torch, that of several prompts by `prompt_attention`.
+goes to torch, that of several prompts by `prefill`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from dsserve.generation.prompt_attention import PROMPT_SPANS, attend_by_prompt
+from dsserve.attention.prefill import PROMPT_SPANS, attend_by_prompt
 
 NAME = "dsserve_decode"
 TILE = 64  # tokens that a block reads at a time
@@ -76,7 +76,7 @@ def decode_attention(
     Returns:
         `[n, H, 1, D]`.
     """
-    from dsserve.generation.decode_attention_kernel import launch
+    from dsserve.attention.decode_triton import launch
 
     return launch(query, key, value, mask, scale, TILE, _blocks(query.device))
 

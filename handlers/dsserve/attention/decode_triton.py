@@ -1,4 +1,4 @@
-"""The Triton kernels of `decode_attention`. Imported on first use only, where Triton is installed."""
+"""The Triton kernels of `decode`. Imported on first use only, where Triton is installed."""
 
 # mypy: disable-error-code="no-untyped-def"
 
@@ -83,7 +83,7 @@ def launch(
     tile: int,
     blocks: int,
 ) -> torch.Tensor:
-    """See `decode_attention`; tokens of a row are split so that about `blocks` blocks run."""
+    """See `decode`; tokens of a row are split so that about `blocks` blocks run."""
     rows, heads, _, dim = query.shape
     kv_heads, length = key.shape[1], key.shape[2]
     group = heads // kv_heads
