@@ -26,7 +26,7 @@ STATES = "keep states of their own"
 # Architectures that are refused, what the line says, and whether `make test` tries them.
 REFUSED: dict[str, tuple[list[str], bool]] = {
     "falcon_rw": (["FalconForCausalLM", "ValueError", "modeling_falcon.py", "warm-up"], True),
-    "gemma3n": (["Gemma3nForCausalLM", "kv_cache.py"], False),
+    "gemma3n": (["Gemma3nForCausalLM", "cache.py"], False),
     "deepseek_v32": (["DeepseekV32ForCausalLM", "update_indexer"], True),
     "inkling": (["InklingForCausalLM", "conv state"], False),
     "gpt_neo": (["GPTNeo", "self-check"], False),

@@ -13,9 +13,9 @@ from dsserve.generation.choice import HostChoice
 from dsserve.generation.device_sampler import DeviceSampler
 from dsserve.generation.engine import Engine
 from dsserve.generation.model_runner import ModelRunner
-from dsserve.generation.prefix_cache import PrefixCache
 from dsserve.generation.runner import StepLogits
 from dsserve.generation.scheduler import Scheduler
+from dsserve.kv.prefix_cache import PrefixCache
 from dsserve.parallel.rank import RankInfo, select_device
 from tests.distributed.steps import make_engine
 from tests.schedules import CONTEXT, EOS, KEPT, PART, SLOTS, Schedule, differences, draw_less, make_text, play

@@ -11,9 +11,9 @@ from dsserve.core.request import GenerationRequest, SamplingParams, TokenEvent
 from dsserve.fused_ops import use_fused_ops
 from dsserve.generation.engine import Engine
 from dsserve.generation.model_runner import ModelRunner
-from dsserve.generation.prefix_cache import PrefixCache
 from dsserve.generation.scheduler import Scheduler
 from dsserve.kernels.ops import load_ops
+from dsserve.kv.prefix_cache import PrefixCache
 from dsserve.packing import pack_weights
 from dsserve.parallel.rank import RankInfo, select_device
 from tests.distributed.steps import make_engine

@@ -8,9 +8,9 @@ import torch
 from dsserve.core.request import GenerationRequest, TokenEvent
 from dsserve.core.step_plan import Plan
 from dsserve.generation.engine import MOST_MEMORY_FAILURES, Engine
-from dsserve.generation.prefix_cache import PrefixCache
 from dsserve.generation.runner import StepLogits
 from dsserve.generation.scheduler import Scheduler
+from dsserve.kv.prefix_cache import PrefixCache
 from dsserve.parallel.rank import RankInfo
 from tests.unit.test_metrics import FakeRunner, Letters
 

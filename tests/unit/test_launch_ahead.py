@@ -23,9 +23,9 @@ from dsserve.generation.device_sampler import DeviceSampler
 from dsserve.generation.engine import Engine
 from dsserve.generation.model_runner import ModelRunner
 from dsserve.generation.observer import Observer, Step
-from dsserve.generation.prefix_cache import PrefixCache
 from dsserve.generation.runner import StepLogits
 from dsserve.generation.scheduler import Scheduler
+from dsserve.kv.prefix_cache import PrefixCache
 from dsserve.parallel.plan_channel import PlanChannel
 from dsserve.parallel.rank import RankInfo
 from tests.schedules import (

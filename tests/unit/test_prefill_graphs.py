@@ -16,9 +16,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from dsserve.attention.prefill import PROMPT_SPANS
 from dsserve.core.step_plan import Admission, Plan
 from dsserve.generation import prefill_graphs
-from dsserve.generation.kv_cache import SlotLayer
 from dsserve.generation.model_runner import ModelRunner
 from dsserve.generation.prefill_graphs import PrefillGraphs, Shape, most_captured
+from dsserve.kv.cache import SlotLayer
 from scripts.random_model import draw_prompts, make_config
 from tests.unit.test_prompt_attention import in_spans
 
@@ -66,7 +66,7 @@ def runners(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(prefill_graphs, "capture", capture)
     monkeypatch.setattr(SlotLayer, "_write", write)
     # A CPU's own operation, if another test has loaded it, takes no negative cells.
-    monkeypatch.setattr("dsserve.generation.kv_cache.loaded_ops", lambda device: None)
+    monkeypatch.setattr("dsserve.kv.cache.loaded_ops", lambda device: None)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(make_config("llama-tiny", torch.float32)).eval()
     for weight in (weight for weight in model.parameters() if weight.dim() > 1):

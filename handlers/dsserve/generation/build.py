@@ -33,12 +33,12 @@ from dsserve.generation.long_check import LongCheck
 from dsserve.generation.model_runner import ModelRunner
 from dsserve.generation.observer import Observer
 from dsserve.generation.prefill_memory import PrefillMemory
-from dsserve.generation.prefix_cache import PrefixCache
 from dsserve.generation.runner import Runner
 from dsserve.generation.scheduler import Scheduler
 from dsserve.generation.tuning import tune
 from dsserve.generation.warmup import verify_runner, warm_up, warm_up_batches
 from dsserve.hf_model import LoadedModel, model_dtype
+from dsserve.kv.prefix_cache import PrefixCache
 from dsserve.load_clock import LoadClock
 from dsserve.parallel.rank import RankInfo
 from dsserve.self_check import SelfCheck

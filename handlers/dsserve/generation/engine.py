@@ -25,11 +25,11 @@ from dsserve.generation.flight import Flight
 from dsserve.generation.grammar import GrammarCompiler
 from dsserve.generation.observer import Observer
 from dsserve.generation.packed_prompts import PREFILL_BUCKETS
-from dsserve.generation.prefix_cache import PrefixCache
 from dsserve.generation.runner import Runner
 from dsserve.generation.sampler import SamplingState
 from dsserve.generation.scheduler import Scheduler
 from dsserve.generation.sequence import Sequence, ending_ids
+from dsserve.kv.prefix_cache import PrefixCache
 from dsserve.parallel.plan_channel import PlanChannel
 from dsserve.parallel.rank import RankInfo
 

@@ -1,7 +1,7 @@
 """How many rows the KV cache gets: what is free beside weights and passes, in rows of a whole context.
 
 On a GPU passes of prompts are carried out to see what they take. Covers AutoTP's engine; kernel injection has its
-workspace (`injection.workspace`). Allocates nothing that stays (`kv_cache`) and sets no limits (`limits`).
+workspace (`injection.workspace`). Allocates nothing that stays (`kv.cache`) and sets no limits (`limits`).
 """
 
 from __future__ import annotations
