@@ -6,8 +6,8 @@ import torch
 from hypothesis import strategies as st
 
 from dsserve.core.request import GenerationRequest, SamplingParams
-from dsserve.generation.choice import Launch
-from dsserve.generation.sampler import SamplingState
+from dsserve.sampling.pending import Launch
+from dsserve.sampling.sampler import SamplingState
 
 KINDS = ["plain", "plain", "ties", "equal", "few", "holes", "broken"]
 

@@ -13,9 +13,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dsserve.core.request import GenerationRequest, SamplingParams, StopConditions, TokenEvent
 from dsserve.generation.detokenizer import TextStream
-from dsserve.generation.device_draw import draw
 from dsserve.generation.engine import Engine
 from dsserve.parallel.rank import RankInfo
+from dsserve.sampling.gpu_draw import draw
 from tests.streams import more
 
 SLOTS, KEPT, PART, CONTEXT, EOS, VOCABULARY = 3, 2, 20, 48, 5, 40
@@ -42,7 +42,8 @@ def make_llama() -> LlamaForCausalLM:
 
 
 def draw_less(share: float) -> Callable[..., torch.Tensor]:
-    """A `device_draw.draw` that leaves so many of the sampled rows to the host; which ones lies in their numbers."""
+    """A `sampling.gpu_draw.draw` that leaves so many of the sampled rows to the host; which ones lies in their
+    numbers."""
 
     def draw_some(logits: torch.Tensor, numbers: torch.Tensor, with_rules: bool) -> torch.Tensor:
         left = ((numbers[:, 0] * 1000).frac() < share) & (numbers[:, 1] > 0)

@@ -11,9 +11,9 @@ from ts.protocol.otf_message_handler import create_predict_response
 
 from dsserve.core.request import GenerationRequest, Limits, TokenEvent
 from dsserve.generation.call_length import CallLength
-from dsserve.generation.grammar import GrammarCompiler
 from dsserve.protocol.batch import LiveBatch
 from dsserve.protocol.served import ServedModel
+from dsserve.sampling.grammar import GrammarCompiler
 from tests.contexts import make_context
 
 

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from dsserve.core.request import Limits, TokenEvent
-from dsserve.generation.grammar import GrammarCompiler
 from dsserve.protocol import batch
 from dsserve.protocol.served import ServedModel
+from dsserve.sampling.grammar import GrammarCompiler
 from tests.contract.rank0 import Worker, body, make_tokenizer, served_model
 from tests.schemas import DEAD_ENDS, ENDLESS, TOO_COMPLEX, WIDTH, WRAPS, byte_tokenizer, chain, nested
 

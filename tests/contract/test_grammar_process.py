@@ -19,7 +19,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dsserve.generation.grammar_process import (
+from dsserve.protocol.schema_bounds import REACH
+from dsserve.protocol.structured import _schema_grammar
+from dsserve.sampling.grammar_process import (
     CLOCK_S,
     MEMORY_BYTES,
     VERDICT_S,
@@ -28,9 +30,7 @@ from dsserve.generation.grammar_process import (
     Verdict,
     limit_this_process,
 )
-from dsserve.generation.matcher import Vocabulary
-from dsserve.protocol.schema_bounds import REACH
-from dsserve.protocol.structured import _schema_grammar
+from dsserve.sampling.matcher import Vocabulary
 from tests.schemas import ENDLESS, GOOD, TOO_COMPLEX, WIDTH, WRAPS, byte_tokenizer, chain, text
 from tests.waiting import wait_for
 
@@ -124,7 +124,7 @@ def test_a_process_that_is_stopped_is_given_up_in_time(
     process: GrammarProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     judge(process, {})
-    monkeypatch.setattr("dsserve.generation.grammar_process.VERDICT_S", 1.5)
+    monkeypatch.setattr("dsserve.sampling.grammar_process.VERDICT_S", 1.5)
     started = time.monotonic()
     kill_while_it_compiles(process, lambda pid: os.kill(pid, signal.SIGSTOP))
     assert time.monotonic() - started < 2.5
@@ -148,8 +148,8 @@ def test_it_has_no_files_of_ours_and_says_nothing(process: GrammarProcess, capfd
 
 _OWNER = """
 import sys, threading
-from dsserve.generation.grammar_process import GrammarProcess
-from dsserve.generation.matcher import Vocabulary
+from dsserve.sampling.grammar_process import GrammarProcess
+from dsserve.sampling.matcher import Vocabulary
 from dsserve.protocol.structured import _schema_grammar
 from tests.schemas import ENDLESS, WIDTH, byte_tokenizer
 process = GrammarProcess(Vocabulary.of(byte_tokenizer(), WIDTH, frozenset({256})))

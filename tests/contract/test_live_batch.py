@@ -9,7 +9,7 @@ import pytest
 
 from dsserve.core.errors import RequestError
 from dsserve.core.request import TokenEvent
-from dsserve.generation.grammar import GrammarError
+from dsserve.sampling.grammar import GrammarError
 from tests.contract.rank0 import Worker, body, done, served_model
 
 

@@ -13,9 +13,9 @@ from transformers import AutoTokenizer
 
 from dsserve.core.errors import RequestError
 from dsserve.core.request import Limits
-from dsserve.generation.grammar import GrammarCompiler
 from dsserve.protocol.routes import answer
 from dsserve.protocol.served import ServedModel
+from dsserve.sampling.grammar import GrammarCompiler
 from tests.contract.rank0 import Worker
 
 

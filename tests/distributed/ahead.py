@@ -7,16 +7,16 @@ from typing import Any
 import torch
 
 from dsserve.core.step_plan import Plan
-from dsserve.generation import device_sampler
 from dsserve.generation import engine as engine_module
-from dsserve.generation.choice import HostChoice
-from dsserve.generation.device_sampler import DeviceSampler
 from dsserve.generation.engine import Engine
 from dsserve.generation.model_runner import ModelRunner
 from dsserve.generation.runner import StepLogits
 from dsserve.generation.scheduler import Scheduler
 from dsserve.kv.prefix_cache import PrefixCache
 from dsserve.parallel.rank import RankInfo, select_device
+from dsserve.sampling import gpu_sampler
+from dsserve.sampling.gpu_sampler import DeviceSampler
+from dsserve.sampling.pending import HostChoice
 from tests.distributed.steps import make_engine
 from tests.schedules import CONTEXT, EOS, KEPT, PART, SLOTS, Schedule, differences, draw_less, make_text, play
 
@@ -43,7 +43,7 @@ def texts(path: str, seeds: list[int], share: float, device_type: str = "cpu") -
     rank = RankInfo.from_env()
     device = select_device(device_type, rank)
     module = make_engine(path, "fp32", device_type).module
-    device_sampler.draw = draw_less(share)
+    gpu_sampler.draw = draw_less(share)
     engine_module.STEPS_AFTER_VOID = 2
     runners = [Counting(module, SLOTS, CONTEXT, device, KEPT) for _ in range(2)]
     engines = [make(runner, rank, device, ahead) for runner, ahead in zip(runners, (False, True), strict=True)]

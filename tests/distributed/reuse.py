@@ -7,11 +7,11 @@ from typing import Any
 import torch
 
 from dsserve.core.request import GenerationRequest, SamplingParams
-from dsserve.generation.choice import HostChoice
-from dsserve.generation.device_sampler import DeviceSampler
 from dsserve.generation.engine import Engine
 from dsserve.generation.model_runner import ModelRunner
 from dsserve.parallel.rank import RankInfo, select_device
+from dsserve.sampling.gpu_sampler import DeviceSampler
+from dsserve.sampling.pending import HostChoice
 from tests.distributed.steps import make_engine
 from tests.streams import Numbers, more
 

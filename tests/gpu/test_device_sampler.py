@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsserve.core.request import SamplingParams
-from dsserve.generation.choice import HostChoice
-from dsserve.generation.device_sampler import DeviceSampler
+from dsserve.sampling.gpu_sampler import DeviceSampler
+from dsserve.sampling.pending import HostChoice
 from tests.sampling import KINDS, assert_same, make_logits, params, states_of
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is visible")

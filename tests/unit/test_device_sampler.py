@@ -12,10 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dsserve.core.request import SamplingParams
-from dsserve.generation.choice import HostChoice
-from dsserve.generation.device_draw import ROW_NUMBERS, draw, row_numbers
-from dsserve.generation.device_sampler import DeviceSampler
-from dsserve.generation.sampler import choose
+from dsserve.sampling.gpu_draw import ROW_NUMBERS, draw, row_numbers
+from dsserve.sampling.gpu_sampler import DeviceSampler
+from dsserve.sampling.pending import HostChoice
+from dsserve.sampling.sampler import choose
 from tests.sampling import KINDS, assert_same, make_logits, params, states_of
 
 CPU = torch.device("cpu")
@@ -108,7 +108,7 @@ def test_another_devices_rounding_changes_no_token(
     expected = choose(logits, states_of(rows))
     sampler = DeviceSampler(len(rows), width, CPU)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dsserve.generation.device_sampler.draw", _draw_rounding_otherwise)
+        patch.setattr("dsserve.sampling.gpu_sampler.draw", _draw_rounding_otherwise)
         assert sampler.launch(logits, states_of(rows)).read() == expected
 
 

@@ -15,14 +15,14 @@ import torch
 from dsserve.core.errors import RequestError
 from dsserve.core.request import GenerationRequest, SamplingParams, TokenEvent
 from dsserve.core.step_plan import Plan
-from dsserve.generation.choice import HostChoice, Launch
-from dsserve.generation.device_sampler import DeviceSampler
 from dsserve.generation.engine import Engine
-from dsserve.generation.faults import Fault, attempt, describe
-from dsserve.generation.grammar import GrammarCompiler, GrammarError
 from dsserve.generation.runner import StepLogits
-from dsserve.generation.sampler import SamplingState
 from dsserve.parallel.rank import RankInfo
+from dsserve.sampling.faults import Fault, attempt, describe
+from dsserve.sampling.gpu_sampler import DeviceSampler
+from dsserve.sampling.grammar import GrammarCompiler, GrammarError
+from dsserve.sampling.pending import HostChoice, Launch
+from dsserve.sampling.sampler import SamplingState
 from tests.sampling import make_logits, states_of
 from tests.unit.test_detokenizer import byte_level
 from tests.unit.test_metrics import EOS, SLOTS, VOCABULARY, FakeRunner, Letters
@@ -129,7 +129,7 @@ def test_a_device_that_cannot_choose_leaves_the_step_to_the_host(
 
     logits = make_logits(0, len(ROWS), WIDTH, 3.0, torch.float32, "plain")
     expected = HostChoice(logits, states_of(ROWS)).read()
-    monkeypatch.setattr("dsserve.generation.device_sampler.draw", fail)
+    monkeypatch.setattr("dsserve.sampling.gpu_sampler.draw", fail)
     choice, states = DeviceSampler(len(ROWS), WIDTH, CPU).launch(logits, own := states_of(ROWS)), own
     assert choice.read() == expected and choice.revised
     assert not any(state.fault for state in states)

@@ -16,10 +16,8 @@ from transformers import LlamaForCausalLM
 
 from dsserve.core.request import GenerationRequest, SamplingParams, StopConditions
 from dsserve.core.step_plan import Admission, Plan
-from dsserve.generation import cuda_graphs, device_sampler
-from dsserve.generation.choice import HostChoice
+from dsserve.generation import cuda_graphs
 from dsserve.generation.cuda_graphs import DecodeGraphs
-from dsserve.generation.device_sampler import DeviceSampler
 from dsserve.generation.engine import Engine
 from dsserve.generation.model_runner import ModelRunner
 from dsserve.generation.observer import Observer, Step
@@ -28,6 +26,9 @@ from dsserve.generation.scheduler import Scheduler
 from dsserve.kv.prefix_cache import PrefixCache
 from dsserve.parallel.plan_channel import PlanChannel
 from dsserve.parallel.rank import RankInfo
+from dsserve.sampling import gpu_sampler
+from dsserve.sampling.gpu_sampler import DeviceSampler
+from dsserve.sampling.pending import HostChoice
 from tests.schedules import (
     CONTEXT,
     EOS,
@@ -99,7 +100,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
         return graph, graph.out
 
     Graph.captured.clear()
-    for module in (cuda_graphs, device_sampler):
+    for module in (cuda_graphs, gpu_sampler):
         monkeypatch.setattr(module, "capture", capture)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda *_: 0)
     return request.param
@@ -185,7 +186,7 @@ def test_rows_that_are_left_to_the_host_change_no_text(
     monkeypatch.setattr("dsserve.generation.engine.STEPS_AFTER_VOID", 2)
     schedule = Schedule.draw(seed)
     expected = play(make(False), ALONE, schedule, cancel=False)
-    monkeypatch.setattr(device_sampler, "draw", draw_less(share))
+    monkeypatch.setattr(gpu_sampler, "draw", draw_less(share))
     engine = make(True)
     assert differences(schedule, expected, play(engine, ALONE, schedule)) == []
     assert any(plan.rewind for plan in plans_of(engine))
@@ -263,7 +264,7 @@ def test_rows_that_panic_change_no_other_text(
 ) -> None:
     if seed % 2:  # and some steps are void
         monkeypatch.setattr("dsserve.generation.engine.STEPS_AFTER_VOID", 2)
-        monkeypatch.setattr(device_sampler, "draw", draw_less(0.4))
+        monkeypatch.setattr(gpu_sampler, "draw", draw_less(0.4))
     schedule, counter = Schedule.draw(seed), Counter()
     engine = make(True, counter)
     broken = break_some(engine, kind, every=2)
@@ -363,7 +364,7 @@ def test_no_step_meets_rows_that_need_the_host(make: Make, more: dict[str, Any])
 
 def test_a_void_step_is_taken_back_on_all_ranks(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """And none is launched ahead for a while."""
-    monkeypatch.setattr(device_sampler, "draw", draw_less(1.0))
+    monkeypatch.setattr(gpu_sampler, "draw", draw_less(1.0))
     engine = make(True)
     sampling = SamplingParams(1.0, seed=3)
     engine.admit(GenerationRequest("a", (7, 8, 9), 40, sampling, StopConditions(ignore_eos=True)))

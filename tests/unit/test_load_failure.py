@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from dsserve.core.errors import LoadError
-from dsserve.generation.blocks import weigh
 from dsserve.load_failure import explain
 from dsserve.load_guard import LoadGuard
+from dsserve.sampling.inverse_cdf import weigh
 
 
 def raised(call: Callable[[], object]) -> BaseException:
@@ -28,7 +28,7 @@ def test_a_load_error_stays_itself() -> None:
 
 def test_a_bug_of_ours_can_be_recognised_by_type_and_place() -> None:
     text = str(explain(raised(lambda: weigh(None, None)), "LlamaForCausalLM", "warm-up"))  # type: ignore[arg-type]
-    for word in ("LlamaForCausalLM", "warm-up", "TypeError", "blocks.py:"):
+    for word in ("LlamaForCausalLM", "warm-up", "TypeError", "inverse_cdf.py:"):
         assert word in text
     assert "\n" not in text
 

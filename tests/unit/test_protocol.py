@@ -14,13 +14,13 @@ from transformers import PreTrainedTokenizerFast
 
 from dsserve.core.errors import RequestError
 from dsserve.core.request import GenerationRequest, Limits, SamplingParams, StopConditions, TokenEvent
-from dsserve.generation.grammar import GrammarCompiler
 from dsserve.protocol.plain_endpoint import generate
 from dsserve.protocol.prompt import encode_messages
 from dsserve.protocol.reply import JsonReply, PlainReply, SseReply
 from dsserve.protocol.rows import read_body
 from dsserve.protocol.schema import GenerateBody, parse_body
 from dsserve.protocol.served import ServedModel
+from dsserve.sampling.grammar import GrammarCompiler
 
 LIMITS = Limits(max_model_len=32, max_new_tokens_default=16, max_new_tokens_limit=24)
 JSON = "application/json"

@@ -12,10 +12,10 @@ from transformers import PreTrainedTokenizerFast
 
 from dsserve.core.errors import RequestError
 from dsserve.core.request import Limits, TokenEvent, TokenLogprob
-from dsserve.generation.grammar import GrammarCompiler
 from dsserve.protocol.bounds import REPLY_BYTES
 from dsserve.protocol.routes import answer
 from dsserve.protocol.served import ServedModel
+from dsserve.sampling.grammar import GrammarCompiler
 
 PIECES = ["a", "Ċ" * 40, "ðŁĻĤ", "ðŁ", "\x00"[:0] + "Ā" * 9, "é" * 5, '"' * 7, "word", "<end>", *"bcdefghijklmnopqrst"]
 LEAST: dict[str, dict[str, Any]] = {

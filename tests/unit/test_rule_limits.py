@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from dsserve.core.request import GenerationRequest, SamplingParams
-from dsserve.generation import candidates
-from dsserve.generation.candidates import Rules, find_candidates
-from dsserve.generation.choice import HostChoice
-from dsserve.generation.device_draw import row_numbers
-from dsserve.generation.device_sampler import DeviceSampler
-from dsserve.generation.logits_edits import edit_logits
-from dsserve.generation.sampler import SamplingState, choose, edit
-from dsserve.generation.token_history import TokenHistory
+from dsserve.sampling import filters as candidates
+from dsserve.sampling.filters import Rules, find_candidates
+from dsserve.sampling.gpu_draw import row_numbers
+from dsserve.sampling.gpu_sampler import DeviceSampler
+from dsserve.sampling.penalties import edit_logits
+from dsserve.sampling.pending import HostChoice
+from dsserve.sampling.sampler import SamplingState, choose, edit
+from dsserve.sampling.token_history import TokenHistory
 
 CPU, OFF = torch.device("cpu"), float("-inf")
 # Probabilities that fp64 holds exactly: 1/2, 1/4, 1/8, 1/8 of tokens 1, 3, 5, 7, in natural logarithms.

@@ -23,19 +23,12 @@ from transformers import (
 )
 
 from dsserve.core.request import GenerationRequest, SamplingParams
-from dsserve.generation.candidates import FIRST, Candidates, find_candidates, find_top
-from dsserve.generation.logits_edits import pack, unpack
-from dsserve.generation.sampler import (
-    SamplingState,
-    choose,
-    choose_greedily,
-    draw_from_all,
-    edit,
-    report_logprobs,
-)
-from dsserve.generation.temperature import scale, scaled
-from dsserve.generation.token_history import TokenCounts
-from dsserve.generation.uniforms import Uniforms
+from dsserve.sampling.filters import FIRST, Candidates, find_candidates, find_top
+from dsserve.sampling.penalties import pack, unpack
+from dsserve.sampling.random_stream import Uniforms
+from dsserve.sampling.sampler import SamplingState, choose, choose_greedily, draw_from_all, edit, report_logprobs
+from dsserve.sampling.temperature import scale, scaled
+from dsserve.sampling.token_history import TokenCounts
 
 LOGITS = torch.randn(200, generator=torch.Generator().manual_seed(7)) * 4
 PROMPT = (3, 4, 5, 3)

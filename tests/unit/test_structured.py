@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from dsserve.core.errors import RequestError
-from dsserve.generation.grammar import GrammarCompiler, GrammarError
-from dsserve.generation.matcher import make_matcher
 from dsserve.protocol.openai_schema import ResponseFormat, Tool
 from dsserve.protocol.structured import _schema_grammar, call_grammar, check_tools, response_grammar
+from dsserve.sampling.grammar import GrammarCompiler, GrammarError
+from dsserve.sampling.matcher import make_matcher
 from tests.schemas import DEAD_ENDS, GOOD, TOO_COMPLEX, WIDTH, WRAPS, byte_tokenizer, chain, closed, nested, text
 
 
@@ -135,7 +135,7 @@ def test_a_grammar_is_compiled_once_for_all_its_texts(
         compiled.append(grammar)
         return make_matcher(tokens, grammar)
 
-    monkeypatch.setattr("dsserve.generation.grammar.make_matcher", count)
+    monkeypatch.setattr("dsserve.sampling.grammar.make_matcher", count)
     grammars = [grammar_of({"const": number}, compiler) for number in range(20)]
     for grammar in grammars[-5:]:
         for _ in range(20):
@@ -151,19 +151,19 @@ def test_what_is_kept_is_bounded_in_bytes_and_the_last_used_stays(
     first, *others = [grammar_of({"const": f"kept {number}"}, compiler) for number in range(4)]
     compiler.start(first)
     size = max(kept.nbytes for kept in compiler._compiled.values())
-    monkeypatch.setattr("dsserve.generation.grammar._KEPT_BYTES", 2.5 * size)
+    monkeypatch.setattr("dsserve.sampling.grammar._KEPT_BYTES", 2.5 * size)
     last = grammar_of({"const": "the last one"}, compiler)
     assert first in compiler._compiled and last in compiler._compiled and others[-1] not in compiler._compiled
 
 
 def test_refusals_are_kept_and_bounded(compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dsserve.generation.grammar._KEPT_REFUSALS", 3)
+    monkeypatch.setattr("dsserve.sampling.grammar._KEPT_REFUSALS", 3)
     compiler._refused.clear()
     for number in range(6):
         with pytest.raises(RequestError):
             grammar_of({"type": f"no{number}"}, compiler)
     assert len(compiler._refused) == 3
-    monkeypatch.setattr("dsserve.generation.grammar_process.GrammarProcess.judge", None)  # it is not asked again
+    monkeypatch.setattr("dsserve.sampling.grammar_process.GrammarProcess.judge", None)  # it is not asked again
     with pytest.raises(RequestError, match="Invalid type: no5"):
         grammar_of({"type": "no5"}, compiler)
 

@@ -12,12 +12,12 @@ from collections.abc import Callable
 import torch
 
 from dsserve.core.request import TokenEvent, TokenLogprob
-from dsserve.generation.faults import Fault, attempt, describe
 from dsserve.generation.flight import Flight
 from dsserve.generation.observer import Observer, Outcome, Step
-from dsserve.generation.sampler import note, report_logprobs
 from dsserve.generation.scheduler import Scheduler
 from dsserve.generation.sequence import Sequence
+from dsserve.sampling.faults import Fault, attempt, describe
+from dsserve.sampling.sampler import note, report_logprobs
 
 logger = logging.getLogger(__name__)
 

@@ -22,11 +22,8 @@ from dsserve.core.errors import LoadError, first_line
 from dsserve.core.request import Limits
 from dsserve.fused_layers import FusedLayer
 from dsserve.generation.batch_scheduler import BatchScheduler
-from dsserve.generation.choice import HostChoice, Launch
 from dsserve.generation.detokenizer import TextStream
-from dsserve.generation.device_sampler import DeviceSampler
 from dsserve.generation.engine import Engine
-from dsserve.generation.grammar import GrammarCompiler
 from dsserve.generation.kernel_runner import KernelRunner
 from dsserve.generation.kv_plan import measure_passes, plan_kv_rows
 from dsserve.generation.long_check import LongCheck
@@ -41,6 +38,9 @@ from dsserve.hf_model import LoadedModel, model_dtype
 from dsserve.kv.prefix_cache import PrefixCache
 from dsserve.load_clock import LoadClock
 from dsserve.parallel.rank import RankInfo
+from dsserve.sampling.gpu_sampler import DeviceSampler
+from dsserve.sampling.grammar import GrammarCompiler
+from dsserve.sampling.pending import HostChoice, Launch
 from dsserve.self_check import SelfCheck
 
 logger = logging.getLogger(__name__)

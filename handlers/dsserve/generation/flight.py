@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dsserve.core.step_plan import Plan
-from dsserve.generation.choice import Choice
 from dsserve.generation.runner import StepLogits
 from dsserve.generation.sequence import Sequence
+from dsserve.sampling.pending import Choice
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from dsserve.core.request import FinishReason, GenerationRequest, Origin, TokenE
 from dsserve.core.timeline import Timeline
 from dsserve.core.token_ids import TokenIds
 from dsserve.generation.detokenizer import TextStream
-from dsserve.generation.sampler import SamplingState, report_logprobs
+from dsserve.sampling.sampler import SamplingState, report_logprobs
 
 # Rows of a prompt's logits that are converted to fp32 together.
 _REPORTED_AT_ONCE = 128

@@ -2,7 +2,7 @@
 
 A compiler of schemas recurses, and its stack ends the process: it dies of 1,100 references in a chain. Its time grows
 with the square of some counts. What is within these bounds and costs too much all the same is found out in a process
-of its own (`generation.grammar_process`). Nothing here recurses. Knows no grammar (`structured`).
+of its own (`sampling.grammar_process`). Nothing here recurses. Knows no grammar (`structured`).
 """
 
 from __future__ import annotations

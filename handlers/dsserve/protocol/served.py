@@ -11,10 +11,10 @@ from importlib.metadata import version
 from typing import Any
 
 from dsserve.core.request import Limits
-from dsserve.generation.grammar import GrammarCompiler
 from dsserve.hf_model import LoadedModel, model_dtype
 from dsserve.protocol.reply_size import TokenSizes
 from dsserve.protocol.token_text import TokenText
+from dsserve.sampling.grammar import GrammarCompiler
 
 
 @dataclass(frozen=True)

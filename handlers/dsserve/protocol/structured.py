@@ -1,4 +1,4 @@
-"""`response_format` and demanded calls to grammars. Matching is `generation.grammar`'s, bounds are `schema_bounds`'."""
+"""`response_format` and demanded calls to grammars. Matching is `sampling.grammar`'s, bounds are `schema_bounds`'."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import time
 from typing import Any
 
 from dsserve.core.errors import RequestError
-from dsserve.generation.grammar import GrammarBusyError, GrammarCompiler, GrammarError
-from dsserve.generation.matcher import TOO_COMPLEX
 from dsserve.protocol.openai_schema import FunctionTool, ResponseFormat, Tool
 from dsserve.protocol.schema_bounds import check_schemas
+from dsserve.sampling.grammar import GrammarBusyError, GrammarCompiler, GrammarError
+from dsserve.sampling.matcher import TOO_COMPLEX
 
 # Between JSON's tokens; without a limit small models write blank lines for ever.
 _OPTIONS = {"x-guidance": {"whitespace_pattern": r"[ \n\t]{0,8}"}}

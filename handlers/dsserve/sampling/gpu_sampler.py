@@ -1,6 +1,6 @@
-"""Chooses tokens as `sampler.choose` does, on a GPU: `device_draw` in one CUDA graph for each number of rows.
+"""Chooses tokens as `sampler.choose` does, on a GPU: `gpu_draw` in one CUDA graph for each number of rows.
 
-Every choice is the one of `sampler.choose`, for the same numbers of the same streams. Rows that `device_draw` leaves to
+Every choice is the one of `sampler.choose`, for the same numbers of the same streams. Rows that `gpu_draw` leaves to
 the host go through the sampler's own path, and so does nothing else: a step copies its numbers to the device once and
 its tokens back once, and neither waits for what is queued there. Edits of logits are made before the graph, in its
 input. Rank 0's alone; does not report probabilities.
@@ -15,19 +15,11 @@ from functools import partial
 
 import torch
 
-from dsserve.generation.device_draw import ROW_NUMBERS, draw, is_ruled
-from dsserve.generation.faults import Fault, attempt
-from dsserve.generation.sampler import (
-    SamplingState,
-    choose_edited,
-    edit_in_place,
-    likeliest,
-    note,
-    settle,
-    take_uniforms,
-)
 from dsserve.kernels.cuda_graph import buckets, capture
 from dsserve.kernels.host_copy import Readback, stage
+from dsserve.sampling.faults import Fault, attempt
+from dsserve.sampling.gpu_draw import ROW_NUMBERS, draw, is_ruled
+from dsserve.sampling.sampler import SamplingState, choose_edited, edit_in_place, likeliest, note, settle, take_uniforms
 
 logger = logging.getLogger(__name__)
 

@@ -1,8 +1,8 @@
 """Chooses the next tokens of a step's rows from their logits, on rank 0: greedy, or drawn.
 
 The random stream of a sequence depends on its seed, its index in the request and its position alone: neither
-neighbours, rows, the number of ranks nor CUDA graphs change it. Edits of logits are `logits_edits`', rules that narrow
-the vocabulary `candidates`'.
+neighbours, rows, the number of ranks nor CUDA graphs change it. Edits of logits are `penalties`', rules that narrow
+the vocabulary `filters`'.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ import numpy as np
 import torch
 
 from dsserve.core.request import GenerationRequest, TokenLogprob
-from dsserve.generation.blocks import find_places, sum_blocks, weigh
-from dsserve.generation.candidates import find_candidates, find_top, has_rules
-from dsserve.generation.device_draw import may_find, row_numbers
-from dsserve.generation.faults import Fault, attempt, no_token
-from dsserve.generation.grammar import Grammar
-from dsserve.generation.logits_edits import edit_logits, mask_logits
-from dsserve.generation.temperature import GREEDY_BELOW, clipped, scale
-from dsserve.generation.token_history import TokenHistory
-from dsserve.generation.uniforms import Uniforms
+from dsserve.sampling.faults import Fault, attempt, no_token
+from dsserve.sampling.filters import find_candidates, find_top, has_rules
+from dsserve.sampling.gpu_draw import may_find, row_numbers
+from dsserve.sampling.grammar import Grammar
+from dsserve.sampling.inverse_cdf import find_places, sum_blocks, weigh
+from dsserve.sampling.penalties import edit_logits, mask_logits
+from dsserve.sampling.random_stream import Uniforms
+from dsserve.sampling.temperature import GREEDY_BELOW, clipped, scale
+from dsserve.sampling.token_history import TokenHistory
 
 
 class SamplingState:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from dsserve.generation.matcher import DEAD_END, GrammarError, make_matcher, read_mask
+from dsserve.sampling.matcher import DEAD_END, GrammarError, make_matcher, read_mask
 
 _WALKS = 16
 _CHOICES = 64  # of a walk; forced steps are quick

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from dsserve.generation.grammar import GrammarError
-from dsserve.generation.token_history import TokenHistory
+from dsserve.sampling.grammar import GrammarError
+from dsserve.sampling.token_history import TokenHistory
 
 _NOTHING = np.zeros(0, dtype=np.float32)
 

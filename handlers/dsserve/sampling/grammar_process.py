@@ -28,9 +28,9 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 
-from dsserve.generation.matcher import TOO_COMPLEX, GrammarError, Vocabulary
-from dsserve.generation.rehearsal import rehearse
 from dsserve.parallel.parent_watch import LAUNCH_VARIABLE, die_with_parent
+from dsserve.sampling.matcher import TOO_COMPLEX, GrammarError, Vocabulary
+from dsserve.sampling.rehearsal import rehearse
 
 PROCESSOR_S = 2.0  # of a rehearsal
 CLOCK_S = 4.0  # of a rehearsal; on a busy machine the clock runs faster than the processor

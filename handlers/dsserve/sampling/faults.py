@@ -14,7 +14,7 @@ from traceback import walk_tb
 import torch
 
 from dsserve.core.errors import RequestError
-from dsserve.generation.grammar import GrammarError
+from dsserve.sampling.grammar import GrammarError
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from dsserve.generation.grammar_process import GrammarBusyError, GrammarProcess
-from dsserve.generation.matcher import GrammarError, Vocabulary, make_matcher, read_mask
+from dsserve.sampling.grammar_process import GrammarBusyError, GrammarProcess
+from dsserve.sampling.matcher import GrammarError, Vocabulary, make_matcher, read_mask
 
 __all__ = ["Grammar", "GrammarBusyError", "GrammarCompiler", "GrammarError"]
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from dsserve.core.request import SamplingParams
-from dsserve.generation.blocks import BLOCK, split, sum_blocks, weigh
+from dsserve.sampling.inverse_cdf import BLOCK, split, sum_blocks, weigh
 
 # The likeliest tokens of a row that the rules look at first.
 FIRST = 128

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from dsserve.generation.sampler import SamplingState, choose
+from dsserve.sampling.sampler import SamplingState, choose
 
 
 class Choice(Protocol):

@@ -1,6 +1,6 @@
 """The next token of each row as operations of tensors alone: greedy, drawn from all tokens, or from what rules leave.
 
-What `candidates` and `sampler` do with numpy, row by row and in the same order, for a device that must not wait for the
+What `filters` and `sampler` do with numpy, row by row and in the same order, for a device that must not wait for the
 host: no shape depends on a value, no value leaves the device, so that a CUDA graph can hold it. Covers the likeliest
 `FIRST` tokens; a row whose rules may reach beyond them, whose logits are no numbers, or in which rounding could decide
 otherwise than numpy's gets no token here, but -1. Edits of logits come before.
@@ -11,9 +11,9 @@ from __future__ import annotations
 import torch
 
 from dsserve.core.request import SamplingParams
-from dsserve.generation.blocks import find_places, sum_blocks, weigh
-from dsserve.generation.candidates import FIRST, Rules, find_top, has_rules
-from dsserve.generation.temperature import GREEDY_BELOW, clipped, scaled
+from dsserve.sampling.filters import FIRST, Rules, find_top, has_rules
+from dsserve.sampling.inverse_cdf import find_places, sum_blocks, weigh
+from dsserve.sampling.temperature import GREEDY_BELOW, clipped, scaled
 
 _GREEDY, _FREE, _RULED = 0.0, 1.0, 2.0
 # Numbers of a row, fp64: its kind, temperature, top_k, top_p, min_p, typical_p, and where a rule is off the value that
@@ -66,7 +66,7 @@ def draw(logits: torch.Tensor, numbers: torch.Tensor, with_rules: bool = True) -
 def _draw_with_rules(
     rows: torch.Tensor, total: torch.Tensor, uniforms: torch.Tensor, limits: list[torch.Tensor]
 ) -> torch.Tensor:
-    """`candidates.find_candidates` and `Candidates.draw` for rows `[n, V]` over temperature: tokens or -1, `[n, 1]`.
+    """`filters.find_candidates` and `Candidates.draw` for rows `[n, V]` over temperature: tokens or -1, `[n, 1]`.
 
     Args:
         total: `[n, 1]`, fp64, sum of exp(logit - largest) over the vocabulary.
@@ -85,7 +85,7 @@ def _draw_with_rules(
 def _apply(
     values: torch.Tensor, weights: torch.Tensor, is_whole: bool, total: torch.Tensor, limits: list[torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`candidates._apply` without typical_p, step for step, on the largest logits `[n, k]`, descending.
+    """`filters._apply` without typical_p, step for step, on the largest logits `[n, k]`, descending.
 
     Args:
         weights: exp(logit - largest), fp64.
@@ -111,7 +111,7 @@ def _apply(
 def _typical(values: torch.Tensor, weights: torch.Tensor, mass: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Which tokens are nearest to the distribution's entropy, up to a mass `[n, 1]`, and which were close, `[n, k]`.
 
-    `candidates._typical`; an infinite mass keeps all. Tokens of equal values are equally near on every device; only
+    `filters._typical`; an infinite mass keeps all. Tokens of equal values are equally near on every device; only
     others can change places.
     """
     probabilities = weights / weights.sum(dim=-1, keepdim=True)
