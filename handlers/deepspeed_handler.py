@@ -21,13 +21,14 @@ from dsserve.generation.build import build_engine
 from dsserve.generation.call_length import CallLength
 from dsserve.generation.leader import EngineThread, LeaderEngine
 from dsserve.generation.observer import Observers
-from dsserve.hf_model import LoadedModel, load_model, load_outline, locate_model, max_position, model_dtype
+from dsserve.hf_model import LoadedModel, load_model, load_outline, locate_model, max_position
 from dsserve.injection.attempt import KernelInjection
 from dsserve.load_clock import LoadClock
 from dsserve.load_guard import LoadGuard
 from dsserve.logs import set_serving_level
 from dsserve.metrics import Metrics
 from dsserve.metrics_endpoint import MetricsEndpoint
+from dsserve.modeling.dtype import model_dtype
 from dsserve.parallel.kv_heads import plan_kv_copies
 from dsserve.protocol.batch import LiveBatch
 from dsserve.protocol.served import describe_model

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from dsserve.hf_model import model_dtype
+from dsserve.modeling.dtype import model_dtype
 from dsserve.parallel.kv_heads import head_size
 
 READ_BYTES = {"cuda": 2**32, "cpu": 2**28}

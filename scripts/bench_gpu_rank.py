@@ -23,8 +23,9 @@ from dsserve.core.errors import LoadError
 from dsserve.ds_engine import get_ds_engine
 from dsserve.generation.build import build_engine
 from dsserve.generation.kv_plan import plan_kv_rows
-from dsserve.hf_model import load_model, model_dtype
+from dsserve.hf_model import load_model
 from dsserve.load_clock import LoadClock
+from dsserve.modeling.dtype import model_dtype
 from dsserve.worker.exit import finish_rank
 from scripts.bench_gpu_device import StepBytes, held_bytes, read_bandwidth
 from scripts.bench_gpu_engine import IDLE_STEPS, Group, Watch, summarise, summarise_admission

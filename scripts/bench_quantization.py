@@ -55,9 +55,9 @@ def make_model(shape: str, dtype: torch.dtype, device: torch.device) -> Any:
 def tune(model: Any, device: torch.device) -> None:
     """What the handler replaces after the sharding; see `generation.build`."""
     from dsserve.attention.decode import use_decode_attention
-    from dsserve.fused_ops import use_fused_ops
     from dsserve.kernels.ops import load_ops
-    from dsserve.packing import can_pack, pack_weights
+    from dsserve.modeling.fused_ops import use_fused_ops
+    from dsserve.modeling.linear import can_pack, pack_weights
 
     if can_pack(model):
         pack_weights(model)
@@ -80,7 +80,7 @@ def make_runner(mode: str, shape: str, dtype: torch.dtype, rows: int, steps: int
     """
     from dsserve.generation.model_runner import ModelRunner
     from dsserve.load_clock import own_bytes
-    from dsserve.quantization import check_device, quantize_layers
+    from dsserve.modeling.quantization import check_device, quantize_layers
 
     before, is_deepspeeds = own_bytes(device), mode.startswith(deepspeed_weights.PREFIX)
     if mode != "none" and not is_deepspeeds:

@@ -1,4 +1,5 @@
-"""DeepSpeed's own weight quantization on the layers that `dsserve.quantization` quantizes: for comparison alone.
+"""DeepSpeed's own weight quantization on the layers that `dsserve.modeling.quantization` quantizes: for comparison
+alone.
 
 Its `Quantizer` and `DeQuantizer` (deepspeed.inference.quantization), which its ZeRO-Inference uses on whole fp16 linear
 layers; here around each rank's layers, in any dtype, with the groups of torchao: a row in int8, 32 weights in int4.
@@ -12,8 +13,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from dsserve.packing import ShardedLinear, copy_into, replace_layers
-from dsserve.quantization import INT4_GROUP
+from dsserve.modeling.linear import ShardedLinear, copy_into, replace_layers
+from dsserve.modeling.quantization import INT4_GROUP
 
 PREFIX = "deepspeed-"
 

@@ -1,7 +1,8 @@
 """Perplexity of a model with its weights as they are and quantized, on a fixed English text.
 
 The text is Python's own language reference, which every interpreter carries (`pydoc_data.topics`). One process, the
-layers that a rank alone would run (`dsserve.quantization`). Prints a table and then one JSON line; measures no speed.
+layers that a rank alone would run (`dsserve.modeling.quantization`). Prints a table and then one JSON line; measures no
+speed.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def load(path: str, mode: str, dtype: str, device: torch.device, shuffle: bool =
     """
     from transformers import AutoModelForCausalLM
 
-    from dsserve.quantization import check_device, quantize_layers
+    from dsserve.modeling.quantization import check_device, quantize_layers
 
     model = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[mode if mode in DTYPES else dtype])
     model = model.eval().to(device)

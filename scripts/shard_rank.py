@@ -18,8 +18,9 @@ from dsserve.base_handler import BaseDeepSpeedHandler
 from dsserve.config.handler import read_handler_config
 from dsserve.core.errors import LoadError
 from dsserve.ds_engine import get_ds_engine, read_settings
-from dsserve.hf_model import load_outline, load_weights, locate_model, model_dtype
+from dsserve.hf_model import load_outline, load_weights, locate_model
 from dsserve.load_guard import LoadGuard
+from dsserve.modeling.dtype import model_dtype
 from dsserve.parallel.kv_heads import plan_kv_copies
 from dsserve.shard_manifest import Manifest
 

@@ -68,32 +68,3 @@ def _modules_with_meta_buffers(model: torch.nn.Module) -> Iterator[tuple[str, to
         buffers = [module._buffers.get(name) for name in module._non_persistent_buffers_set]
         if any(buffer is not None and buffer.is_meta for buffer in buffers):
             yield path, module
-
-
-def check_finite(model: torch.nn.Module) -> None:
-    """Raises LoadError, naming the tensors, if a parameter or buffer holds a NaN or an infinite number."""
-    tensors = [*model.named_parameters(), *model.named_buffers()]
-    broken = [name for name, tensor in tensors if tensor.is_floating_point() and not _is_finite(tensor)]
-    if broken:
-        raise LoadError(
-            f"{len(broken)} tensor(s) hold numbers that are not finite in {str(tensors[0][1].dtype)[6:]} "
-            f"({', '.join(broken[:5])}): the file is damaged, or (fp16) they are too large: serve the model in bf16"
-        )
-
-
-def _is_finite(tensor: torch.Tensor) -> bool:
-    """Without a second tensor of its size; NaN counts as least and as largest."""
-    if not tensor.numel():
-        return True
-    least, largest = torch.aminmax(tensor.detach())
-    return bool(torch.isfinite(least) & torch.isfinite(largest))
-
-
-def check_nothing_on_meta(model: torch.nn.Module) -> None:
-    """Raises LoadError, naming the tensors, if a parameter or buffer has still no values."""
-    empty = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
-    if empty:
-        raise LoadError(
-            f"after loading, {len(empty)} tensor(s) have no values ({', '.join(empty[:5])}); set deepspeed.checkpoint "
-            "to load a model made on the meta device, or load it with from_pretrained"
-        )

@@ -19,19 +19,19 @@ from ts.context import Context
 from dsserve import checkpoint
 from dsserve.config.handler import YAML_FILE
 from dsserve.core.errors import LoadError, first_line
-from dsserve.hf_model import model_dtype
 from dsserve.injection.attempt import KernelInjection
 from dsserve.load_clock import LoadClock
 from dsserve.load_failure import is_of_the_machine
+from dsserve.modeling import self_check
+from dsserve.modeling.dtype import convert_parameters, model_dtype, without_deepspeeds_conversion
+from dsserve.modeling.quantization import check_device, quantize_engine
+from dsserve.modeling.self_check import SelfCheck, answers
 from dsserve.parallel.alibi import use_rank_alibi
 from dsserve.parallel.experts import LayerWeights
 from dsserve.parallel.kv_heads import plan_kv_copies, repeat_kv_heads
 from dsserve.parallel.phi3 import use_rank_query_heads
 from dsserve.parallel.process_group import init_process_group
 from dsserve.parallel.rank import RankInfo, many_cores, prepare_environment, select_device
-from dsserve.precision import convert_parameters, without_deepspeeds_conversion
-from dsserve.quantization import check_device, quantize_engine
-from dsserve.self_check import SelfCheck, answers
 
 if TYPE_CHECKING:
     from dsserve.config.deepspeed import DeepSpeedSettings
@@ -135,8 +135,8 @@ def _autotp(load: _Load, model: Any, check: SelfCheck | None) -> Any:
         if load.shards:
             load.shards.fill(engine.module, rank.rank, load.device)
     with load.clock.phase("self-check"):
-        checkpoint.check_nothing_on_meta(engine.module)
-        checkpoint.check_finite(engine.module)
+        self_check.check_nothing_on_meta(engine.module)
+        self_check.check_finite(engine.module)
         _report(engine, rank, settings.tp_size, load.clock.seconds["shard"])
         if rank.is_leader:
             whole.warn_of_whole_experts(engine.module, settings.tp_size)

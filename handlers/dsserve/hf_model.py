@@ -209,11 +209,3 @@ def max_position(model_config: Any) -> int | None:
         if isinstance(value, int):
             return value
     return None
-
-
-def model_dtype(model: torch.nn.Module) -> torch.dtype:
-    """The dtype of the model's first floating-point parameter."""
-    for parameter in model.parameters():
-        if parameter.is_floating_point():
-            return parameter.dtype
-    return torch.float32

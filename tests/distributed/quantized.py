@@ -11,7 +11,7 @@ from dsserve.core.errors import LoadError
 from dsserve.ds_engine import get_ds_engine
 from dsserve.generation.model_runner import ModelRunner
 from dsserve.generation.warmup import verify_runner
-from dsserve.packing import pack_weights
+from dsserve.modeling.linear import pack_weights
 from tests.contexts import make_context
 from tests.distributed.shapes import SHAPES, VOCABULARY, randomize
 

@@ -40,9 +40,9 @@ from dsserve.ds_engine import get_ds_engine
 from dsserve.generation.engine import Engine
 from dsserve.generation.model_runner import ModelRunner
 from dsserve.generation.warmup import verify_runner
-from dsserve.packing import pack_weights
+from dsserve.modeling.linear import pack_weights
+from dsserve.modeling.self_check import SelfCheck
 from dsserve.parallel.rank import RankInfo
-from dsserve.self_check import SelfCheck
 from dsserve.shard_cache import find_shards, write_shards
 from dsserve.shard_manifest import Manifest
 from tests.contexts import make_context

@@ -17,8 +17,8 @@ from dsserve.ds_engine import get_ds_engine
 from dsserve.generation.engine import Engine
 from dsserve.generation.model_runner import ModelRunner
 from dsserve.generation.prefill_graphs import MOST_TOKENS
-from dsserve.generation.tuning import tune
 from dsserve.generation.warmup import verify_runner
+from dsserve.modeling.optimize import tune
 from dsserve.parallel.collectives import all_reduce
 from dsserve.parallel.process_group import init_process_group
 from dsserve.parallel.rank import RankInfo, select_device
@@ -62,7 +62,7 @@ def generate(path: str, dtype: str, step: str) -> dict[str, Any]:
     model = AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval()
     ds_engine = get_ds_engine(model, make_context(path, {"deviceType": "gpu", "deepspeed": {"dtype": dtype}}))
     if step == "fused":
-        said = tune(ds_engine.module, HandlerConfig(model_path=path, max_running=SLOTS), rank, device)
+        said = tune(ds_engine.module, HandlerConfig(model_path=path, max_running=SLOTS), rank, device, MOST_TOKENS)
         layers = model.config.num_hidden_layers
         assert f"{3 * layers + 2} fused operations, {layers} fused layers" in said and "split attention" in said
         assert rank.world_size == 1 or "in the ranks' memory" in said

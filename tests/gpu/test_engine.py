@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from dsserve.self_check import TOLERANCE
+from dsserve.modeling.self_check import TOLERANCE
 from tests.distributed.parts import ARRIVALS, CANCELLED, LONG
 from tests.gpu.steps import NEW_TOKENS, generate, prompts
 from tests.ranks import run_ranks

@@ -18,8 +18,8 @@ from dsserve.generation.batch_scheduler import BatchScheduler
 from dsserve.generation.engine import Engine
 from dsserve.generation.kernel_runner import KernelRunner
 from dsserve.generation.warmup import warm_up_batches
+from dsserve.modeling.self_check import answers
 from dsserve.parallel.rank import RankInfo, select_device
-from dsserve.self_check import answers
 from tests.contexts import make_context
 from tests.injection.cell import forget_kernels
 from tests.injection.models import SIZES, make_model

@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dsserve import checkpoint
 from dsserve.core.errors import LoadError
+from dsserve.modeling import self_check
 
 
 def touch(folder: Path, *names: str) -> None:
@@ -69,4 +70,4 @@ def test_what_is_left_without_values_is_named() -> None:
     with torch.device("meta"):
         model = LlamaForCausalLM(tiny_config())
     with pytest.raises(LoadError, match=r"embed_tokens\.weight"):
-        checkpoint.check_nothing_on_meta(model)
+        self_check.check_nothing_on_meta(model)

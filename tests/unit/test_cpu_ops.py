@@ -14,9 +14,9 @@ from transformers.models.gemma import modeling_gemma
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from dsserve.fused_ops import FusedRMSNorm, FusedRotary, use_fused_ops
 from dsserve.kernels.cpu_ops import is_loaded, load_cpu_ops
 from dsserve.kv.cache import SlotLayer, Window
+from dsserve.modeling.fused_ops import FusedRMSNorm, FusedRotary, use_fused_ops
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 needs_compiler = pytest.mark.skipif(not load_cpu_ops(), reason="g++ or ninja is missing: the operations are not used")

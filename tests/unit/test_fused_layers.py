@@ -14,9 +14,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dsserve.core.errors import LoadError
-from dsserve.fused_layers import FusedLayer, can_fuse_layers, use_fused_layers
-from dsserve.fused_ops import FusedRMSNorm
-from dsserve.packing import ShardedLinear, replace_layers
+from dsserve.modeling.fused_layers import FusedLayer, can_fuse_layers, use_fused_layers
+from dsserve.modeling.fused_ops import FusedRMSNorm
+from dsserve.modeling.linear import ShardedLinear, replace_layers
 from dsserve.parallel import rank_sum
 from dsserve.parallel.rank_sum import RankSum
 from dsserve.parallel.symmetric_memory import Peers
@@ -126,7 +126,7 @@ class Doubled:
 
     def __init__(self, model: Any, monkeypatch: pytest.MonkeyPatch, peers: list[Peers | None]) -> None:
         monkeypatch.setattr(rank_sum, "all_reduce", lambda part: part.mul_(2))
-        monkeypatch.setattr("dsserve.packing.all_reduce", lambda part: part.mul_(2))
+        monkeypatch.setattr("dsserve.modeling.linear.all_reduce", lambda part: part.mul_(2))
         self.plain = model
         for layer in model.model.layers:
             layer.self_attn.o_proj._row_parallel = layer.mlp.down_proj._row_parallel = True

@@ -12,9 +12,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 from dsserve.core.errors import LoadError
+from dsserve.modeling.quantization import QuantizedLinear, check_device, quantize_engine, quantize_layers
+from dsserve.modeling.self_check import SelfCheck
 from dsserve.parallel.rank import RankInfo
-from dsserve.quantization import QuantizedLinear, check_device, quantize_engine, quantize_layers
-from dsserve.self_check import SelfCheck
 
 CPU = torch.device("cpu")
 BF16 = torch.bfloat16
@@ -107,7 +107,7 @@ def test_the_engine_is_held_to_the_quantized_logits(mode: str) -> None:
 
 
 def test_logits_that_rounding_does_not_explain_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dsserve import quantization
+    from dsserve.modeling import quantization
 
     model = small_llama()
     check = SelfCheck.capture(model, BF16)

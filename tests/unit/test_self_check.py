@@ -9,8 +9,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dsserve.core.errors import LoadError
-from dsserve.precision import convert_parameters
-from dsserve.self_check import LENGTH, SelfCheck
+from dsserve.modeling.dtype import convert_parameters
+from dsserve.modeling.self_check import LENGTH, SelfCheck
 
 
 @pytest.fixture(scope="module")

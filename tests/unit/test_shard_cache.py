@@ -16,8 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dsserve import shard_cache
 from dsserve.core.errors import LoadError
+from dsserve.modeling.self_check import SelfCheck
 from dsserve.parallel.rank import RankInfo
-from dsserve.self_check import SelfCheck
 from dsserve.shard_cache import find_shards, write_shards
 from dsserve.shard_manifest import Manifest
 

@@ -8,8 +8,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dsserve.config.handler import HandlerConfig
 from dsserve.core.errors import LoadError
-from dsserve.generation import tuning
-from dsserve.packing import PackedLinear
+from dsserve.modeling import optimize
+from dsserve.modeling.linear import PackedLinear
 from dsserve.parallel.rank import RankInfo
 
 CPU, FIRST_OF_TWO = torch.device("cpu"), RankInfo(0, 0, 2, 2)
@@ -30,21 +30,21 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         values.append(value)
         return 0
 
-    monkeypatch.setattr(tuning, "agree_on_least", least)
-    monkeypatch.setattr(tuning, "load_ops", lambda device: object())
+    monkeypatch.setattr(optimize, "agree_on_least", least)
+    monkeypatch.setattr(optimize, "load_ops", lambda device: object())
     return values
 
 
 def test_a_rank_leaves_what_another_cannot_do(asked: list[int]) -> None:
     model = make()
-    said = tuning.tune(model, HandlerConfig(model_path="m"), FIRST_OF_TWO, CPU)
+    said = optimize.tune(model, HandlerConfig(model_path="m"), FIRST_OF_TWO, CPU)
     assert asked == [1, 1] and said.startswith("0 packed matmuls, 0 fused operations")
     assert not any(isinstance(part, PackedLinear) for part in model.modules())
 
 
 def test_what_must_be_done_is_refused_then(asked: list[int]) -> None:
     with pytest.raises(LoadError, match=r"handler\.pack_weights: true is not possible"):
-        tuning.tune(make(), HandlerConfig(model_path="m", pack_weights=True), FIRST_OF_TWO, CPU)
+        optimize.tune(make(), HandlerConfig(model_path="m", pack_weights=True), FIRST_OF_TWO, CPU)
 
 
 def test_a_layer_whose_weight_the_model_reads_stays() -> None:
@@ -59,5 +59,5 @@ def test_a_layer_whose_weight_the_model_reads_stays() -> None:
 
     model, x = Router(), torch.randn(3, 16)
     expected = model(x)
-    assert tuning.pack_weights(model) == 1 and isinstance(model.other, PackedLinear)
+    assert optimize.pack_weights(model) == 1 and isinstance(model.other, PackedLinear)
     assert torch.allclose(model(x), expected, atol=1e-5)

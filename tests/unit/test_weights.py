@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from dsserve.checkpoint import check_finite
 from dsserve.config.handler import HandlerConfig
 from dsserve.core.errors import LoadError
 from dsserve.hf_model import load_outline, load_weights, locate_model
+from dsserve.modeling.self_check import check_finite
 from dsserve.weights import find_weight_files
 
 SINGLE, INDEX, BIN = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"

@@ -20,7 +20,6 @@ from dsserve.config.handler import YAML_FILE, HandlerConfig
 from dsserve.config.limits import read_limits
 from dsserve.core.errors import LoadError, first_line
 from dsserve.core.request import Limits
-from dsserve.fused_layers import FusedLayer
 from dsserve.generation.batch_scheduler import BatchScheduler
 from dsserve.generation.detokenizer import TextStream
 from dsserve.generation.engine import Engine
@@ -29,19 +28,22 @@ from dsserve.generation.kv_plan import measure_passes, plan_kv_rows
 from dsserve.generation.long_check import LongCheck
 from dsserve.generation.model_runner import ModelRunner
 from dsserve.generation.observer import Observer
+from dsserve.generation.prefill_graphs import MOST_TOKENS
 from dsserve.generation.prefill_memory import PrefillMemory
 from dsserve.generation.runner import Runner
 from dsserve.generation.scheduler import Scheduler
-from dsserve.generation.tuning import tune
 from dsserve.generation.warmup import verify_runner, warm_up, warm_up_batches
-from dsserve.hf_model import LoadedModel, model_dtype
+from dsserve.hf_model import LoadedModel
 from dsserve.kv.prefix_cache import PrefixCache
 from dsserve.load_clock import LoadClock
+from dsserve.modeling.dtype import model_dtype
+from dsserve.modeling.fused_layers import FusedLayer
+from dsserve.modeling.optimize import tune
+from dsserve.modeling.self_check import SelfCheck
 from dsserve.parallel.rank import RankInfo
 from dsserve.sampling.gpu_sampler import DeviceSampler
 from dsserve.sampling.grammar import GrammarCompiler
 from dsserve.sampling.pending import HostChoice, Launch
-from dsserve.self_check import SelfCheck
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +119,7 @@ def _autotp_runner(
     with clock.phase("self-check"):
         long = LongCheck.capture(module, ds_engine.self_check, limits.max_model_len, device)
     with clock.phase("pack"):
-        replaced = tune(module, config, rank, device)
+        replaced = tune(module, config, rank, device, MOST_TOKENS)
     idle_tokens = _idle_tokens(config, device)
     check_pass_tokens(module.config, idle_tokens + config.most_running)  # a pass may hold decoded rows, too
     memory = PrefillMemory(device, rank, module.config.get_text_config().vocab_size)

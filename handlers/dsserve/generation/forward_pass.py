@@ -14,8 +14,8 @@ import torch
 from dsserve.attention.decode import uses_decode_attention
 from dsserve.attention.prefill import PROMPT_SPANS, PromptSpans, has_flash
 from dsserve.generation.packed_prompts import PackedPrompts
-from dsserve.hf_model import model_dtype
 from dsserve.kv.cache import SlotCache
+from dsserve.modeling.dtype import model_dtype
 from dsserve.parallel.collectives import agree_on_least
 from dsserve.parallel.kv_heads import head_size
 from dsserve.parallel.rank import RankInfo

@@ -23,7 +23,7 @@ from dsserve.generation.model_runner import KV_STEP, ModelRunner, row_capacity
 from dsserve.generation.packed_prompts import PREFILL_BUCKETS, prefill_bucket
 from dsserve.generation.prefill_memory import PrefillMemory
 from dsserve.generation.runner import prefill_at_load
-from dsserve.hf_model import model_dtype
+from dsserve.modeling.dtype import model_dtype
 from dsserve.parallel.collectives import agree_on_least
 from dsserve.parallel.kv_heads import head_size
 from dsserve.parallel.rank import RankInfo

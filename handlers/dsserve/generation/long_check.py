@@ -17,7 +17,7 @@ from dsserve.core.errors import LoadError
 from dsserve.core.step_plan import Admission, Plan
 from dsserve.generation.model_runner import ModelRunner
 from dsserve.generation.runner import prefill_at_load
-from dsserve.self_check import LENGTH, SelfCheck
+from dsserve.modeling.self_check import LENGTH, SelfCheck
 
 logger = logging.getLogger(__name__)
 

@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from dsserve import checkpoint
 from dsserve.core.errors import LoadError
 from dsserve.injection.inject import check_injection, find_layers, inject_kernels
 from dsserve.injection.op import load_op
 from dsserve.injection.verify import verify_kernels
+from dsserve.modeling import self_check
+from dsserve.modeling.dtype import convert_parameters
+from dsserve.modeling.self_check import SelfCheck
 from dsserve.parallel.collectives import agree_on_least
 from dsserve.parallel.rank import RankInfo
-from dsserve.precision import convert_parameters
-from dsserve.self_check import SelfCheck
 
 if TYPE_CHECKING:
     from dsserve.config.deepspeed import DeepSpeedSettings
@@ -76,7 +76,7 @@ class KernelInjection:
             engine = inject_kernels(model, self._settings.init, rows, init_inference)
             # DeepSpeed has converted what it took, a layer at a time: no rank holds a converted copy of the model.
             convert_parameters(engine.module, self._settings.dtype)
-            checkpoint.check_finite(engine.module)
+            self_check.check_finite(engine.module)
         if self.refusal is None and check is not None:
             with self._deciding():
                 error = verify_kernels(engine, check, self._device)

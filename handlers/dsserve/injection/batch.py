@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from dsserve.hf_model import model_dtype
 from dsserve.injection.cache import KernelCache
+from dsserve.modeling.dtype import model_dtype
 
 Prompts = Sequence[Sequence[int]]
 

@@ -18,7 +18,7 @@ from dsserve.injection.layer import InjectedLayer, LayerCall, PassState, probe_r
 from dsserve.injection.patches import forget_merge_buffers, has_injected_model, patched_deepspeed
 from dsserve.injection.repairs import prepare_model, repair_config, replace_operations
 from dsserve.injection.workspace import Workspace, WorkspaceSize
-from dsserve.precision import computing_in
+from dsserve.modeling.dtype import computing_in
 
 logger = logging.getLogger(__name__)
 

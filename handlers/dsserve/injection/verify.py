@@ -11,7 +11,7 @@ import torch
 
 from dsserve.injection.batch import KernelBatch
 from dsserve.injection.families import family_of
-from dsserve.self_check import SelfCheck, answers
+from dsserve.modeling.self_check import SelfCheck, answers
 
 # Tokens of the second row's prompt, so that it is padded, and of the prompts before token by token.
 _SHORT, _PROMPT = 7, 12

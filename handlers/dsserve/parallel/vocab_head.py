@@ -2,7 +2,7 @@
 
 DeepSpeed's column split follows the attention heads, so that heads that do not divide evenly (SmolLM2's 9 over 2 ranks:
 6 and 3) give one rank two thirds of the largest matrix, and every step waits for it. Rows are split evenly, and their
-logits are whole: no partial sums are rounded. Does not pack weights (`packing`).
+logits are whole: no partial sums are rounded. Does not pack weights (`modeling.linear`).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Decoder layers of Llama's form with each addition to the residual fused with the sum before and the norm behind it.
 
 A layer is replaced only where its forward pass is Llama's instruction for instruction (Mistral, Qwen2, Qwen3, ...), its
-norms are fused ones (`fused_ops`) and its row-parallel matmuls ours (`packing`). On GPUs alone; `rank_sum` sums.
+norms are fused ones (`fused_ops`) and its row-parallel matmuls ours (`linear`). On GPUs alone; `rank_sum` sums.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from dsserve.fused_ops import FusedRMSNorm
-from dsserve.packing import ShardedLinear
+from dsserve.modeling.fused_ops import FusedRMSNorm
+from dsserve.modeling.linear import ShardedLinear
 from dsserve.parallel.rank_sum import RankSum
 
 

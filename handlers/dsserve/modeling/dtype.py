@@ -75,3 +75,11 @@ def without_deepspeeds_conversion() -> Iterator[None]:
         yield
     finally:
         InferenceEngine._convert_to_dtype = original
+
+
+def model_dtype(model: torch.nn.Module) -> torch.dtype:
+    """The dtype of the model's first floating-point parameter."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            return parameter.dtype
+    return torch.float32

@@ -14,18 +14,20 @@ import torch
 from dsserve.attention.decode import use_decode_attention
 from dsserve.config.handler import YAML_FILE, HandlerConfig
 from dsserve.core.errors import LoadError
-from dsserve.fused_layers import can_fuse_layers, use_fused_layers
-from dsserve.fused_ops import use_fused_ops
-from dsserve.generation.prefill_graphs import MOST_TOKENS
 from dsserve.kernels.ops import load_ops
-from dsserve.packing import can_pack, pack_weights
+from dsserve.modeling.fused_layers import can_fuse_layers, use_fused_layers
+from dsserve.modeling.fused_ops import use_fused_ops
+from dsserve.modeling.linear import can_pack, pack_weights
 from dsserve.parallel.collectives import agree_on_least
 from dsserve.parallel.rank import RankInfo
 from dsserve.parallel.rank_sum import make_rank_sums
 
 
-def tune(module: Any, config: HandlerConfig, rank: RankInfo, device: torch.device) -> str:
+def tune(module: Any, config: HandlerConfig, rank: RankInfo, device: torch.device, most_tokens: int) -> str:
     """Replaces in place what can be; returns what, for the log. All ranks must call it.
+
+    Args:
+        most_tokens: of prompts that a captured pass reads.
 
     Raises:
         LoadError: an option that is set to true is not possible here.
@@ -43,7 +45,7 @@ def tune(module: Any, config: HandlerConfig, rank: RankInfo, device: torch.devic
         return f"{said}, plain attention"
     can_fuse = ops is not None and can_fuse_layers(module, rank.world_size)
     if agree_on_least(int(can_fuse), rank):
-        sums = make_rank_sums(module, rank, max(config.most_running, MOST_TOKENS))
+        sums = make_rank_sums(module, rank, max(config.most_running, most_tokens))
         said += f", {use_fused_layers(module, sums)} fused layers that sum {sums[0].way}"
     is_split = ops is not None and use_decode_attention(module)
     return f"{said}, {'split' if is_split else 'plain'} attention"

@@ -20,10 +20,10 @@ from dsserve.config.deepspeed import QUANTIZATION_KEY as KEY
 from dsserve.config.deepspeed import QUANTIZATION_LIMITS as LIMITS
 from dsserve.core.errors import LoadError
 from dsserve.kernels import gpu_ops
-from dsserve.packing import ShardedLinear, copy_into, replace_layers
+from dsserve.modeling.linear import ShardedLinear, copy_into, replace_layers
+from dsserve.modeling.self_check import SelfCheck
 from dsserve.parallel.collectives import agree_on_least
 from dsserve.parallel.rank import RankInfo
-from dsserve.self_check import SelfCheck
 
 logger = logging.getLogger(__name__)
 

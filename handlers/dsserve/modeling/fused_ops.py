@@ -2,7 +2,7 @@
 
 On a CPU they are compiled C++ (`cpu_ops`), on a GPU Triton kernels (`gpu_ops`). An operation is replaced only where the
 fused one gives the same numbers on random input, so other kinds of norm and rotary embedding stay as they are. Does not
-touch matmuls (`packing`) or attention (`attention.decode`).
+touch matmuls (`linear`) or attention (`attention.decode`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dsserve.packing import FusedPart
+from dsserve.modeling.linear import FusedPart
 
 _ROTARY = "apply_rotary_pos_emb"  # transformers' modelling files call it by this name, each its own
 # Roundings that may fall differently because sums are taken in another order, in units of the dtype's last place.

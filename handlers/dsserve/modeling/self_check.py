@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from dsserve.core.errors import LoadError
-from dsserve.precision import computing_in
+from dsserve.modeling.dtype import computing_in
 
 LENGTH = 24
 # Largest ||out - ref|| / ||ref|| over all positions that rounding explains in a model of 16 layers. It grows with the
@@ -94,3 +94,32 @@ def answers(model: Any, token_ids: torch.Tensor) -> torch.Tensor:
     output = model(input_ids=token_ids[None].to(model.device), **cached)
     logits = getattr(output, "logits", None)
     return (output.last_hidden_state if logits is None else logits)[0]
+
+
+def check_finite(model: torch.nn.Module) -> None:
+    """Raises LoadError, naming the tensors, if a parameter or buffer holds a NaN or an infinite number."""
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    broken = [name for name, tensor in tensors if tensor.is_floating_point() and not _is_finite(tensor)]
+    if broken:
+        raise LoadError(
+            f"{len(broken)} tensor(s) hold numbers that are not finite in {str(tensors[0][1].dtype)[6:]} "
+            f"({', '.join(broken[:5])}): the file is damaged, or (fp16) they are too large: serve the model in bf16"
+        )
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    """Without a second tensor of its size; NaN counts as least and as largest."""
+    if not tensor.numel():
+        return True
+    least, largest = torch.aminmax(tensor.detach())
+    return bool(torch.isfinite(least) & torch.isfinite(largest))
+
+
+def check_nothing_on_meta(model: torch.nn.Module) -> None:
+    """Raises LoadError, naming the tensors, if a parameter or buffer has still no values."""
+    empty = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
+    if empty:
+        raise LoadError(
+            f"after loading, {len(empty)} tensor(s) have no values ({', '.join(empty[:5])}); set deepspeed.checkpoint "
+            "to load a model made on the meta device, or load it with from_pretrained"
+        )

@@ -1,0 +1,1 @@
+"""A torch module made faster, or smaller, and proven to compute the same."""
