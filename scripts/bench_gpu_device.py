@@ -53,7 +53,7 @@ class StepBytes:
 def held_bytes(device: torch.device) -> dict[str, int]:
     """Memory of this rank: at its peak, by torch, and on the device by all processes together."""
     if device.type != "cuda":
-        from dsserve.load_clock import own_bytes
+        from dsserve.loading.load_clock import own_bytes
 
         return {"peak": own_bytes(device), "device": own_bytes(device)}
     free, total = torch.cuda.mem_get_info(device)

@@ -79,7 +79,7 @@ def make_runner(mode: str, shape: str, dtype: torch.dtype, rows: int, steps: int
         LoadError: the device lacks the mode.
     """
     from dsserve.generation.model_runner import ModelRunner
-    from dsserve.load_clock import own_bytes
+    from dsserve.loading.load_clock import own_bytes
     from dsserve.modeling.quantization import check_device, quantize_layers
 
     before, is_deepspeeds = own_bytes(device), mode.startswith(deepspeed_weights.PREFIX)

@@ -11,10 +11,10 @@ import torch
 
 from dsserve.config.handler import HandlerConfig
 from dsserve.core.request import GenerationRequest
-from dsserve.ds_engine import get_ds_engine
 from dsserve.generation.build import build_engine
-from dsserve.hf_model import load_model
-from dsserve.load_clock import LoadClock
+from dsserve.loading.ds_engine import get_ds_engine
+from dsserve.loading.hf_model import load_model
+from dsserve.loading.load_clock import LoadClock
 from dsserve.parallel.rank import RankInfo, select_device
 from tests.contexts import make_context
 from tests.streams import run_or_fail

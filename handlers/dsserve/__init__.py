@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dsserve.base_handler import BaseDeepSpeedHandler
-    from dsserve.ds_engine import get_ds_engine
+    from dsserve.loading.ds_engine import get_ds_engine
 
 __all__ = ["BaseDeepSpeedHandler", "get_ds_engine"]
 __version__ = "0.1.0"
@@ -23,7 +23,7 @@ def __getattr__(name: str) -> Any:
 
         return BaseDeepSpeedHandler
     if name == "get_ds_engine":
-        from dsserve.ds_engine import get_ds_engine
+        from dsserve.loading.ds_engine import get_ds_engine
 
         return get_ds_engine
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -21,8 +21,8 @@ import torch
 from torch.distributed.rendezvous import rendezvous
 
 from dsserve.core.errors import LoadError
-from dsserve.load_clock import LoadClock
-from dsserve.load_failure import explain
+from dsserve.loading.load_clock import LoadClock
+from dsserve.loading.load_failure import explain
 from dsserve.parallel.rank import RankInfo
 from dsserve.watchdog import end_process
 

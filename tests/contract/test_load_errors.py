@@ -17,7 +17,7 @@ import deepspeed_handler
 from dsserve.config.handler import HandlerConfig
 from dsserve.core.errors import LoadError
 from dsserve.core.request import GenerationRequest, SamplingParams, StopConditions
-from dsserve.hf_model import load_model
+from dsserve.loading.hf_model import load_model
 from tests.contexts import make_context
 from tests.tiny_models import CONTEXT, RECIPES, SHAPE, make_tokenizer, save_config, save_model, settings
 

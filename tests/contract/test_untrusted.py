@@ -11,7 +11,7 @@ import torch
 
 from dsserve.config.handler import HandlerConfig
 from dsserve.core.errors import LoadError
-from dsserve.hf_model import load_model
+from dsserve.loading.hf_model import load_model
 from dsserve.parallel.rank import RankInfo, prepare_environment
 
 

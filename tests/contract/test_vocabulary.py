@@ -9,7 +9,7 @@ import pytest
 from transformers import GenerationConfig
 
 from dsserve.config.handler import HandlerConfig
-from dsserve.hf_model import LoadedModel, load_model
+from dsserve.loading.hf_model import LoadedModel, load_model
 from tests.contract import tiny
 
 

@@ -36,15 +36,15 @@ from transformers import (
 from deepspeed_handler import DeepSpeedHandler
 from dsserve.core.errors import LoadError
 from dsserve.core.request import GenerationRequest
-from dsserve.ds_engine import get_ds_engine
 from dsserve.generation.engine import Engine
 from dsserve.generation.model_runner import ModelRunner
 from dsserve.generation.warmup import verify_runner
+from dsserve.loading.ds_engine import get_ds_engine
+from dsserve.loading.shard_cache import find_shards, write_shards
+from dsserve.loading.shard_manifest import Manifest
 from dsserve.modeling.linear import pack_weights
 from dsserve.modeling.self_check import SelfCheck
 from dsserve.parallel.rank import RankInfo
-from dsserve.shard_cache import find_shards, write_shards
-from dsserve.shard_manifest import Manifest
 from tests.contexts import make_context
 from tests.streams import Numbers, run
 

@@ -12,10 +12,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from dsserve.core.step_plan import Admission, Plan
-from dsserve.ds_engine import get_ds_engine, shard_shapes
 from dsserve.generation.model_runner import ModelRunner
 from dsserve.generation.warmup import verify_runner
 from dsserve.kernels.ops import load_ops
+from dsserve.loading.ds_engine import get_ds_engine, shard_shapes
 from dsserve.modeling.fused_ops import use_fused_ops
 from dsserve.modeling.linear import pack_weights
 from dsserve.parallel.collectives import count_all_reduces, uses_shared_memory

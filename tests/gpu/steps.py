@@ -13,11 +13,11 @@ from transformers import AutoModelForCausalLM
 
 from dsserve.config.handler import HandlerConfig
 from dsserve.core.request import GenerationRequest
-from dsserve.ds_engine import get_ds_engine
 from dsserve.generation.engine import Engine
 from dsserve.generation.model_runner import ModelRunner
 from dsserve.generation.prefill_graphs import MOST_TOKENS
 from dsserve.generation.warmup import verify_runner
+from dsserve.loading.ds_engine import get_ds_engine
 from dsserve.modeling.optimize import tune
 from dsserve.parallel.collectives import all_reduce
 from dsserve.parallel.process_group import init_process_group

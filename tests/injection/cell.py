@@ -15,7 +15,7 @@ from typing import IO, Any
 import torch
 
 from dsserve.core.errors import LoadError
-from dsserve.ds_engine import get_ds_engine
+from dsserve.loading.ds_engine import get_ds_engine
 from dsserve.parallel.rank import RankInfo, select_device
 from tests.contexts import make_context
 from tests.injection.cases import DECODER_CASES, ENCODER_CASES, Pair, Result

@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dsserve import checkpoint
 from dsserve.core.errors import LoadError
+from dsserve.loading import checkpoint
 from dsserve.modeling import self_check
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from dsserve.end_of_text import end_ids, warn_of_extra_tokens
+from dsserve.loading.end_of_text import end_ids, warn_of_extra_tokens
 
 VOCABULARY = 100
 

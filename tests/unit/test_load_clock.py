@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dsserve.load_clock import LoadClock, own_bytes
+from dsserve.loading.load_clock import LoadClock, own_bytes
 
 CPU = torch.device("cpu")
 

@@ -12,8 +12,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from dsserve.config.handler import HandlerConfig
 from dsserve.core.errors import LoadError
-from dsserve.hf_model import load_outline
-from dsserve.quantized_files import refuse_quantized_files
+from dsserve.loading.hf_model import load_outline
+from dsserve.loading.quantized_files import refuse_quantized_files
 
 A = "model.layers.0.mlp.up_proj"
 FP8 = torch.zeros(64, 32).to(torch.float8_e4m3fn)

@@ -14,12 +14,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dsserve import shard_cache
 from dsserve.core.errors import LoadError
+from dsserve.loading import shard_cache
+from dsserve.loading.shard_cache import find_shards, write_shards
+from dsserve.loading.shard_manifest import Manifest
 from dsserve.modeling.self_check import SelfCheck
 from dsserve.parallel.rank import RankInfo
-from dsserve.shard_cache import find_shards, write_shards
-from dsserve.shard_manifest import Manifest
 
 ALONE = RankInfo(0, 0, 1, 1)
 CPU = torch.device("cpu")

@@ -27,7 +27,7 @@ from dsserve.config.handler import HandlerConfig
 from dsserve.core.errors import LoadError
 from dsserve.core.step_plan import Admission, Plan
 from dsserve.generation.model_runner import ModelRunner
-from dsserve.hf_model import load_outline
+from dsserve.loading.hf_model import load_outline
 from dsserve.parallel.alibi import RankAlibi, key_positions, use_rank_alibi
 from dsserve.parallel.kv_heads import plan_kv_copies, repeat_kv_heads
 

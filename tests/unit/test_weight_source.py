@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from dsserve import weight_source
-from dsserve.weight_source import find_changed, look_at, read
+from dsserve.loading import weight_source
+from dsserve.loading.weight_source import find_changed, look_at, read
 
 NAMES = ["a.safetensors", "b.safetensors"]
 

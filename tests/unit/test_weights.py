@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from dsserve.config.handler import HandlerConfig
 from dsserve.core.errors import LoadError
-from dsserve.hf_model import load_outline, load_weights, locate_model
+from dsserve.loading.hf_model import load_outline, load_weights, locate_model
+from dsserve.loading.weight_files import find_weight_files
 from dsserve.modeling.self_check import check_finite
-from dsserve.weights import find_weight_files
 
 SINGLE, INDEX, BIN = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
 A_KEY = "model.layers.0.mlp.up_proj.weight"

@@ -33,9 +33,9 @@ from dsserve.generation.prefill_memory import PrefillMemory
 from dsserve.generation.runner import Runner
 from dsserve.generation.scheduler import Scheduler
 from dsserve.generation.warmup import verify_runner, warm_up, warm_up_batches
-from dsserve.hf_model import LoadedModel
 from dsserve.kv.prefix_cache import PrefixCache
-from dsserve.load_clock import LoadClock
+from dsserve.loading.hf_model import LoadedModel
+from dsserve.loading.load_clock import LoadClock
 from dsserve.modeling.dtype import model_dtype
 from dsserve.modeling.fused_layers import FusedLayer
 from dsserve.modeling.optimize import tune

@@ -11,7 +11,7 @@ from importlib.metadata import version
 from typing import Any
 
 from dsserve.core.request import Limits
-from dsserve.hf_model import LoadedModel
+from dsserve.loading.hf_model import LoadedModel
 from dsserve.modeling.dtype import model_dtype
 from dsserve.protocol.reply_size import TokenSizes
 from dsserve.protocol.token_text import TokenText

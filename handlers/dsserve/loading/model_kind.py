@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dsserve.core.errors import LoadError
-from dsserve.weights import find_weight_files, read_names
+from dsserve.loading.weight_files import find_weight_files, read_names
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from dsserve.core.errors import LoadError
-from dsserve.weights import WeightFiles, find_weight_files
+from dsserve.loading.weight_files import WeightFiles, find_weight_files
 
 # What a format calls its tensors; a name that ends so belongs to no model that is not quantized.
 _FORMATS = (

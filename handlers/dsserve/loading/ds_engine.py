@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from ts.context import Context
 
-from dsserve import checkpoint
 from dsserve.config.handler import YAML_FILE
 from dsserve.core.errors import LoadError, first_line
 from dsserve.injection.attempt import KernelInjection
-from dsserve.load_clock import LoadClock
-from dsserve.load_failure import is_of_the_machine
+from dsserve.loading import checkpoint
+from dsserve.loading.load_clock import LoadClock
+from dsserve.loading.load_failure import is_of_the_machine
 from dsserve.modeling import self_check
 from dsserve.modeling.dtype import convert_parameters, model_dtype, without_deepspeeds_conversion
 from dsserve.modeling.quantization import check_device, quantize_engine
@@ -35,7 +35,7 @@ from dsserve.parallel.rank import RankInfo, many_cores, prepare_environment, sel
 
 if TYPE_CHECKING:
     from dsserve.config.deepspeed import DeepSpeedSettings
-    from dsserve.shard_cache import Shards
+    from dsserve.loading.shard_cache import Shards
 
 logger = logging.getLogger(__name__)
 

@@ -23,11 +23,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dsserve.core.errors import LoadError
+from dsserve.loading.shard_manifest import MANIFEST, FileEntry, Manifest, cache_folder, crc32, read_manifest
+from dsserve.loading.weight_source import find_changed, read
 from dsserve.modeling.self_check import SelfCheck
 from dsserve.parallel.collectives import agree_on_least
 from dsserve.parallel.rank import RankInfo
-from dsserve.shard_manifest import MANIFEST, FileEntry, Manifest, cache_folder, crc32, read_manifest
-from dsserve.weight_source import find_changed, read
 
 logger = logging.getLogger(__name__)
 

@@ -15,9 +15,9 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from dsserve import weights
 from dsserve.core.errors import LoadError
-from dsserve.weight_source import SourceFile, look_at
+from dsserve.loading import weight_files
+from dsserve.loading.weight_source import SourceFile, look_at
 
 MANIFEST = "manifest.json"
 _CRC_BYTES = 2**24
@@ -62,7 +62,7 @@ class Manifest(BaseModel):
     def describe(cls, model: Any, model_folder: Path, tp_size: int, dtype: torch.dtype) -> Manifest:
         """The manifest, without files, of a cache that would fit `model` here."""
         try:
-            files = weights.find_weight_files(model_folder).files
+            files = weight_files.find_weight_files(model_folder).files
         except LoadError:
             files = ()  # a folder that holds nothing but the cache
         text = json.dumps(json.loads((model_folder / "config.json").read_text("utf-8")), sort_keys=True)

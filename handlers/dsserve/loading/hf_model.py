@@ -17,11 +17,11 @@ import torch
 
 from dsserve.config.handler import YAML_FILE, HandlerConfig
 from dsserve.core.errors import LoadError, first_line
-from dsserve.end_of_text import end_ids, warn_of_extra_tokens
-from dsserve.load_failure import is_of_the_machine
-from dsserve.model_kind import check_config, check_folder, check_head, check_states, describe_headless
-from dsserve.quantized_files import refuse_quantized_files
-from dsserve.weights import check_weight_files, find_weight_files
+from dsserve.loading.end_of_text import end_ids, warn_of_extra_tokens
+from dsserve.loading.load_failure import is_of_the_machine
+from dsserve.loading.model_kind import check_config, check_folder, check_head, check_states, describe_headless
+from dsserve.loading.quantized_files import refuse_quantized_files
+from dsserve.loading.weight_files import check_weight_files, find_weight_files
 
 logger = logging.getLogger(__name__)
 

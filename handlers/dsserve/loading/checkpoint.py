@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from dsserve.core.errors import LoadError
-from dsserve.weights import find_weight_files
+from dsserve.loading.weight_files import find_weight_files
 
 _SINGLE = "pytorch_model.bin"
 

@@ -1,0 +1,1 @@
+"""A folder in, a sharded and proven module out: files, shards, DeepSpeed's engine."""
