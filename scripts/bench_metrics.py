@@ -24,10 +24,10 @@ from prometheus_client import generate_latest
 from dsserve.core.request import GenerationRequest
 from dsserve.generation.detokenizer import TextStream
 from dsserve.generation.engine import Engine
-from dsserve.generation.model_runner import ModelRunner
 from dsserve.generation.observer import Observer
 from dsserve.metrics import Metrics
 from dsserve.parallel.rank import RankInfo
+from dsserve.runner.autotp import ModelRunner
 from scripts.bench_quantization import SHAPES, VOCABULARY, make_model, tune
 from scripts.machine import cpu_model
 

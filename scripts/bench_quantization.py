@@ -78,9 +78,9 @@ def make_runner(mode: str, shape: str, dtype: torch.dtype, rows: int, steps: int
     Raises:
         LoadError: the device lacks the mode.
     """
-    from dsserve.generation.model_runner import ModelRunner
     from dsserve.loading.load_clock import own_bytes
     from dsserve.modeling.quantization import check_device, quantize_layers
+    from dsserve.runner.autotp import ModelRunner
 
     before, is_deepspeeds = own_bytes(device), mode.startswith(deepspeed_weights.PREFIX)
     if mode != "none" and not is_deepspeeds:

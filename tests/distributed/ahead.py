@@ -9,11 +9,11 @@ import torch
 from dsserve.core.step_plan import Plan
 from dsserve.generation import engine as engine_module
 from dsserve.generation.engine import Engine
-from dsserve.generation.model_runner import ModelRunner
-from dsserve.generation.runner import StepLogits
 from dsserve.generation.scheduler import Scheduler
 from dsserve.kv.prefix_cache import PrefixCache
 from dsserve.parallel.rank import RankInfo, select_device
+from dsserve.runner.autotp import ModelRunner
+from dsserve.runner.base import StepLogits
 from dsserve.sampling import gpu_sampler
 from dsserve.sampling.gpu_sampler import DeviceSampler
 from dsserve.sampling.pending import HostChoice

@@ -9,10 +9,10 @@ import torch
 from dsserve.core.errors import LoadError
 from dsserve.core.request import GenerationRequest
 from dsserve.generation.engine import Engine
-from dsserve.generation.model_runner import ModelRunner
-from dsserve.generation.prefill_memory import PrefillMemory
-from dsserve.generation.warmup import warm_up
 from dsserve.parallel.rank import RankInfo
+from dsserve.runner.activation_memory import PrefillMemory
+from dsserve.runner.autotp import ModelRunner
+from dsserve.runner.warmup import warm_up
 from tests.distributed.steps import make_engine
 from tests.streams import Numbers, run_or_fail
 

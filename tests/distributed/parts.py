@@ -9,13 +9,13 @@ import torch
 from dsserve.attention.decode import use_decode_attention
 from dsserve.core.request import GenerationRequest, SamplingParams, TokenEvent
 from dsserve.generation.engine import Engine
-from dsserve.generation.model_runner import ModelRunner
 from dsserve.generation.scheduler import Scheduler
 from dsserve.kernels.ops import load_ops
 from dsserve.kv.prefix_cache import PrefixCache
 from dsserve.modeling.fused_ops import use_fused_ops
 from dsserve.modeling.linear import pack_weights
 from dsserve.parallel.rank import RankInfo, select_device
+from dsserve.runner.autotp import ModelRunner
 from tests.distributed.steps import make_engine
 from tests.streams import Numbers, more
 

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from dsserve.core.errors import LoadError
-from dsserve.generation.model_runner import ModelRunner
-from dsserve.generation.warmup import verify_runner
 from dsserve.loading.ds_engine import get_ds_engine
 from dsserve.modeling.linear import pack_weights
+from dsserve.runner.autotp import ModelRunner
+from dsserve.runner.warmup import verify_runner
 from tests.contexts import make_context
 from tests.distributed.shapes import SHAPES, VOCABULARY, randomize
 

@@ -8,8 +8,8 @@ import torch
 
 from dsserve.core.request import GenerationRequest, SamplingParams
 from dsserve.generation.engine import Engine
-from dsserve.generation.model_runner import ModelRunner
 from dsserve.parallel.rank import RankInfo, select_device
+from dsserve.runner.autotp import ModelRunner
 from dsserve.sampling.gpu_sampler import DeviceSampler
 from dsserve.sampling.pending import HostChoice
 from tests.distributed.steps import make_engine

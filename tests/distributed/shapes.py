@@ -37,14 +37,14 @@ from deepspeed_handler import DeepSpeedHandler
 from dsserve.core.errors import LoadError
 from dsserve.core.request import GenerationRequest
 from dsserve.generation.engine import Engine
-from dsserve.generation.model_runner import ModelRunner
-from dsserve.generation.warmup import verify_runner
 from dsserve.loading.ds_engine import get_ds_engine
 from dsserve.loading.shard_cache import find_shards, write_shards
 from dsserve.loading.shard_manifest import Manifest
 from dsserve.modeling.linear import pack_weights
 from dsserve.modeling.self_check import SelfCheck
 from dsserve.parallel.rank import RankInfo
+from dsserve.runner.autotp import ModelRunner
+from dsserve.runner.warmup import verify_runner
 from tests.contexts import make_context
 from tests.streams import Numbers, run
 

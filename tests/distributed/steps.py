@@ -12,8 +12,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from dsserve.core.step_plan import Admission, Plan
-from dsserve.generation.model_runner import ModelRunner
-from dsserve.generation.warmup import verify_runner
 from dsserve.kernels.ops import load_ops
 from dsserve.loading.ds_engine import get_ds_engine, shard_shapes
 from dsserve.modeling.fused_ops import use_fused_ops
@@ -21,6 +19,8 @@ from dsserve.modeling.linear import pack_weights
 from dsserve.parallel.collectives import count_all_reduces, uses_shared_memory
 from dsserve.parallel.plan_channel import PlanChannel
 from dsserve.parallel.rank import RankInfo
+from dsserve.runner.autotp import ModelRunner
+from dsserve.runner.warmup import verify_runner
 from tests.contexts import make_context
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed_handler
-from dsserve.generation.prefill_memory import PrefillMemory
+from dsserve.runner.activation_memory import PrefillMemory
 
 FAULTS = "faults"
 

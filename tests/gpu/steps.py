@@ -14,9 +14,6 @@ from transformers import AutoModelForCausalLM
 from dsserve.config.handler import HandlerConfig
 from dsserve.core.request import GenerationRequest
 from dsserve.generation.engine import Engine
-from dsserve.generation.model_runner import ModelRunner
-from dsserve.generation.prefill_graphs import MOST_TOKENS
-from dsserve.generation.warmup import verify_runner
 from dsserve.loading.ds_engine import get_ds_engine
 from dsserve.modeling.optimize import tune
 from dsserve.parallel.collectives import all_reduce
@@ -24,6 +21,9 @@ from dsserve.parallel.process_group import init_process_group
 from dsserve.parallel.rank import RankInfo, select_device
 from dsserve.parallel.rank_sum import RankSum
 from dsserve.parallel.symmetric_memory import share_memory
+from dsserve.runner.autotp import ModelRunner
+from dsserve.runner.prefill_graphs import MOST_TOKENS
+from dsserve.runner.warmup import verify_runner
 from dsserve.sampling.gpu_sampler import DeviceSampler
 from tests.contexts import make_context
 from tests.streams import Numbers, run, run_or_fail

@@ -9,11 +9,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from dsserve.attention.decode import use_decode_attention
 from dsserve.attention.prefill import has_flash
 from dsserve.core.step_plan import Admission, Plan
-from dsserve.generation.model_runner import ModelRunner
-from dsserve.generation.packed_prompts import PackedPrompts
-from dsserve.generation.prefill_graphs import MOST_TOKENS
 from dsserve.kernels.ops import load_ops
 from dsserve.modeling.fused_ops import use_fused_ops
+from dsserve.runner.autotp import ModelRunner
+from dsserve.runner.prefill_batch import PackedPrompts
+from dsserve.runner.prefill_graphs import MOST_TOKENS
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is visible")
 HALVES = [torch.float16, torch.bfloat16]

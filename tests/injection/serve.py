@@ -15,11 +15,11 @@ from dsserve.core.errors import LoadError
 from dsserve.core.request import GenerationRequest, SamplingParams
 from dsserve.generation.batch_scheduler import BatchScheduler
 from dsserve.generation.engine import Engine
-from dsserve.generation.kernel_runner import KernelRunner
-from dsserve.generation.warmup import warm_up_batches
 from dsserve.loading.ds_engine import get_ds_engine
 from dsserve.modeling.self_check import answers
 from dsserve.parallel.rank import RankInfo, select_device
+from dsserve.runner.kernel_injection import KernelRunner
+from dsserve.runner.warmup import warm_up_batches
 from tests.contexts import make_context
 from tests.injection.cell import forget_kernels
 from tests.injection.models import SIZES, make_model

@@ -11,9 +11,9 @@ import torch
 
 from dsserve.core.step_plan import Plan
 from dsserve.generation.engine import Engine
-from dsserve.generation.runner import StepLogits
 from dsserve.metrics import Metrics
 from dsserve.parallel.rank import RankInfo
+from dsserve.runner.base import StepLogits
 from scripts import bench_metrics
 from scripts.bench_metrics import NEW_TOKENS, Calls, NoText, Switch, compare, count_alone, table, turn
 from tests.conftest import ROOT

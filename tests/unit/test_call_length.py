@@ -12,11 +12,11 @@ from dsserve.core.step_plan import Plan
 from dsserve.generation import engine as engine_module
 from dsserve.generation.call_length import CallLength
 from dsserve.generation.engine import Engine
-from dsserve.generation.runner import StepLogits
 from dsserve.generation.scheduler import Scheduler
 from dsserve.kv.prefix_cache import PrefixCache
 from dsserve.parallel.plan_channel import PlanChannel
 from dsserve.parallel.rank import RankInfo
+from dsserve.runner.base import StepLogits
 from tests.unit.test_metrics import FakeRunner, Letters
 
 STEP_S = 0.03

@@ -31,11 +31,11 @@ from dsserve.config.deepspeed import read_deepspeed_settings
 from dsserve.config.handler import read_handler_config
 from dsserve.config.limits import read_limits
 from dsserve.config.torchserve import check_server_settings, read_time_limits
-from dsserve.generation.kv_plan import plan_kv_rows
 from dsserve.injection.families import check_model
 from dsserve.injection.workspace import WorkspaceSize
 from dsserve.parallel.kv_heads import plan_kv_copies
 from dsserve.parallel.rank import RankInfo
+from dsserve.runner.kv_memory import plan_kv_rows
 from scripts.package import CONFIGS, Choice, PackageError, render
 
 GPU_BYTES = 80 * 10**9
@@ -131,7 +131,7 @@ def test_its_heads_divide_and_it_fits(outline: tuple[str, Any], tp: int, monkeyp
     weights = sum(parameter.numel() for parameter in model.parameters()) * 2 // tp
     memory = type("Memory", (), {"available": (GPU_BYTES - weights) * tp})
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
-    monkeypatch.setattr("dsserve.generation.kv_plan.agree_on_least", lambda value, rank: value)
+    monkeypatch.setattr("dsserve.runner.kv_memory.agree_on_least", lambda value, rank: value)
     rank = RankInfo(0, 0, tp, tp)
     passes = tp * 2 * 2**30
     plan = plan_kv_rows(model.config, handler, limits, torch.bfloat16, rank, torch.device("cpu"), passes)

@@ -7,8 +7,8 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsserve.generation.cuda_graphs import pad_rows
 from dsserve.kernels.cuda_graph import buckets
+from dsserve.runner.decode_graphs import pad_rows
 
 
 @given(first=st.integers(1, 300), more=st.integers(0, 100_000))

@@ -16,8 +16,8 @@ from dsserve.core.errors import RequestError
 from dsserve.core.request import GenerationRequest, SamplingParams, TokenEvent
 from dsserve.core.step_plan import Plan
 from dsserve.generation.engine import Engine
-from dsserve.generation.runner import StepLogits
 from dsserve.parallel.rank import RankInfo
+from dsserve.runner.base import StepLogits
 from dsserve.sampling.faults import Fault, attempt, describe
 from dsserve.sampling.gpu_sampler import DeviceSampler
 from dsserve.sampling.grammar import GrammarCompiler, GrammarError

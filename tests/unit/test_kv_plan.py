@@ -18,12 +18,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from dsserve.config.handler import AUTO_RUNNING, HandlerConfig
 from dsserve.config.limits import read_limits
 from dsserve.core.errors import LoadError
-from dsserve.generation import kv_plan
 from dsserve.generation.build import _memory_errors_explained
-from dsserve.generation.kv_plan import KVPlan, measure_passes, plan_kv_rows
-from dsserve.generation.model_runner import ModelRunner
-from dsserve.generation.prefill_memory import PrefillMemory
 from dsserve.parallel.rank import RankInfo
+from dsserve.runner import kv_memory
+from dsserve.runner.activation_memory import PrefillMemory
+from dsserve.runner.autotp import ModelRunner
+from dsserve.runner.kv_memory import KVPlan, measure_passes, plan_kv_rows
 from scripts.random_model import make_config
 
 GIB = 2**30
@@ -39,7 +39,7 @@ def plan(free: float, passes: float = 0, ranks: int = 1, **handler: Any) -> KVPl
     limits, rank = read_limits(config, None, LARGE), RankInfo(0, 0, ranks, ranks)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=int(free * GIB * ranks)))
-        patch.setattr(kv_plan, "agree_on_least", lambda value, rank: value)
+        patch.setattr(kv_memory, "agree_on_least", lambda value, rank: value)
         sizes = (torch.bfloat16, rank, torch.device("cpu"), int(passes * GIB * ranks))
         return plan_kv_rows(LARGE, config, limits, *sizes)
 
@@ -119,10 +119,10 @@ def test_passes_are_carried_out_and_nothing_of_them_stays(
         return runner
 
     monkeypatch.setattr(PrefillMemory, "run", note)
-    monkeypatch.setattr(kv_plan, "ModelRunner", remember)
+    monkeypatch.setattr(kv_memory, "ModelRunner", remember)
     gc.disable()
     try:
-        assert not kv_plan._carry_out(module, 600, make_memory("cpu")), "a CPU has no flash"
+        assert not kv_memory._carry_out(module, 600, make_memory("cpu")), "a CPU has no flash"
     finally:
         gc.enable()
     assert sizes == [512, 600]
@@ -145,8 +145,8 @@ def test_passes_are_carried_out_and_nothing_of_them_stays(
 def test_what_is_left_for_passes(
     by_span: bool, graphs: bool, longest: int, passes: Any, rows: int, module: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kv_plan, "_carry_out", lambda *_: by_span)
-    monkeypatch.setattr(kv_plan, "uses_decode_attention", lambda module: True)
+    monkeypatch.setattr(kv_memory, "_carry_out", lambda *_: by_span)
+    monkeypatch.setattr(kv_memory, "uses_decode_attention", lambda module: True)
     monkeypatch.setattr(PrefillMemory, "needed", lambda memory, tokens: 10 * tokens)
     config = HandlerConfig(model_path="m", max_model_len=longest, max_new_tokens=1, cuda_graphs=graphs)
     limits = read_limits(config, None, LARGE)

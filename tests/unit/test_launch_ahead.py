@@ -16,16 +16,16 @@ from transformers import LlamaForCausalLM
 
 from dsserve.core.request import GenerationRequest, SamplingParams, StopConditions
 from dsserve.core.step_plan import Admission, Plan
-from dsserve.generation import cuda_graphs
-from dsserve.generation.cuda_graphs import DecodeGraphs
 from dsserve.generation.engine import Engine
-from dsserve.generation.model_runner import ModelRunner
 from dsserve.generation.observer import Observer, Step
-from dsserve.generation.runner import StepLogits
 from dsserve.generation.scheduler import Scheduler
 from dsserve.kv.prefix_cache import PrefixCache
 from dsserve.parallel.plan_channel import PlanChannel
 from dsserve.parallel.rank import RankInfo
+from dsserve.runner import decode_graphs
+from dsserve.runner.autotp import ModelRunner
+from dsserve.runner.base import StepLogits
+from dsserve.runner.decode_graphs import DecodeGraphs
 from dsserve.sampling import gpu_sampler
 from dsserve.sampling.gpu_sampler import DeviceSampler
 from dsserve.sampling.pending import HostChoice
@@ -100,7 +100,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
         return graph, graph.out
 
     Graph.captured.clear()
-    for module in (cuda_graphs, gpu_sampler):
+    for module in (decode_graphs, gpu_sampler):
         monkeypatch.setattr(module, "capture", capture)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda *_: 0)
     return request.param

@@ -16,9 +16,9 @@ from dsserve.core.request import GenerationRequest, Origin
 from dsserve.core.step_plan import Plan
 from dsserve.generation.engine import Engine
 from dsserve.generation.observer import Observer, Step
-from dsserve.generation.runner import StepLogits
 from dsserve.metrics import Metrics, WeightedHistogram
 from dsserve.parallel.rank import RankInfo
+from dsserve.runner.base import StepLogits
 from tests.conftest import ROOT
 from tests.scrape import Scrape
 

@@ -15,10 +15,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from dsserve.attention.prefill import PROMPT_SPANS
 from dsserve.core.step_plan import Admission, Plan
-from dsserve.generation import prefill_graphs
-from dsserve.generation.model_runner import ModelRunner
-from dsserve.generation.prefill_graphs import PrefillGraphs, Shape, most_captured
 from dsserve.kv.cache import SlotLayer
+from dsserve.runner import prefill_graphs
+from dsserve.runner.autotp import ModelRunner
+from dsserve.runner.prefill_graphs import PrefillGraphs, Shape, most_captured
 from scripts.random_model import draw_prompts, make_config
 from tests.unit.test_prompt_attention import in_spans
 

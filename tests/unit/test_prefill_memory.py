@@ -7,8 +7,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from dsserve.generation.prefill_memory import PrefillMemory
 from dsserve.parallel.rank import RankInfo
+from dsserve.runner.activation_memory import PrefillMemory
 
 GIB = 2**30
 

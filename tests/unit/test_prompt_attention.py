@@ -15,8 +15,8 @@ from dsserve.attention import decode as decode_attention
 from dsserve.attention import prefill as prompt_attention
 from dsserve.attention.prefill import PromptSpans
 from dsserve.core.step_plan import Admission, Plan
-from dsserve.generation import forward_pass
-from dsserve.generation.model_runner import ModelRunner
+from dsserve.runner import forward_pass
+from dsserve.runner.autotp import ModelRunner
 
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
 LLAMA = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, **HEADS}

@@ -26,10 +26,10 @@ from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 from dsserve.config.handler import HandlerConfig
 from dsserve.core.errors import LoadError
 from dsserve.core.step_plan import Admission, Plan
-from dsserve.generation.model_runner import ModelRunner
 from dsserve.loading.hf_model import load_outline
 from dsserve.parallel.alibi import RankAlibi, key_positions, use_rank_alibi
 from dsserve.parallel.kv_heads import plan_kv_copies, repeat_kv_heads
+from dsserve.runner.autotp import ModelRunner
 
 SIZES = {"hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 50, "pad_token_id": 0}
 

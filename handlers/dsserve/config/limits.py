@@ -1,6 +1,6 @@
 """What requests may ask of the served model: context and output limits, from the settings, the model and the engine.
 
-Does not plan memory (`kv_plan`) and does not look at requests (`protocol`).
+Does not plan memory (`runner.kv_memory`) and does not look at requests (`protocol`).
 """
 
 from __future__ import annotations

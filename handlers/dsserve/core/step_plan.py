@@ -2,7 +2,7 @@
 
 A plan (the field's scheduler output) is a short list of integers; every step starts with one, so every call of the
 handler holds a collective (ranks above 0 lose calls otherwise) and all ranks see the same requests. Decides nothing
-(`scheduler`), computes nothing (`model_runner`).
+(`scheduler`), computes nothing (`runner.autotp`).
 """
 
 from __future__ import annotations

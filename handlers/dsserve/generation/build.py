@@ -23,16 +23,8 @@ from dsserve.core.request import Limits
 from dsserve.generation.batch_scheduler import BatchScheduler
 from dsserve.generation.detokenizer import TextStream
 from dsserve.generation.engine import Engine
-from dsserve.generation.kernel_runner import KernelRunner
-from dsserve.generation.kv_plan import measure_passes, plan_kv_rows
-from dsserve.generation.long_check import LongCheck
-from dsserve.generation.model_runner import ModelRunner
 from dsserve.generation.observer import Observer
-from dsserve.generation.prefill_graphs import MOST_TOKENS
-from dsserve.generation.prefill_memory import PrefillMemory
-from dsserve.generation.runner import Runner
 from dsserve.generation.scheduler import Scheduler
-from dsserve.generation.warmup import verify_runner, warm_up, warm_up_batches
 from dsserve.kv.prefix_cache import PrefixCache
 from dsserve.loading.hf_model import LoadedModel
 from dsserve.loading.load_clock import LoadClock
@@ -41,6 +33,14 @@ from dsserve.modeling.fused_layers import FusedLayer
 from dsserve.modeling.optimize import tune
 from dsserve.modeling.self_check import SelfCheck
 from dsserve.parallel.rank import RankInfo
+from dsserve.runner.activation_memory import PrefillMemory
+from dsserve.runner.autotp import ModelRunner
+from dsserve.runner.base import Runner
+from dsserve.runner.kernel_injection import KernelRunner
+from dsserve.runner.kv_memory import measure_passes, plan_kv_rows
+from dsserve.runner.long_check import LongCheck
+from dsserve.runner.prefill_graphs import MOST_TOKENS
+from dsserve.runner.warmup import verify_runner, warm_up, warm_up_batches
 from dsserve.sampling.gpu_sampler import DeviceSampler
 from dsserve.sampling.grammar import GrammarCompiler
 from dsserve.sampling.pending import HostChoice, Launch

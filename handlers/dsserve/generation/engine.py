@@ -22,13 +22,13 @@ from dsserve.generation.answers import Answers
 from dsserve.generation.detokenizer import TextStream
 from dsserve.generation.flight import Flight
 from dsserve.generation.observer import Observer
-from dsserve.generation.packed_prompts import PREFILL_BUCKETS
-from dsserve.generation.runner import Runner
 from dsserve.generation.scheduler import Scheduler
 from dsserve.generation.sequence import Sequence, ending_ids
 from dsserve.kv.prefix_cache import PrefixCache
 from dsserve.parallel.plan_channel import PlanChannel
 from dsserve.parallel.rank import RankInfo
+from dsserve.runner.base import Runner
+from dsserve.runner.prefill_batch import PREFILL_BUCKETS
 from dsserve.sampling.grammar import GrammarCompiler
 from dsserve.sampling.pending import HostChoice, Launch
 from dsserve.sampling.sampler import SamplingState

@@ -2,7 +2,7 @@
 
 A row whose request ended is copied to a kept row, the least recently used one. A new prompt that begins like a live or
 kept row takes that part over by a copy (a prefix cache hit), and only the rest is computed. Knows tokens and row
-numbers; the copies are `model_runner`'s.
+numbers; the copies are `runner.autotp`'s.
 """
 
 from __future__ import annotations

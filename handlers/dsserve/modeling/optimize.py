@@ -1,7 +1,7 @@
 """Replaces what runs faster otherwise, in a sharded model: matmuls, the operations between them, layers, attention.
 
 Each replacement gives the same numbers, or is not made; the engine's self-check looks at all of them together. Does not
-shard (`ds_engine`) and captures nothing (`cuda_graphs`).
+shard (`ds_engine`) and captures nothing (`runner.decode_graphs`).
 """
 
 from __future__ import annotations

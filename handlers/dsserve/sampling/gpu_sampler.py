@@ -117,7 +117,7 @@ class DeviceSampler:
             pool: as `DecodeGraphs.capture` takes it.
 
         Raises:
-            LoadError: see `cuda_graphs.capture`.
+            LoadError: see `runner.decode_graphs.capture`.
         """
         reserved = torch.cuda.memory_reserved(self._device)
         for rows, with_rules in itertools.product(reversed(self._rows), (True, False)):

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from dsserve.core.step_plan import Admission, Plan
-from dsserve.generation.prefill_memory import PrefillMemory
-from dsserve.generation.runner import StepLogits
 from dsserve.injection.batch import KernelBatch
 from dsserve.injection.workspace import WorkspaceSize
 from dsserve.parallel.rank import RankInfo
+from dsserve.runner.activation_memory import PrefillMemory
+from dsserve.runner.base import StepLogits
 
 
 class KernelRunner:

@@ -6,7 +6,7 @@ A graph is captured for every padded length, in one of two modes:
 - Attention reads a mask. The graph makes the mask from positions and prompt numbers. That pays for short passes alone,
   and there are graphs for some lengths of the keys that a pass reads from the cache.
 
-Covers passes that want the logits of each prompt's last token; `model_runner` runs all others.
+Covers passes that want the logits of each prompt's last token; `autotp` runs all others.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import torch
 
 from dsserve.attention.prefill import PromptSpans
-from dsserve.generation.packed_prompts import PADDING, PREFILL_BUCKETS, PackedPrompts, prefill_bucket
 from dsserve.kernels.cuda_graph import buckets, capture
+from dsserve.runner.prefill_batch import PADDING, PREFILL_BUCKETS, PackedPrompts, prefill_bucket
 
 # Under a mask. Measured on an H200, 6.7 billion parameters: 128 tokens take 5.4 ms in a graph and 18 without, 500 take
 # 25 and 19, since attention under a mask does not run in torch's flash kernel.
@@ -66,7 +66,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class CapturedPass:
-    """One graph with the tensors it reads and writes; `model_runner` fills and runs it."""
+    """One graph with the tensors it reads and writes; `autotp` fills and runs it."""
 
     graph: torch.cuda.CUDAGraph
     inputs: torch.Tensor  # [4, T], int64
@@ -123,7 +123,7 @@ class PrefillGraphs:
         """Captures every shape, the largest first; `pool` as `DecodeGraphs.capture` takes it.
 
         Raises:
-            LoadError: see `cuda_graphs.capture`.
+            LoadError: see `decode_graphs.capture`.
         """
         for shape in reversed(self.shapes):
             self._captured[shape] = self._capture_one(shape, pool)

@@ -12,9 +12,9 @@ from collections.abc import Callable
 
 import torch
 
-from dsserve.generation.packed_prompts import prefill_bucket
 from dsserve.parallel.collectives import agree_on_least
 from dsserve.parallel.rank import RankInfo
+from dsserve.runner.prefill_batch import prefill_bucket
 
 
 class PrefillMemory:

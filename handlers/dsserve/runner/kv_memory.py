@@ -18,15 +18,15 @@ from dsserve.config.handler import YAML_FILE, HandlerConfig
 from dsserve.core.errors import LoadError
 from dsserve.core.request import Limits
 from dsserve.core.step_plan import Admission, Plan
-from dsserve.generation import cuda_graphs, prefill_graphs
-from dsserve.generation.model_runner import KV_STEP, ModelRunner, row_capacity
-from dsserve.generation.packed_prompts import PREFILL_BUCKETS, prefill_bucket
-from dsserve.generation.prefill_memory import PrefillMemory
-from dsserve.generation.runner import prefill_at_load
 from dsserve.modeling.dtype import model_dtype
 from dsserve.parallel.collectives import agree_on_least
 from dsserve.parallel.kv_heads import head_size
 from dsserve.parallel.rank import RankInfo
+from dsserve.runner import decode_graphs, prefill_graphs
+from dsserve.runner.activation_memory import PrefillMemory
+from dsserve.runner.autotp import KV_STEP, ModelRunner, row_capacity
+from dsserve.runner.base import prefill_at_load
+from dsserve.runner.prefill_batch import PREFILL_BUCKETS, prefill_bucket
 
 # Kept rows where the settings leave their number open; fewer where memory is short.
 _KEPT_ROWS = 8
@@ -154,7 +154,7 @@ def measure_passes(module: Any, config: HandlerConfig, limits: Limits, most: int
     by_span = _carry_out(module, min(most, longest), memory)
     captured = rows = 0
     if config.cuda_graphs:
-        rows = cuda_graphs.captured_rows(slots, row_capacity(limits.max_model_len))
+        rows = decode_graphs.captured_rows(slots, row_capacity(limits.max_model_len))
         if uses_decode_attention(module):
             captured = prefill_graphs.most_captured(slots, longest, by_span, most)
             rows += prefill_graphs.captured_rows(slots, longest, by_span, most)

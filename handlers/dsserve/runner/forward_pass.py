@@ -1,7 +1,7 @@
 """One forward pass of the sharded model over the KV slots: a decode step of the first rows, or the prefill of prompts.
 
 Takes tensors and says nothing to the host, so that CUDA graphs can hold it. Knows no rows' lengths and no plans
-(`model_runner`).
+(`autotp`).
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import torch
 
 from dsserve.attention.decode import uses_decode_attention
 from dsserve.attention.prefill import PROMPT_SPANS, PromptSpans, has_flash
-from dsserve.generation.packed_prompts import PackedPrompts
 from dsserve.kv.cache import SlotCache
 from dsserve.modeling.dtype import model_dtype
 from dsserve.parallel.collectives import agree_on_least
 from dsserve.parallel.kv_heads import head_size
 from dsserve.parallel.rank import RankInfo
+from dsserve.runner.prefill_batch import PackedPrompts
 
 
 class ForwardPass:

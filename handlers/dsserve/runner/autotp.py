@@ -10,14 +10,14 @@ from typing import Any
 import torch
 
 from dsserve.core.step_plan import Admission, Plan, moves
-from dsserve.generation.cuda_graphs import DecodeGraphs
-from dsserve.generation.forward_pass import ForwardPass
-from dsserve.generation.packed_prompts import PackedPrompts
-from dsserve.generation.prefill_graphs import PrefillGraphs
-from dsserve.generation.prefill_memory import PrefillMemory
-from dsserve.generation.runner import StepLogits, prefill_at_load
 from dsserve.kernels.host_copy import stage
 from dsserve.parallel.rank import RankInfo
+from dsserve.runner.activation_memory import PrefillMemory
+from dsserve.runner.base import StepLogits, prefill_at_load
+from dsserve.runner.decode_graphs import DecodeGraphs
+from dsserve.runner.forward_pass import ForwardPass
+from dsserve.runner.prefill_batch import PackedPrompts
+from dsserve.runner.prefill_graphs import PrefillGraphs
 
 # Attention reads up to the longest live row, rounded up to this.
 KV_STEP = 16
@@ -167,7 +167,7 @@ class ModelRunner:
                 cache that skip negative cells (`gpu_ops`).
 
         Raises:
-            LoadError: see `cuda_graphs.capture`.
+            LoadError: see `decode_graphs.capture`.
         """
         prefill_at_load(self, Plan(admit=(Admission((0,)),)))  # makes the cache's tensors
         self.execute(Plan(evict=(0,)))

@@ -15,9 +15,9 @@ import torch
 
 from dsserve.core.errors import LoadError
 from dsserve.core.step_plan import Admission, Plan
-from dsserve.generation.model_runner import ModelRunner
-from dsserve.generation.runner import prefill_at_load
 from dsserve.modeling.self_check import LENGTH, SelfCheck
+from dsserve.runner.autotp import ModelRunner
+from dsserve.runner.base import prefill_at_load
 
 logger = logging.getLogger(__name__)
 

@@ -11,11 +11,11 @@ import time
 import torch
 
 from dsserve.core.step_plan import Admission, Plan
-from dsserve.generation.model_runner import ModelRunner
-from dsserve.generation.packed_prompts import PREFILL_BUCKETS
-from dsserve.generation.runner import Runner, prefill_at_load
 from dsserve.modeling.self_check import SelfCheck
 from dsserve.parallel.collectives import count_all_reduces
+from dsserve.runner.autotp import ModelRunner
+from dsserve.runner.base import Runner, prefill_at_load
+from dsserve.runner.prefill_batch import PREFILL_BUCKETS
 
 logger = logging.getLogger(__name__)
 
