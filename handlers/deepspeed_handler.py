@@ -15,10 +15,10 @@ from dsserve.config.handler import HandlerConfig, read_handler_config
 from dsserve.config.limits import read_limits
 from dsserve.config.torchserve import check_server_settings, read_time_limits
 from dsserve.control import ControlFiles
-from dsserve.generation.build import build_engine
+from dsserve.engine.build import build_engine
+from dsserve.engine.guarded_engine import EngineThread, LeaderEngine
+from dsserve.engine.observer import Observers
 from dsserve.generation.call_length import CallLength
-from dsserve.generation.leader import EngineThread, LeaderEngine
-from dsserve.generation.observer import Observers
 from dsserve.injection.attempt import KernelInjection
 from dsserve.load_guard import LoadGuard
 from dsserve.loading import shard_cache

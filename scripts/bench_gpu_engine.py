@@ -14,9 +14,9 @@ import torch
 
 from dsserve.core.request import GenerationRequest, StopConditions
 from dsserve.core.timeline import Timeline
-from dsserve.generation.engine import Engine
-from dsserve.generation.observer import Observer, Outcome, Step
-from dsserve.generation.sequence import Sequence
+from dsserve.engine.engine import Engine
+from dsserve.engine.observer import Observer, Outcome, Step
+from dsserve.engine.sequence import Sequence
 from dsserve.parallel.rank import RankInfo
 from scripts.bench_report import percentile
 

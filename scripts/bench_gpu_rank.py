@@ -20,7 +20,7 @@ from dsserve.base_handler import BaseDeepSpeedHandler
 from dsserve.config.handler import PREFILL_TOKENS_A_STEP, HandlerConfig
 from dsserve.config.limits import read_limits
 from dsserve.core.errors import LoadError
-from dsserve.generation.build import build_engine
+from dsserve.engine.build import build_engine
 from dsserve.loading.ds_engine import get_ds_engine
 from dsserve.loading.hf_model import load_model
 from dsserve.loading.load_clock import LoadClock

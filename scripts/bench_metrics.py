@@ -22,9 +22,9 @@ import typer
 from prometheus_client import generate_latest
 
 from dsserve.core.request import GenerationRequest
-from dsserve.generation.detokenizer import TextStream
-from dsserve.generation.engine import Engine
-from dsserve.generation.observer import Observer
+from dsserve.engine.detokenizer import TextStream
+from dsserve.engine.engine import Engine
+from dsserve.engine.observer import Observer
 from dsserve.metrics import Metrics
 from dsserve.parallel.rank import RankInfo
 from dsserve.runner.autotp import ModelRunner

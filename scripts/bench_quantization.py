@@ -53,7 +53,7 @@ def make_model(shape: str, dtype: torch.dtype, device: torch.device) -> Any:
 
 
 def tune(model: Any, device: torch.device) -> None:
-    """What the handler replaces after the sharding; see `generation.build`."""
+    """What the handler replaces after the sharding; see `dsserve.engine.build`."""
     from dsserve.attention.decode import use_decode_attention
     from dsserve.kernels.ops import load_ops
     from dsserve.modeling.fused_ops import use_fused_ops

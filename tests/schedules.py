@@ -12,8 +12,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dsserve.core.request import GenerationRequest, SamplingParams, StopConditions, TokenEvent
-from dsserve.generation.detokenizer import TextStream
-from dsserve.generation.engine import Engine
+from dsserve.engine.detokenizer import TextStream
+from dsserve.engine.engine import Engine
 from dsserve.parallel.rank import RankInfo
 from dsserve.sampling.gpu_draw import draw
 from tests.streams import more

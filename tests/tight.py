@@ -11,7 +11,7 @@ import torch
 
 from dsserve.config.handler import HandlerConfig
 from dsserve.core.request import GenerationRequest
-from dsserve.generation.build import build_engine
+from dsserve.engine.build import build_engine
 from dsserve.loading.ds_engine import get_ds_engine
 from dsserve.loading.hf_model import load_model
 from dsserve.loading.load_clock import LoadClock

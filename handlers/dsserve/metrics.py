@@ -22,8 +22,8 @@ from prometheus_client.registry import Collector
 
 from dsserve import __version__
 from dsserve.core.errors import RequestError
-from dsserve.generation.observer import Observer, Outcome, Step
-from dsserve.generation.sequence import Sequence
+from dsserve.engine.observer import Observer, Outcome, Step
+from dsserve.engine.sequence import Sequence
 
 LABELS = ("model_name", "model_version")
 

@@ -14,10 +14,10 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from dsserve.core.timeline import Timeline
-from dsserve.generation.observer import Observer, Outcome
+from dsserve.engine.observer import Observer, Outcome
 
 if TYPE_CHECKING:
-    from dsserve.generation.sequence import Sequence
+    from dsserve.engine.sequence import Sequence
 
 logger = logging.getLogger(__name__)
 

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from dsserve.core.step_plan import Plan
-from dsserve.generation import engine as engine_module
-from dsserve.generation.engine import Engine
-from dsserve.generation.scheduler import Scheduler
+from dsserve.engine import engine as engine_module
+from dsserve.engine.engine import Engine
+from dsserve.engine.scheduler import Scheduler
 from dsserve.kv.prefix_cache import PrefixCache
 from dsserve.parallel.rank import RankInfo, select_device
 from dsserve.runner.autotp import ModelRunner

@@ -8,7 +8,7 @@ import torch
 
 from dsserve.core.errors import LoadError
 from dsserve.core.request import GenerationRequest
-from dsserve.generation.engine import Engine
+from dsserve.engine.engine import Engine
 from dsserve.parallel.rank import RankInfo
 from dsserve.runner.activation_memory import PrefillMemory
 from dsserve.runner.autotp import ModelRunner

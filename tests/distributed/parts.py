@@ -8,8 +8,8 @@ import torch
 
 from dsserve.attention.decode import use_decode_attention
 from dsserve.core.request import GenerationRequest, SamplingParams, TokenEvent
-from dsserve.generation.engine import Engine
-from dsserve.generation.scheduler import Scheduler
+from dsserve.engine.engine import Engine
+from dsserve.engine.scheduler import Scheduler
 from dsserve.kernels.ops import load_ops
 from dsserve.kv.prefix_cache import PrefixCache
 from dsserve.modeling.fused_ops import use_fused_ops

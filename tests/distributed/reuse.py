@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from dsserve.core.request import GenerationRequest, SamplingParams
-from dsserve.generation.engine import Engine
+from dsserve.engine.engine import Engine
 from dsserve.parallel.rank import RankInfo, select_device
 from dsserve.runner.autotp import ModelRunner
 from dsserve.sampling.gpu_sampler import DeviceSampler

@@ -36,7 +36,7 @@ from transformers import (
 from deepspeed_handler import DeepSpeedHandler
 from dsserve.core.errors import LoadError
 from dsserve.core.request import GenerationRequest
-from dsserve.generation.engine import Engine
+from dsserve.engine.engine import Engine
 from dsserve.loading.ds_engine import get_ds_engine
 from dsserve.loading.shard_cache import find_shards, write_shards
 from dsserve.loading.shard_manifest import Manifest

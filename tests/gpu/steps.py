@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from dsserve.config.handler import HandlerConfig
 from dsserve.core.request import GenerationRequest
-from dsserve.generation.engine import Engine
+from dsserve.engine.engine import Engine
 from dsserve.loading.ds_engine import get_ds_engine
 from dsserve.modeling.optimize import tune
 from dsserve.parallel.collectives import all_reduce

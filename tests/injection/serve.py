@@ -13,8 +13,8 @@ import torch
 
 from dsserve.core.errors import LoadError
 from dsserve.core.request import GenerationRequest, SamplingParams
-from dsserve.generation.batch_scheduler import BatchScheduler
-from dsserve.generation.engine import Engine
+from dsserve.engine.batch_scheduler import BatchScheduler
+from dsserve.engine.engine import Engine
 from dsserve.loading.ds_engine import get_ds_engine
 from dsserve.modeling.self_check import answers
 from dsserve.parallel.rank import RankInfo, select_device

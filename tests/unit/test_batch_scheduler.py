@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from dsserve.core.request import GenerationRequest
 from dsserve.core.step_plan import Plan
-from dsserve.generation.batch_scheduler import BatchScheduler
-from dsserve.generation.sequence import Sequence
+from dsserve.engine.batch_scheduler import BatchScheduler
+from dsserve.engine.sequence import Sequence
 from dsserve.sampling.sampler import SamplingState
 from tests.unit.test_scheduler import EOS, Letters
 

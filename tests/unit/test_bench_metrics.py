@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dsserve.core.step_plan import Plan
-from dsserve.generation.engine import Engine
+from dsserve.engine.engine import Engine
 from dsserve.metrics import Metrics
 from dsserve.parallel.rank import RankInfo
 from dsserve.runner.base import StepLogits

@@ -9,10 +9,10 @@ import pytest
 
 from dsserve.core.request import GenerationRequest
 from dsserve.core.step_plan import Plan
-from dsserve.generation import engine as engine_module
+from dsserve.engine import engine as engine_module
+from dsserve.engine.engine import Engine
+from dsserve.engine.scheduler import Scheduler
 from dsserve.generation.call_length import CallLength
-from dsserve.generation.engine import Engine
-from dsserve.generation.scheduler import Scheduler
 from dsserve.kv.prefix_cache import PrefixCache
 from dsserve.parallel.plan_channel import PlanChannel
 from dsserve.parallel.rank import RankInfo

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from dsserve.generation.detokenizer import TextStream
+from dsserve.engine.detokenizer import TextStream
 
 CORPUS = [
     "the quick brown fox — größer, größte",

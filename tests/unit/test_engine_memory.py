@@ -7,8 +7,8 @@ import torch
 
 from dsserve.core.request import GenerationRequest, TokenEvent
 from dsserve.core.step_plan import Plan
-from dsserve.generation.engine import MOST_MEMORY_FAILURES, Engine
-from dsserve.generation.scheduler import Scheduler
+from dsserve.engine.engine import MOST_MEMORY_FAILURES, Engine
+from dsserve.engine.scheduler import Scheduler
 from dsserve.kv.prefix_cache import PrefixCache
 from dsserve.parallel.rank import RankInfo
 from dsserve.runner.base import StepLogits

@@ -15,7 +15,7 @@ import torch
 from dsserve.core.errors import RequestError
 from dsserve.core.request import GenerationRequest, SamplingParams, TokenEvent
 from dsserve.core.step_plan import Plan
-from dsserve.generation.engine import Engine
+from dsserve.engine.engine import Engine
 from dsserve.parallel.rank import RankInfo
 from dsserve.runner.base import StepLogits
 from dsserve.sampling.faults import Fault, attempt, describe
@@ -310,16 +310,16 @@ def test_a_schema_that_leads_to_a_dead_end_says_so_with_its_status(way: str, cap
 
 
 def test_log_probabilities_that_cannot_be_made_fail_their_row_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dsserve.generation import answers
+    from dsserve.engine import output
 
-    report = answers.report_logprobs
+    report = output.report_logprobs
 
     def report_some(logits: torch.Tensor, tokens: list[int], counts: list[int]) -> Any:
         if 3 in counts:
             raise Panic
         return report(logits, tokens, counts)
 
-    monkeypatch.setattr(answers, "report_logprobs", report_some)
+    monkeypatch.setattr(output, "report_logprobs", report_some)
     engine = Engine(FakeRunner(), RankInfo(0, 0, 1, 1), lambda _: Letters(), frozenset({EOS}))  # type: ignore[arg-type, return-value]
     for name, count in {"sane": 2, "broken": 3}.items():
         engine.admit(GenerationRequest(name, (5,), 4, SamplingParams(logprobs=count)))

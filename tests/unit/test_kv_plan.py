@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from dsserve.config.handler import AUTO_RUNNING, HandlerConfig
 from dsserve.config.limits import read_limits
 from dsserve.core.errors import LoadError
-from dsserve.generation.build import _memory_errors_explained
+from dsserve.engine.build import _memory_errors_explained
 from dsserve.parallel.rank import RankInfo
 from dsserve.runner import kv_memory
 from dsserve.runner.activation_memory import PrefillMemory

@@ -16,9 +16,9 @@ from transformers import LlamaForCausalLM
 
 from dsserve.core.request import GenerationRequest, SamplingParams, StopConditions
 from dsserve.core.step_plan import Admission, Plan
-from dsserve.generation.engine import Engine
-from dsserve.generation.observer import Observer, Step
-from dsserve.generation.scheduler import Scheduler
+from dsserve.engine.engine import Engine
+from dsserve.engine.observer import Observer, Step
+from dsserve.engine.scheduler import Scheduler
 from dsserve.kv.prefix_cache import PrefixCache
 from dsserve.parallel.plan_channel import PlanChannel
 from dsserve.parallel.rank import RankInfo
@@ -183,7 +183,7 @@ def test_the_texts_are_those_without(make: Make, seed: int) -> None:
 def test_rows_that_are_left_to_the_host_change_no_text(
     make: Make, monkeypatch: pytest.MonkeyPatch, seed: int, share: float
 ) -> None:
-    monkeypatch.setattr("dsserve.generation.engine.STEPS_AFTER_VOID", 2)
+    monkeypatch.setattr("dsserve.engine.engine.STEPS_AFTER_VOID", 2)
     schedule = Schedule.draw(seed)
     expected = play(make(False), ALONE, schedule, cancel=False)
     monkeypatch.setattr(gpu_sampler, "draw", draw_less(share))
@@ -263,7 +263,7 @@ def test_rows_that_panic_change_no_other_text(
     make: Make, seed: int, kind: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if seed % 2:  # and some steps are void
-        monkeypatch.setattr("dsserve.generation.engine.STEPS_AFTER_VOID", 2)
+        monkeypatch.setattr("dsserve.engine.engine.STEPS_AFTER_VOID", 2)
         monkeypatch.setattr(gpu_sampler, "draw", draw_less(0.4))
     schedule, counter = Schedule.draw(seed), Counter()
     engine = make(True, counter)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dsserve.core.request import GenerationRequest, TokenEvent
-from dsserve.generation.leader import EngineThread, LeaderEngine
+from dsserve.engine.guarded_engine import EngineThread, LeaderEngine
 
 
 class ScriptedEngine:

@@ -14,8 +14,8 @@ from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from dsserve.core.errors import RequestError
 from dsserve.core.request import GenerationRequest, Origin
 from dsserve.core.step_plan import Plan
-from dsserve.generation.engine import Engine
-from dsserve.generation.observer import Observer, Step
+from dsserve.engine.engine import Engine
+from dsserve.engine.observer import Observer, Step
 from dsserve.metrics import Metrics, WeightedHistogram
 from dsserve.parallel.rank import RankInfo
 from dsserve.runner.base import StepLogits

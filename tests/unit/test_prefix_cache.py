@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from dsserve.core.request import GenerationRequest
 from dsserve.core.step_plan import Plan
-from dsserve.generation.scheduler import WORTH_A_STEP, Scheduler
-from dsserve.generation.sequence import Sequence
+from dsserve.engine.scheduler import WORTH_A_STEP, Scheduler
+from dsserve.engine.sequence import Sequence
 from dsserve.kv.prefix_cache import SHORTEST, Hit, PrefixCache, common_length
 from dsserve.sampling.sampler import SamplingState
 from tests.unit.test_scheduler import Letters

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from dsserve.config.handler import PREFILL_TOKENS_A_STEP
 from dsserve.core.request import GenerationRequest, TokenEvent
 from dsserve.core.step_plan import Admission, Plan, moves
-from dsserve.generation.scheduler import Scheduler
-from dsserve.generation.sequence import Sequence
+from dsserve.engine.scheduler import Scheduler
+from dsserve.engine.sequence import Sequence
 from dsserve.kv.prefix_cache import PrefixCache
 from dsserve.sampling.sampler import SamplingState
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsserve.generation.stop_strings import StopStrings
+from dsserve.engine.stop_strings import StopStrings
 
 letters = st.text("ab", max_size=12)
 repeated = st.builds(lambda part, times, end: part * times + end, letters, st.integers(0, 6), letters)

@@ -15,8 +15,8 @@ from opentelemetry.trace import StatusCode
 from dsserve import tracing
 from dsserve.core.request import GenerationRequest, Origin
 from dsserve.core.timeline import Timeline
-from dsserve.generation.engine import Engine
-from dsserve.generation.observer import Observer
+from dsserve.engine.engine import Engine
+from dsserve.engine.observer import Observer
 from dsserve.parallel.rank import RankInfo
 from dsserve.protocol.rows import row_origin
 from dsserve.tracing import Spans, phases, spans_from_env

@@ -16,8 +16,8 @@ from typing import Any
 
 from dsserve.core.errors import RequestError
 from dsserve.core.request import Origin, TokenEvent
+from dsserve.engine.guarded_engine import LeaderEngine
 from dsserve.generation.call_length import CallLength
-from dsserve.generation.leader import LeaderEngine
 from dsserve.protocol import refusals
 from dsserve.protocol.bounds import CALL_BYTES, FRAME_BYTES, SHARE_BYTES
 from dsserve.protocol.job import Job

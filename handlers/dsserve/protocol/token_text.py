@@ -1,4 +1,4 @@
-"""The text and the bytes of single tokens, for log probabilities. Whole texts are `generation.detokenizer`'s."""
+"""The text and the bytes of single tokens, for log probabilities. Whole texts are `engine.detokenizer`'s."""
 
 from __future__ import annotations
 

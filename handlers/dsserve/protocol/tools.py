@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dsserve.core.errors import RequestError
-from dsserve.generation.detokenizer import overlap
+from dsserve.engine.detokenizer import overlap
 from dsserve.protocol.json_bounds import check_json
 
 OPENING, CLOSING = "<tool_call>", "</tool_call>"

@@ -12,10 +12,10 @@ from collections.abc import Callable
 import torch
 
 from dsserve.core.request import TokenEvent, TokenLogprob
-from dsserve.generation.flight import Flight
-from dsserve.generation.observer import Observer, Outcome, Step
-from dsserve.generation.scheduler import Scheduler
-from dsserve.generation.sequence import Sequence
+from dsserve.engine.in_flight import Flight
+from dsserve.engine.observer import Observer, Outcome, Step
+from dsserve.engine.scheduler import Scheduler
+from dsserve.engine.sequence import Sequence
 from dsserve.sampling.faults import Fault, attempt, describe
 from dsserve.sampling.sampler import note, report_logprobs
 

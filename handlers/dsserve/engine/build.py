@@ -20,11 +20,11 @@ from dsserve.config.handler import YAML_FILE, HandlerConfig
 from dsserve.config.limits import read_limits
 from dsserve.core.errors import LoadError, first_line
 from dsserve.core.request import Limits
-from dsserve.generation.batch_scheduler import BatchScheduler
-from dsserve.generation.detokenizer import TextStream
-from dsserve.generation.engine import Engine
-from dsserve.generation.observer import Observer
-from dsserve.generation.scheduler import Scheduler
+from dsserve.engine.batch_scheduler import BatchScheduler
+from dsserve.engine.detokenizer import TextStream
+from dsserve.engine.engine import Engine
+from dsserve.engine.observer import Observer
+from dsserve.engine.scheduler import Scheduler
 from dsserve.kv.prefix_cache import PrefixCache
 from dsserve.loading.hf_model import LoadedModel
 from dsserve.loading.load_clock import LoadClock

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from dsserve.generation.stop_strings import StopStrings
+from dsserve.engine.stop_strings import StopStrings
 
 _REPLACEMENT = "\ufffd"
 # A character of UTF-8 has at most 4 bytes: more tokens that still end in U+FFFD hold broken bytes for good.

@@ -18,12 +18,12 @@ import torch
 
 from dsserve.core.request import GenerationRequest, Origin, TokenEvent
 from dsserve.core.step_plan import Plan
-from dsserve.generation.answers import Answers
-from dsserve.generation.detokenizer import TextStream
-from dsserve.generation.flight import Flight
-from dsserve.generation.observer import Observer
-from dsserve.generation.scheduler import Scheduler
-from dsserve.generation.sequence import Sequence, ending_ids
+from dsserve.engine.detokenizer import TextStream
+from dsserve.engine.in_flight import Flight
+from dsserve.engine.observer import Observer
+from dsserve.engine.output import Answers
+from dsserve.engine.scheduler import Scheduler
+from dsserve.engine.sequence import Sequence, ending_ids
 from dsserve.kv.prefix_cache import PrefixCache
 from dsserve.parallel.plan_channel import PlanChannel
 from dsserve.parallel.rank import RankInfo

@@ -18,7 +18,7 @@ import torch
 
 from dsserve.core.errors import RETRY_AFTER_S, RequestError
 from dsserve.core.request import GenerationRequest, Origin, TokenEvent
-from dsserve.generation.engine import Engine
+from dsserve.engine.engine import Engine
 from dsserve.sampling.faults import describe
 
 logger = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from dsserve.generation.sequence import Sequence
+    from dsserve.engine.sequence import Sequence
 
 # How a sequence ended: by its text, by its length, given up (its client went away, or it took too long), by our fault.
 Outcome = Literal["stop", "length", "abort", "error"]

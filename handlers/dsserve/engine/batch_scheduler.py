@@ -7,8 +7,8 @@ a batch to gather. Rows that end leave the book at once; what becomes of them in
 from __future__ import annotations
 
 from dsserve.core.step_plan import Admission, Plan
-from dsserve.generation.scheduler import Scheduler
-from dsserve.generation.sequence import Sequence
+from dsserve.engine.scheduler import Scheduler
+from dsserve.engine.sequence import Sequence
 from dsserve.kv.prefix_cache import PrefixCache
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dsserve.core.step_plan import Plan
-from dsserve.generation.sequence import Sequence
+from dsserve.engine.sequence import Sequence
 from dsserve.runner.base import StepLogits
 from dsserve.sampling.pending import Choice
 

@@ -14,7 +14,7 @@ from dsserve.core.errors import RequestError
 from dsserve.core.request import FinishReason, GenerationRequest, Origin, TokenEvent, TokenLogprob
 from dsserve.core.timeline import Timeline
 from dsserve.core.token_ids import TokenIds
-from dsserve.generation.detokenizer import TextStream
+from dsserve.engine.detokenizer import TextStream
 from dsserve.sampling.sampler import SamplingState, report_logprobs
 
 # Rows of a prompt's logits that are converted to fp32 together.

@@ -13,7 +13,7 @@ from collections import deque
 
 from dsserve.config.handler import PREFILL_TOKENS_A_STEP
 from dsserve.core.step_plan import Admission, Plan, moves
-from dsserve.generation.sequence import Sequence
+from dsserve.engine.sequence import Sequence
 from dsserve.kv.prefix_cache import PrefixCache, common_length
 
 # A prompt that shares so many tokens with one of the same step waits for the next one and takes them over from it.
