@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dsserve.protocol.fields import SamplingBody
-from dsserve.protocol.openai_schema import ChatBody, CompletionBody, V1Body
+from dsserve.protocol.openai.schema import ChatBody, CompletionBody, V1Body
+from dsserve.protocol.openai.tokenizer_endpoints import DetokenizeBody, TokenizeBody
 from dsserve.protocol.schema import GenerateBody
-from dsserve.protocol.tokenizer_endpoints import DetokenizeBody, TokenizeBody
 from scripts.page_tables import DOCS, field_table, write
 
 PAGE = DOCS / "api.md"

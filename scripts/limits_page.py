@@ -13,7 +13,7 @@ from typing import Any
 
 from dsserve.protocol import bounds, schema_bounds
 from dsserve.protocol.bounds import Bound, Rule
-from dsserve.protocol.openapi import describe
+from dsserve.protocol.openai.openapi import describe
 from scripts.prepare_model import ROOT
 
 PAGE = ROOT / "docs" / "limits.md"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from dsserve.protocol.openapi import describe
+from dsserve.protocol.openai.openapi import describe
 from scripts.prepare_model import ROOT
 
 OPENAPI_FILE = ROOT / "configs" / "openapi.json"

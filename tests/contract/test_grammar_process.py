@@ -19,8 +19,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from dsserve.protocol.openai.structured import _schema_grammar
 from dsserve.protocol.schema_bounds import REACH
-from dsserve.protocol.structured import _schema_grammar
 from dsserve.sampling.grammar_process import (
     CLOCK_S,
     MEMORY_BYTES,
@@ -150,7 +150,7 @@ _OWNER = """
 import sys, threading
 from dsserve.sampling.grammar_process import GrammarProcess
 from dsserve.sampling.matcher import Vocabulary
-from dsserve.protocol.structured import _schema_grammar
+from dsserve.protocol.openai.structured import _schema_grammar
 from tests.schemas import ENDLESS, WIDTH, byte_tokenizer
 process = GrammarProcess(Vocabulary.of(byte_tokenizer(), WIDTH, frozenset({256})))
 process.judge(_schema_grammar({}))

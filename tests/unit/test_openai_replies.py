@@ -11,10 +11,10 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from dsserve.core.errors import RequestError
 from dsserve.core.request import TokenEvent, TokenLogprob
-from dsserve.protocol.openai_reply import Envelope, StreamReply, WholeReply
-from dsserve.protocol.openai_schema import StreamOptions
-from dsserve.protocol.openai_shapes import ChatShape, CompletionShape
-from dsserve.protocol.tools import ToolCallText
+from dsserve.protocol.openai.reply import Envelope, StreamReply, WholeReply
+from dsserve.protocol.openai.schema import StreamOptions
+from dsserve.protocol.openai.shapes import ChatShape, CompletionShape
+from dsserve.protocol.openai.tools import ToolCallText
 
 ENVELOPE = Envelope("id-1", "model", "fp_1", 17)
 

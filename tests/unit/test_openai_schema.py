@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from dsserve.core.errors import RequestError
-from dsserve.protocol.openai_schema import ChatBody, CompletionBody, parse
-from dsserve.protocol.tokenizer_endpoints import TokenizeBody
+from dsserve.protocol.openai.schema import ChatBody, CompletionBody, parse
+from dsserve.protocol.openai.tokenizer_endpoints import TokenizeBody
 
 USER = [{"role": "user", "content": "a"}]
 CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 
-from dsserve.protocol.openai_schema import ChatBody
-from dsserve.protocol.openapi import describe
+from dsserve.protocol.openai.openapi import describe
+from dsserve.protocol.openai.schema import ChatBody
 from dsserve.protocol.routes import PATHS
 from scripts.openapi import OPENAPI_FILE, render
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from dsserve.core.errors import RequestError
-from dsserve.protocol.openai_schema import ResponseFormat, Tool
-from dsserve.protocol.structured import _schema_grammar, call_grammar, check_tools, response_grammar
+from dsserve.protocol.openai.schema import ResponseFormat, Tool
+from dsserve.protocol.openai.structured import _schema_grammar, call_grammar, check_tools, response_grammar
 from dsserve.sampling.grammar import GrammarCompiler, GrammarError
 from dsserve.sampling.matcher import make_matcher
 from tests.schemas import DEAD_ENDS, GOOD, TOO_COMPLEX, WIDTH, WRAPS, byte_tokenizer, chain, closed, nested, text

@@ -1,6 +1,6 @@
 """How one request is answered: plain text, one JSON object, or server-sent events. Bytes only, no TorchServe types.
 
-The plain endpoint's replies and what all replies share; OpenAI's are `openai_reply`'s.
+The plain endpoint's replies and what all replies share; OpenAI's are `protocol.openai.reply`'s.
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from dsserve.core.errors import RequestError
 from dsserve.protocol.bounds import LOGPROBS, REPLY_BYTES
+from dsserve.protocol.openai.token_text import TokenText
 from dsserve.protocol.reply import to_json
-from dsserve.protocol.token_text import TokenText
 
 # A log probability in JSON, with the comma after it: -1.2345678901234567e-05.
 _NUMBER = 24

@@ -12,13 +12,13 @@ from dsserve.core.errors import RequestError
 from dsserve.protocol.bounds import VALUES
 from dsserve.protocol.job import Job
 from dsserve.protocol.json_bounds import check_body
-from dsserve.protocol.openai_endpoints import chat, complete, list_models
-from dsserve.protocol.openapi import describe
+from dsserve.protocol.openai.endpoints import chat, complete, list_models
+from dsserve.protocol.openai.openapi import describe
+from dsserve.protocol.openai.tokenizer_endpoints import detokenize, tokenize
 from dsserve.protocol.plain_endpoint import generate
 from dsserve.protocol.reply import to_json
 from dsserve.protocol.rows import read_body
 from dsserve.protocol.served import ServedModel
-from dsserve.protocol.tokenizer_endpoints import detokenize, tokenize
 
 _OFFERED: dict[str, Callable[[ServedModel], bytes]] = {
     "v1/models": list_models,

@@ -1,4 +1,4 @@
-"""The JSON body of `POST /predictions/<model>`, the plain endpoint. OpenAI's bodies are `openai_schema`'s."""
+"""The JSON body of `POST /predictions/<model>`, the plain endpoint. OpenAI's bodies are `protocol.openai.schema`'s."""
 
 from __future__ import annotations
 

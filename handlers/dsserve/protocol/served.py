@@ -13,8 +13,8 @@ from typing import Any
 from dsserve.core.request import Limits
 from dsserve.loading.hf_model import LoadedModel
 from dsserve.modeling.dtype import model_dtype
+from dsserve.protocol.openai.token_text import TokenText
 from dsserve.protocol.reply_size import TokenSizes
-from dsserve.protocol.token_text import TokenText
 from dsserve.sampling.grammar import GrammarCompiler
 
 

@@ -1,7 +1,7 @@
 """Structured output: which tokens a text may go on with, by llguidance.
 
 Rank 0 alone asks and all ranks get the token that it chose, so a mask cannot differ between ranks. Does not read
-`response_format` or tools (`protocol.structured`).
+`response_format` or tools (`protocol.openai.structured`).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """One text of an OpenAI reply: what its `choices` entry and its stream's deltas look like.
 
 Completions hold text, chat holds a message with content or tool calls. Knows no ids and no server-sent events
-(`openai_reply`).
+(`reply`).
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 from dsserve.core.request import TokenEvent, TokenLogprob
+from dsserve.protocol.openai.token_text import TokenText
+from dsserve.protocol.openai.tools import Call, ToolCallText
 from dsserve.protocol.reply import JsonArray, json_object, to_json
-from dsserve.protocol.token_text import TokenText
-from dsserve.protocol.tools import Call, ToolCallText
 
 
 class Shape(ABC):

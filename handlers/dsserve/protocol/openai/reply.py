@@ -1,6 +1,6 @@
 """Replies of `v1/completions` and `v1/chat/completions`: whole objects and streams of chunks.
 
-`whole` and `stream` differ in when something is sent; the shapes (`openai_shapes`) in what an object holds.
+`whole` and `stream` differ in when something is sent; the shapes (`shapes`) in what an object holds.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Any
 
 from dsserve.core.errors import RequestError
 from dsserve.core.request import TokenEvent
-from dsserve.protocol.openai_schema import StreamOptions
-from dsserve.protocol.openai_shapes import Shape
+from dsserve.protocol.openai.schema import StreamOptions
+from dsserve.protocol.openai.shapes import Shape
 from dsserve.protocol.reply import SSE_TYPE, Reply, json_object, sse, sse_failure, to_json
 from dsserve.protocol.served import ServedModel
 

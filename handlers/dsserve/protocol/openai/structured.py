@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 from dsserve.core.errors import RequestError
-from dsserve.protocol.openai_schema import FunctionTool, ResponseFormat, Tool
+from dsserve.protocol.openai.schema import FunctionTool, ResponseFormat, Tool
 from dsserve.protocol.schema_bounds import check_schemas
 from dsserve.sampling.grammar import GrammarBusyError, GrammarCompiler, GrammarError
 from dsserve.sampling.matcher import TOO_COMPLEX

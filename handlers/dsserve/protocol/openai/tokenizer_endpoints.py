@@ -8,8 +8,8 @@ from pydantic import Field, model_validator
 
 from dsserve.core.errors import RequestError
 from dsserve.protocol.fields import Body, Quick, Text, TokenId
-from dsserve.protocol.openai_endpoints import check_model, render_message
-from dsserve.protocol.openai_schema import Messages, Name, parse
+from dsserve.protocol.openai.endpoints import check_model, render_message
+from dsserve.protocol.openai.schema import Messages, Name, parse
 from dsserve.protocol.prompt import check_ids, decode, encode, encode_messages
 from dsserve.protocol.reply import to_json
 from dsserve.protocol.reply_size import Texts, check_reply

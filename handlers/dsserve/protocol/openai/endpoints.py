@@ -1,6 +1,6 @@
 """The endpoints under `v1/`: a checked body to a job or to a finished answer.
 
-Bodies are `openai_schema`'s, replies `openai_reply`'s. Errors that OpenAI's clients know by another status or code than
+Bodies are `schema`'s, replies `reply`'s. Errors that OpenAI's clients know by another status or code than
 the plain endpoint's are translated in `routes`.
 """
 
@@ -14,16 +14,11 @@ from dsserve.core.request import GenerationRequest, SamplingParams, StopConditio
 from dsserve.protocol.bounds import ECHOED_LOGPROBS
 from dsserve.protocol.job import Job
 from dsserve.protocol.json_bounds import check_json
-from dsserve.protocol.openai_reply import Envelope, StreamReply, WholeReply
-from dsserve.protocol.openai_schema import (
-    ChatBody,
-    ChatMessage,
-    CompletionBody,
-    NamedTool,
-    V1Body,
-    parse,
-)
-from dsserve.protocol.openai_shapes import ChatShape, CompletionShape, Shape
+from dsserve.protocol.openai.reply import Envelope, StreamReply, WholeReply
+from dsserve.protocol.openai.schema import ChatBody, ChatMessage, CompletionBody, NamedTool, V1Body, parse
+from dsserve.protocol.openai.shapes import ChatShape, CompletionShape, Shape
+from dsserve.protocol.openai.structured import call_grammar, check_tools, response_grammar
+from dsserve.protocol.openai.tools import CLOSING, OPENING, ToolCallText, check_tool_format
 from dsserve.protocol.prompt import (
     check_ids,
     check_least,
@@ -37,8 +32,6 @@ from dsserve.protocol.prompt import (
 from dsserve.protocol.reply import Reply, to_json
 from dsserve.protocol.reply_size import CALL_FACTOR, Texts, check_reply, echo_size
 from dsserve.protocol.served import ServedModel
-from dsserve.protocol.structured import call_grammar, check_tools, response_grammar
-from dsserve.protocol.tools import CLOSING, OPENING, ToolCallText, check_tool_format
 
 
 def list_models(served: ServedModel) -> bytes:

@@ -7,9 +7,9 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from dsserve.protocol.openai_schema import ChatBody, CompletionBody
+from dsserve.protocol.openai.schema import ChatBody, CompletionBody
+from dsserve.protocol.openai.tokenizer_endpoints import DetokenizeBody, TokenizeBody
 from dsserve.protocol.schema import GenerateBody
-from dsserve.protocol.tokenizer_endpoints import DetokenizeBody, TokenizeBody
 
 _POSTED: dict[str, tuple[type[BaseModel], str, bool]] = {  # path -> body, what it does, may it stream
     "": (GenerateBody, "Generate text, the plain way", True),

@@ -1,0 +1,1 @@
+"""OpenAI's API: bodies, endpoints, replies, and the document that describes them."""
