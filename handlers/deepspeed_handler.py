@@ -10,33 +10,33 @@ import gc
 import logging
 from typing import Any
 
-from dsserve.base_handler import BaseDeepSpeedHandler
 from dsserve.config.handler import HandlerConfig, read_handler_config
 from dsserve.config.limits import read_limits
 from dsserve.config.torchserve import check_server_settings, read_time_limits
-from dsserve.control import ControlFiles
 from dsserve.engine.build import build_engine
 from dsserve.engine.guarded_engine import EngineThread, LeaderEngine
 from dsserve.engine.observer import Observers
-from dsserve.generation.call_length import CallLength
 from dsserve.injection.attempt import KernelInjection
-from dsserve.load_guard import LoadGuard
 from dsserve.loading import shard_cache
 from dsserve.loading.ds_engine import get_ds_engine, read_settings
 from dsserve.loading.hf_model import LoadedModel, load_model, load_outline, locate_model, max_position
 from dsserve.loading.load_clock import LoadClock
 from dsserve.loading.shard_cache import Shards
 from dsserve.loading.shard_manifest import Manifest
-from dsserve.logs import set_serving_level
 from dsserve.metrics import Metrics
 from dsserve.metrics_endpoint import MetricsEndpoint
 from dsserve.modeling.dtype import model_dtype
 from dsserve.parallel.kv_heads import plan_kv_copies
-from dsserve.protocol.batch import LiveBatch
 from dsserve.protocol.served import describe_model
 from dsserve.tracing import spans_from_env
-from dsserve.watchdog import end_process
+from dsserve.worker.base_handler import BaseDeepSpeedHandler
+from dsserve.worker.call_length import CallLength
+from dsserve.worker.control import ControlFiles
 from dsserve.worker.exit import end_rank
+from dsserve.worker.live_batch import LiveBatch
+from dsserve.worker.load_guard import LoadGuard
+from dsserve.worker.logs import set_serving_level
+from dsserve.worker.watchdog import end_process
 
 logger = logging.getLogger(__name__)
 

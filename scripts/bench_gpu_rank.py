@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from ts.context import Context
 
-from dsserve.base_handler import BaseDeepSpeedHandler
 from dsserve.config.handler import PREFILL_TOKENS_A_STEP, HandlerConfig
 from dsserve.config.limits import read_limits
 from dsserve.core.errors import LoadError
@@ -26,6 +25,7 @@ from dsserve.loading.hf_model import load_model
 from dsserve.loading.load_clock import LoadClock
 from dsserve.modeling.dtype import model_dtype
 from dsserve.runner.kv_memory import plan_kv_rows
+from dsserve.worker.base_handler import BaseDeepSpeedHandler
 from dsserve.worker.exit import finish_rank
 from scripts.bench_gpu_device import StepBytes, held_bytes, read_bandwidth
 from scripts.bench_gpu_engine import IDLE_STEPS, Group, Watch, summarise, summarise_admission

@@ -26,7 +26,7 @@ class Speed:
     Args:
         step_ms, row_ms: a decode step, and what each row adds.
         prefill_ms, prompt_token_ms: a pass over new prompts, and what each of their tokens adds.
-        steps_per_call: tokens leave in groups of so many (see `dsserve.generation.call_length`).
+        steps_per_call: tokens leave in groups of so many (see `dsserve.worker.call_length`).
         max_running, max_waiting: as in `handler:`; a replica that has both refuses.
     """
 

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from ts.context import Context
 
-from dsserve.base_handler import BaseDeepSpeedHandler
 from dsserve.config.handler import HandlerConfig
 from dsserve.loading import shard_cache
 from dsserve.loading.ds_engine import get_ds_engine
 from dsserve.loading.hf_model import load_outline, load_weights
 from dsserve.loading.load_clock import LoadClock, own_bytes
 from dsserve.loading.shard_manifest import Manifest
+from dsserve.worker.base_handler import BaseDeepSpeedHandler
 
 SAMPLE_S = 0.005
 CPU = torch.device("cpu")

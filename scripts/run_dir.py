@@ -125,7 +125,7 @@ class RunDir:
 
     @property
     def drain_file(self) -> Path:
-        """While it exists, rank 0 refuses new requests (`dsserve.control`)."""
+        """While it exists, rank 0 refuses new requests (`dsserve.worker.control`)."""
         return self.path / "drain"
 
     @property

@@ -13,16 +13,16 @@ from typing import Any
 
 from ts.context import Context
 
-from dsserve.base_handler import BaseDeepSpeedHandler
 from dsserve.config.handler import read_handler_config
 from dsserve.core.errors import LoadError
-from dsserve.load_guard import LoadGuard
 from dsserve.loading import shard_cache
 from dsserve.loading.ds_engine import get_ds_engine, read_settings
 from dsserve.loading.hf_model import load_outline, load_weights, locate_model
 from dsserve.loading.shard_manifest import Manifest
 from dsserve.modeling.dtype import model_dtype
 from dsserve.parallel.kv_heads import plan_kv_copies
+from dsserve.worker.base_handler import BaseDeepSpeedHandler
+from dsserve.worker.load_guard import LoadGuard
 
 
 class ShardRank(BaseDeepSpeedHandler):

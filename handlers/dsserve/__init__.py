@@ -10,8 +10,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dsserve.base_handler import BaseDeepSpeedHandler
     from dsserve.loading.ds_engine import get_ds_engine
+    from dsserve.worker.base_handler import BaseDeepSpeedHandler
 
 __all__ = ["BaseDeepSpeedHandler", "get_ds_engine"]
 __version__ = "0.1.0"
@@ -19,7 +19,7 @@ __version__ = "0.1.0"
 
 def __getattr__(name: str) -> Any:
     if name == "BaseDeepSpeedHandler":
-        from dsserve.base_handler import BaseDeepSpeedHandler
+        from dsserve.worker.base_handler import BaseDeepSpeedHandler
 
         return BaseDeepSpeedHandler
     if name == "get_ds_engine":

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from dsserve.protocol import batch
+from dsserve.worker import live_batch
 from tests.contract.rank0 import Worker
 
 
@@ -19,5 +19,5 @@ def worker() -> Worker:
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The batch's clock, in seconds; a test sets it."""
     now = [100.0]
-    monkeypatch.setattr(batch, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(live_batch, "time", SimpleNamespace(monotonic=lambda: now[0]))
     return now

@@ -10,10 +10,10 @@ from ts.context import RequestProcessor
 from ts.protocol.otf_message_handler import create_predict_response
 
 from dsserve.core.request import GenerationRequest, Limits, TokenEvent
-from dsserve.generation.call_length import CallLength
-from dsserve.protocol.batch import LiveBatch
 from dsserve.protocol.served import ServedModel
 from dsserve.sampling.grammar import GrammarCompiler
+from dsserve.worker.call_length import CallLength
+from dsserve.worker.live_batch import LiveBatch
 from tests.contexts import make_context
 
 

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from dsserve.core.request import Limits, TokenEvent
-from dsserve.protocol import batch
 from dsserve.protocol.served import ServedModel
 from dsserve.sampling.grammar import GrammarCompiler
+from dsserve.worker import live_batch
 from tests.contract.rank0 import Worker, body, make_tokenizer, served_model
 from tests.schemas import DEAD_ENDS, ENDLESS, TOO_COMPLEX, WIDTH, WRAPS, byte_tokenizer, chain, nested
 
@@ -47,13 +47,13 @@ def test_reading_that_takes_too_long_sends_the_rest_away_and_streams_go_on(
     worker: Worker, clock: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     worker.call({"old": body(stream=True)}, [TokenEvent("old", "x")])
-    read: Any = batch.answer
+    read: Any = live_batch.answer
 
     def slow(*arguments: Any) -> Any:
-        clock[0] += 0.6 * batch.READING_S
+        clock[0] += 0.6 * live_batch.READING_S
         return read(*arguments)
 
-    monkeypatch.setattr(batch, "answer", slow)
+    monkeypatch.setattr(live_batch, "answer", slow)
     rows = {"old": {}, "a": body(max_new_tokens=0), "b": body(max_new_tokens=0), "c": body(), "d": body()}
     replies = worker.call(rows, [TokenEvent("old", "y")])
     assert [replies[name][1] for name in rows] == [200, 400, 400, 429, 429]

@@ -15,7 +15,7 @@ import deepspeed_handler
 from dsserve.config.torchserve import TimeLimits
 from dsserve.core.errors import LoadError
 from dsserve.parallel.rank import RankInfo
-from dsserve.watchdog import Watchdog
+from dsserve.worker.watchdog import Watchdog
 from tests.contexts import make_context
 
 

@@ -216,7 +216,7 @@ def test_a_request_that_fails_after_a_part_of_it_was_admitted_leaves_nothing(
         if "text(s)" in line:  # the last thing that is done
             raise Panic
 
-    monkeypatch.setattr("dsserve.protocol.batch.logger.info", fail)
+    monkeypatch.setattr("dsserve.worker.live_batch.logger.info", fail)
     assert worker.call({"a": body()})["a"][1] == 500
     assert worker.engine.evicted == ["a"] and worker.batch.live == 0
 

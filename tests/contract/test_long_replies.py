@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from dsserve.core.request import TokenEvent
-from dsserve.protocol import batch
 from dsserve.protocol.bounds import CALL_BYTES, FRAME_BYTES, Bound
+from dsserve.worker import live_batch
 from tests.contract.rank0 import Worker, body, done
 
 TORCHSERVES_OWN = 6_553_500
@@ -19,9 +19,9 @@ MOST = 1000
 @pytest.fixture(autouse=True)
 def short_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     assert FRAME_BYTES.most < TORCHSERVES_OWN
-    monkeypatch.setattr(batch, "FRAME_BYTES", Bound("bytes", MOST))
-    monkeypatch.setattr(batch, "CALL_BYTES", Bound("bytes", 3 * MOST))
-    monkeypatch.setattr(batch, "SHARE_BYTES", 100)
+    monkeypatch.setattr(live_batch, "FRAME_BYTES", Bound("bytes", MOST))
+    monkeypatch.setattr(live_batch, "CALL_BYTES", Bound("bytes", 3 * MOST))
+    monkeypatch.setattr(live_batch, "SHARE_BYTES", 100)
 
 
 def drain(worker: Worker, name: str, first: tuple[Any, ...], beside: str = "") -> tuple[bytes, int]:

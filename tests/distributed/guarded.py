@@ -8,8 +8,8 @@ from collections.abc import Callable
 import torch
 
 from dsserve.core.errors import LoadError
-from dsserve.load_guard import LoadGuard
 from dsserve.parallel.rank import RankInfo
+from dsserve.worker.load_guard import LoadGuard
 
 WORDS = "layer 3 has no weight"
 

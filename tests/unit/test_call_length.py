@@ -12,11 +12,11 @@ from dsserve.core.step_plan import Plan
 from dsserve.engine import engine as engine_module
 from dsserve.engine.engine import Engine
 from dsserve.engine.scheduler import Scheduler
-from dsserve.generation.call_length import CallLength
 from dsserve.kv.prefix_cache import PrefixCache
 from dsserve.parallel.plan_channel import PlanChannel
 from dsserve.parallel.rank import RankInfo
 from dsserve.runner.base import StepLogits
+from dsserve.worker.call_length import CallLength
 from tests.unit.test_metrics import FakeRunner, Letters
 
 STEP_S = 0.03

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dsserve.control import ControlFiles
+from dsserve.worker.control import ControlFiles
 
 
 def test_the_flag_is_seen_when_it_is_raised_and_taken_down(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from dsserve.leftovers import sweep, sweep_build_locks, torchrun_log_folder
+from dsserve.worker.cleanup import sweep, sweep_build_locks, torchrun_log_folder
 
 OLD_S = time.time() - 3600
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from dsserve.core.errors import LoadError
-from dsserve.load_guard import LoadGuard
 from dsserve.loading.load_failure import explain
 from dsserve.sampling.inverse_cdf import weigh
+from dsserve.worker.load_guard import LoadGuard
 
 
 def raised(call: Callable[[], object]) -> BaseException:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from dsserve.logs import JsonFormatter, set_serving_level, set_up_logs
+from dsserve.worker.logs import JsonFormatter, set_serving_level, set_up_logs
 from scripts.worker_log import find_error, find_stages
 
 PREFIX = "2026-01-01T00:00:00,000 [INFO ] W-29500-m_1.0-stdout MODEL_LOG - "

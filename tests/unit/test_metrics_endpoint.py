@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry, Counter, disable_created_metrics
 
-from dsserve.control import RUN_DIR_VARIABLE
 from dsserve.metrics_endpoint import ADDRESS_VARIABLE, FOLDER, MOST_CONNECTIONS, MetricsEndpoint
+from dsserve.worker.control import RUN_DIR_VARIABLE
 from scripts import server
 from scripts.run_dir import RunDir
 from tests.scrape import PROMETHEUS_2, PROMETHEUS_3, Scrape

@@ -22,7 +22,8 @@ ENVIRON = {**os.environ, "PYTHONPATH": str(HANDLERS)}
 
 def run(code: str) -> tuple[int, str, float]:
     """Exit code, log and seconds of a program that uses a watchdog `dog`."""
-    head = "import logging, time; logging.basicConfig(format='%(message)s'); from dsserve.watchdog import Watchdog\n"
+    head = "import logging, time; logging.basicConfig(format='%(message)s')\n"
+    head += "from dsserve.worker.watchdog import Watchdog\n"
     started = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-c", head + code], env=ENVIRON, capture_output=True, text=True, timeout=30, check=False
@@ -74,7 +75,7 @@ def test_an_end_that_was_ordered_comes() -> None:
 
 
 def test_a_limit_costs_little() -> None:
-    from dsserve.watchdog import Watchdog
+    from dsserve.worker.watchdog import Watchdog
 
     dog, started = Watchdog(0), time.perf_counter()
     for _ in range(10_000):
@@ -86,7 +87,7 @@ def test_a_limit_costs_little() -> None:
 RANK = """
 import os, sys, time
 from dsserve.parallel.parent_watch import Parents, die_with_parent
-from dsserve.watchdog import Watchdog
+from dsserve.worker.watchdog import Watchdog
 if sys.argv[1] == "kernel":
     die_with_parent()
 else:
@@ -142,7 +143,7 @@ def test_no_time_limit_hangs_on_the_wall_clock() -> None:
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Attribute) and ast.unparse(node) in ("time.time", "time.time_ns", "datetime.now")
     }
-    assert readers <= {"leftovers.py", "compile_lock.py", "served.py", "reply.py", "metrics.py", "tracing.py"}
+    assert readers <= {"cleanup.py", "compile_lock.py", "served.py", "reply.py", "metrics.py", "tracing.py"}
 
 
 def test_a_jump_of_the_wall_clock_ends_nothing() -> None:

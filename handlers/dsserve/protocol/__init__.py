@@ -1,1 +1,1 @@
-"""TorchServe's rows to requests, tokens to replies; beside the entry the only place that knows its contract."""
+"""HTTP bodies to requests, tokens to replies; who calls it, and when, is the worker's affair."""

@@ -24,7 +24,7 @@ from dsserve.core.errors import LoadError
 from dsserve.loading.load_clock import LoadClock
 from dsserve.loading.load_failure import explain
 from dsserve.parallel.rank import RankInfo
-from dsserve.watchdog import end_process
+from dsserve.worker.watchdog import end_process
 
 logger = logging.getLogger(__name__)
 

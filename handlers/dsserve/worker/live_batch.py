@@ -17,7 +17,6 @@ from typing import Any
 from dsserve.core.errors import RequestError
 from dsserve.core.request import Origin, TokenEvent
 from dsserve.engine.guarded_engine import LeaderEngine
-from dsserve.generation.call_length import CallLength
 from dsserve.protocol import refusals
 from dsserve.protocol.bounds import CALL_BYTES, FRAME_BYTES, SHARE_BYTES
 from dsserve.protocol.job import Job
@@ -26,6 +25,7 @@ from dsserve.protocol.routes import answer
 from dsserve.protocol.rows import row_content_type, row_origin, row_path
 from dsserve.protocol.served import ServedModel
 from dsserve.sampling.faults import Fault
+from dsserve.worker.call_length import CallLength
 
 logger = logging.getLogger(__name__)
 

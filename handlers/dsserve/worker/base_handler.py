@@ -14,12 +14,12 @@ import torch
 from ts.context import Context
 from ts.torch_handler.distributed.base_deepspeed_handler import BaseDeepSpeedHandler as TorchServeDeepSpeedHandler
 
-from dsserve.leftovers import sweep, sweep_build_locks, torchrun_log_folder
-from dsserve.logs import set_up_logs
 from dsserve.parallel.parent_watch import Parents, die_with_parent
 from dsserve.parallel.process_group import init_process_group
 from dsserve.parallel.rank import RankInfo, prepare_environment, select_device
-from dsserve.watchdog import Watchdog
+from dsserve.worker.cleanup import sweep, sweep_build_locks, torchrun_log_folder
+from dsserve.worker.logs import set_up_logs
+from dsserve.worker.watchdog import Watchdog
 
 
 class BaseDeepSpeedHandler(TorchServeDeepSpeedHandler, ABC):

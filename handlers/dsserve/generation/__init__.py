@@ -1,1 +1,0 @@
-"""Requests in, tokens out: plan (what all ranks do next), scheduler, KV slots, model runner, sampler, engine."""
