@@ -23,12 +23,12 @@ from dsserve.loading.hf_model import LoadedModel, load_model, load_outline, loca
 from dsserve.loading.load_clock import LoadClock
 from dsserve.loading.shard_cache import Shards
 from dsserve.loading.shard_manifest import Manifest
-from dsserve.metrics import Metrics
-from dsserve.metrics_endpoint import MetricsEndpoint
 from dsserve.modeling.dtype import model_dtype
+from dsserve.observability.metrics import Metrics
+from dsserve.observability.metrics_server import MetricsEndpoint
+from dsserve.observability.tracing import spans_from_env
 from dsserve.parallel.kv_heads import plan_kv_copies
 from dsserve.protocol.served import describe_model
-from dsserve.tracing import spans_from_env
 from dsserve.worker.base_handler import BaseDeepSpeedHandler
 from dsserve.worker.call_length import CallLength
 from dsserve.worker.control import ControlFiles

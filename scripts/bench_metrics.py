@@ -25,7 +25,7 @@ from dsserve.core.request import GenerationRequest
 from dsserve.engine.detokenizer import TextStream
 from dsserve.engine.engine import Engine
 from dsserve.engine.observer import Observer
-from dsserve.metrics import Metrics
+from dsserve.observability.metrics import Metrics
 from dsserve.parallel.rank import RankInfo
 from dsserve.runner.autotp import ModelRunner
 from scripts.bench_quantization import SHAPES, VOCABULARY, make_model, tune

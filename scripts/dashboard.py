@@ -1,6 +1,6 @@
 """Writes configs/grafana/dsserve.json, the Grafana dashboard: its panels as a list of queries, laid out in rows.
 
-Shows rank 0's metrics (`dsserve.metrics`) of all servers that the variables choose. Draws nothing itself.
+Shows rank 0's metrics (`dsserve.observability.metrics`) of all servers that the variables choose. Draws nothing itself.
 """
 
 from __future__ import annotations

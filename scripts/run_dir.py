@@ -120,7 +120,7 @@ class RunDir:
 
     @property
     def metrics_notes(self) -> Path:
-        """Ports of workers that wait for the metrics port (`dsserve.metrics_endpoint`)."""
+        """Ports of workers that wait for the metrics port (`dsserve.observability.metrics_server`)."""
         return self.path / "metrics"
 
     @property

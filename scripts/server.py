@@ -31,7 +31,7 @@ START_TIMEOUT_S = 300.0
 STOP_GRACE_S = 20.0
 POLL_S = 0.2
 UNKNOWN_PID = 0  # of a server that is being started
-METRICS_VARIABLE = "DSSERVE_METRICS"  # `dsserve.metrics_endpoint` reads it
+METRICS_VARIABLE = "DSSERVE_METRICS"  # `dsserve.observability.metrics_server` reads it
 TRACEBACK_S = 1.0  # the announcement of a worker's death comes before the traceback
 
 

@@ -11,7 +11,7 @@ import torch
 
 from dsserve.core.step_plan import Plan
 from dsserve.engine.engine import Engine
-from dsserve.metrics import Metrics
+from dsserve.observability.metrics import Metrics
 from dsserve.parallel.rank import RankInfo
 from dsserve.runner.base import StepLogits
 from scripts import bench_metrics

@@ -21,7 +21,7 @@ from PIL import Image
 from promql_parser import AggModifierType, AggregateExpr, VectorSelector
 
 from dsserve.core.errors import RequestError
-from dsserve.metrics import Metrics
+from dsserve.observability.metrics import Metrics
 from scripts import dashboard
 from scripts.dashboard_run import PICTURE
 from tests.conftest import ROOT

@@ -16,7 +16,7 @@ from dsserve.core.request import GenerationRequest, Origin
 from dsserve.core.step_plan import Plan
 from dsserve.engine.engine import Engine
 from dsserve.engine.observer import Observer, Step
-from dsserve.metrics import Metrics, WeightedHistogram
+from dsserve.observability.metrics import Metrics, WeightedHistogram
 from dsserve.parallel.rank import RankInfo
 from dsserve.runner.base import StepLogits
 from tests.conftest import ROOT

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry, Counter, disable_created_metrics
 
-from dsserve.metrics_endpoint import ADDRESS_VARIABLE, FOLDER, MOST_CONNECTIONS, MetricsEndpoint
-from dsserve.worker.control import RUN_DIR_VARIABLE
+from dsserve.core.environment import RUN_DIR_VARIABLE
+from dsserve.observability.metrics_server import ADDRESS_VARIABLE, FOLDER, MOST_CONNECTIONS, MetricsEndpoint
 from scripts import server
 from scripts.run_dir import RunDir
 from tests.scrape import PROMETHEUS_2, PROMETHEUS_3, Scrape
@@ -27,7 +27,7 @@ HOST = "127.0.0.1"
 WORKER = """
 import time
 from prometheus_client import CollectorRegistry, Counter, disable_created_metrics
-from dsserve.metrics_endpoint import MetricsEndpoint
+from dsserve.observability.metrics_server import MetricsEndpoint
 disable_created_metrics()
 registry = CollectorRegistry()
 Counter("vllm:prompt_tokens", "Help.", ["model_version"], registry=registry).labels("1.0").inc(3)
@@ -113,7 +113,7 @@ def test_the_scripts_and_the_handler_mean_the_same(tmp_path: Path) -> None:
 
 
 def test_idle_connections_neither_pile_up_nor_stay(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dsserve.metrics_endpoint.IDLE_S", 0.5)
+    monkeypatch.setattr("dsserve.observability.metrics_server.IDLE_S", 0.5)
     MetricsEndpoint(make_registry("1.0", 4), HOST, port, None).start()
     before = threading.active_count()
     idle = [socket.create_connection((HOST, port), timeout=5) for _ in range(MOST_CONNECTIONS + 8)]
@@ -132,8 +132,8 @@ def test_slow_clients_do_not_keep_prometheus_out(
     port: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Each place is taken by one who never ends its request."""
-    monkeypatch.setattr("dsserve.metrics_endpoint.IDLE_S", 60)
-    monkeypatch.setattr("dsserve.metrics_endpoint.LONGEST_S", 60)
+    monkeypatch.setattr("dsserve.observability.metrics_server.IDLE_S", 60)
+    monkeypatch.setattr("dsserve.observability.metrics_server.LONGEST_S", 60)
     MetricsEndpoint(make_registry("1.0", 4), HOST, port, None).start()
     slow = [socket.create_connection((HOST, port), timeout=5) for _ in range(MOST_CONNECTIONS)]
     try:
@@ -153,7 +153,7 @@ def test_slow_clients_do_not_keep_prometheus_out(
 
 
 def test_who_sends_byte_by_byte_is_ended(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dsserve.metrics_endpoint.LONGEST_S", 1.0)
+    monkeypatch.setattr("dsserve.observability.metrics_server.LONGEST_S", 1.0)
     MetricsEndpoint(make_registry("1.0", 4), HOST, port, None).start()
     with socket.create_connection((HOST, port), timeout=0.1) as connection:
         started = time.monotonic()
@@ -173,8 +173,8 @@ def test_who_reads_nothing_is_ended_and_nothing_is_logged(
     port: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The page fits into no socket's buffers."""
-    monkeypatch.setattr("dsserve.metrics_endpoint.LONGEST_S", 60)
-    monkeypatch.setattr("dsserve.metrics_endpoint.IDLE_S", 0.5)
+    monkeypatch.setattr("dsserve.observability.metrics_server.LONGEST_S", 60)
+    monkeypatch.setattr("dsserve.observability.metrics_server.IDLE_S", 0.5)
     registry = make_registry("1.0", 4)
     rows = Counter("long", "x" * 2**20, ["name"], registry=registry)
     for number in range(8):

@@ -12,14 +12,14 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import StatusCode
 
-from dsserve import tracing
 from dsserve.core.request import GenerationRequest, Origin
 from dsserve.core.timeline import Timeline
 from dsserve.engine.engine import Engine
 from dsserve.engine.observer import Observer
+from dsserve.observability import tracing
+from dsserve.observability.tracing import Spans, phases, spans_from_env
 from dsserve.parallel.rank import RankInfo
 from dsserve.protocol.rows import row_origin
-from dsserve.tracing import Spans, phases, spans_from_env
 from tests.unit.test_metrics import FakeRunner, Letters
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"

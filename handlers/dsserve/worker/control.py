@@ -12,7 +12,8 @@ import contextlib
 import os
 from pathlib import Path
 
-RUN_DIR_VARIABLE = "DSSERVE_RUN_DIR"
+from dsserve.core.environment import RUN_DIR_VARIABLE
+
 DRAIN_FILE = "drain"
 LIVE_FOLDER = "live"
 _WIDTH = 8

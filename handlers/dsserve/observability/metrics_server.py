@@ -28,7 +28,7 @@ from prometheus_client.core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
-from dsserve.worker.control import RUN_DIR_VARIABLE
+from dsserve.core.environment import RUN_DIR_VARIABLE
 
 logger = logging.getLogger(__name__)
 

@@ -3,7 +3,7 @@
 Names are vLLM's (`vllm:`) where the meaning is the same, so that dashboards, autoscalers and the gateway's endpoint
 picker that know vLLM know this server; the rest is `dsserve:`. Everything moves once a step, once a call or once a
 sequence, never once a token, and no label holds anything that a client sent. A sequence is one text: a request with
-several prompts or `n` counts as often, as in vLLM. Does not serve the numbers (`metrics_endpoint`).
+several prompts or `n` counts as often, as in vLLM. Does not serve the numbers (`metrics_server`).
 """
 
 from __future__ import annotations

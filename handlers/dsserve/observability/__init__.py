@@ -1,0 +1,1 @@
+"""What watches rank 0's engine from outside: metrics, their server, traces."""
