@@ -76,27 +76,27 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.ops: $(VENV)/.installed
-	@"$$_PY" -m scripts.build_ops --device "$$_DEVICE"
+	@"$$_PY" -m scripts.pack.build_ops --device "$$_DEVICE"
 	@touch $@
 
 # What `setup` needs where a PYTHON was named; in a virtual environment a stamp says that it was done.
 cpu-ops: $(STAMP)
-	@"$$_PY" -m scripts.build_ops --device "$$_DEVICE"
+	@"$$_PY" -m scripts.pack.build_ops --device "$$_DEVICE"
 
 ops: $(STAMP) ## compile ahead: a CPU's all-reduce, norms, rotary; on a GPU DeepSpeed's kernels for replace_with_kernel_inject
-	@"$$_PY" -m scripts.build_ops --device "$$_DEVICE" --kernels
+	@"$$_PY" -m scripts.pack.build_ops --device "$$_DEVICE" --kernels
 
 model: $(STAMP) ## convert or check MODEL
-	@"$$_PY" -m scripts.prepare_model -- "$$_MODEL"
+	@"$$_PY" -m scripts.model.prepare -- "$$_MODEL"
 
 download: $(STAMP) ## fetch MODEL=org/name (REVISION=...) from the hub into models/name (HF_TOKEN for gated models)
-	@"$$_PY" -m scripts.download_model $(if $(REVISION),--revision "$$_REVISION") -- "$$_MODEL"
+	@"$$_PY" -m scripts.model.download $(if $(REVISION),--revision "$$_REVISION") -- "$$_MODEL"
 
 shard: $(STAMP) ## cut MODEL for TP ranks once, on CPUs: later starts read the shards in its folder instead of the whole model
-	@"$$_PY" -m scripts.shard_checkpoint --name "$$_NAME" --model "$$_MODEL" --tp "$$_TP" --dtype "$$_DTYPE"
+	@"$$_PY" -m scripts.model.shard --name "$$_NAME" --model "$$_MODEL" --tp "$$_TP" --dtype "$$_DTYPE"
 
 mar: $(STAMP) ## pack MODEL as model-store/NAME.mar
-	@"$$_PY" -m scripts.package --name "$$_NAME" --model "$$_MODEL" --version "$$_VERSION" --tp "$$_TP" --device "$$_DEVICE" --dtype "$$_DTYPE"
+	@"$$_PY" -m scripts.pack --name "$$_NAME" --model "$$_MODEL" --version "$$_VERSION" --tp "$$_TP" --device "$$_DEVICE" --dtype "$$_DTYPE"
 
 start: $(STAMP) ## start TorchServe with model-store/NAME.mar and wait until the model is ready
 	@"$$_PY" -m scripts.serve start --run-dir "$$_RUN_DIR" --name "$$_NAME" --archive "model-store/$$_NAME.mar" --port "$$_PORT" --host "$$_HOST" $(if $(filter off,$(TOKENS)),--no-tokens)
@@ -110,13 +110,13 @@ run: $(STAMP) ## like start, in the foreground, for containers: SIGTERM drains a
 	@exec "$$_PY" -m scripts.serve run --run-dir "$$_RUN_DIR" --name "$$_NAME" --archive "model-store/$$_NAME.mar" --port "$$_PORT" --host "$$_HOST" $(if $(filter off,$(TOKENS)),--no-tokens) --drain-s "$$_DRAIN"
 
 health: ## exit code 0 if the model answers now, 1 if not, 2 if the server is dead
-	@"$$_PY" -m scripts.health --name "$$_NAME" --port "$$_PORT" --host "$$_HOST" --run-dir "$$_RUN_DIR"
+	@"$$_PY" -m scripts.serve.health --name "$$_NAME" --port "$$_PORT" --host "$$_HOST" --run-dir "$$_RUN_DIR"
 
 token: ## print the inference token of a server with HOST=0.0.0.0
-	@"$$_PY" -m scripts.tokens --run-dir "$$_RUN_DIR" --port "$$_PORT"
+	@"$$_PY" -m scripts.serve.tokens --run-dir "$$_RUN_DIR" --port "$$_PORT"
 
 rollout: ## replace the served version by model-store/NAME.mar (`make mar VERSION=2.0`) with no failed request
-	@"$$_PY" -m scripts.rollout --run-dir "$$_RUN_DIR" --name "$$_NAME" --port "$$_PORT" --archive "model-store/$$_NAME.mar"
+	@"$$_PY" -m scripts.serve.rollout --run-dir "$$_RUN_DIR" --name "$$_NAME" --port "$$_PORT" --archive "model-store/$$_NAME.mar"
 
 status: ## show model, ports, processes
 	@"$$_PY" -m scripts.serve status --run-dir "$$_RUN_DIR" --port "$$_PORT"
@@ -125,7 +125,7 @@ logs: ## print the workers' log
 	@"$$_PY" -m scripts.serve logs --run-dir "$$_RUN_DIR" --port "$$_PORT"
 
 ask: ## ask QUESTION
-	@"$$_PY" -m scripts.ask --name "$$_NAME" --port "$$_PORT" --host "$$_HOST" --run-dir "$$_RUN_DIR" -- "$$_QUESTION"
+	@"$$_PY" -m scripts.serve.ask --name "$$_NAME" --port "$$_PORT" --host "$$_HOST" --run-dir "$$_RUN_DIR" -- "$$_QUESTION"
 
 test: setup ## run all tests that need no GPU, unit tests first, faults in a short form
 	@"$$_PY" -m pytest -m 'not gpu and not long'
@@ -143,7 +143,7 @@ check: docs ## ruff, mypy and the documentation, and the audit where its databas
 	@"$$_PY" -m ruff check .
 	@"$$_PY" -m ruff format --check .
 	@"$$_PY" -m mypy
-	@"$$_PY" -m scripts.audit --if-possible
+	@"$$_PY" -m scripts.dev.audit --if-possible
 
 # Who only serves needs no site generator: it is installed here, not by `setup`.
 $(VENV)/.docs: $(VENV)/.installed
@@ -155,19 +155,19 @@ docs: $(STAMP) $(DOCS_STAMP) ## build the documentation in site/; a dead link is
 
 audit: $(STAMP) ## known vulnerabilities of the exact versions (needs the internet)
 	@$(PIP) -c constraints.txt pip-audit==2.10.1
-	@"$$_PY" -m scripts.audit
+	@"$$_PY" -m scripts.dev.audit
 
 bench: setup ## measure tokens per second through HTTP beside plain transformers
 	@"$$_PY" -m scripts.bench --model "$$_MODEL" --tp "$$_TP" --device "$$_DEVICE" --dtype "$$_DTYPE"
 
 bench-gpu: $(STAMP) ## random weights of SHAPE (ARGS='--help' lists all) on TP ranks: engine, HTTP, and transformers beside them
-	@"$$_PY" -m scripts.words "$$_ARGS" scripts.bench_gpu --shape "$$_SHAPE" --tp "$$_TP" --device "$$_DEVICE" --dtype "$$_DTYPE" $(if $(PARTS),--parts "$$_PARTS")
+	@"$$_PY" -m scripts.common.words "$$_ARGS" scripts.bench.gpu --shape "$$_SHAPE" --tp "$$_TP" --device "$$_DEVICE" --dtype "$$_DTYPE" $(if $(PARTS),--parts "$$_PARTS")
 
 bench-failover: setup ## two servers behind HAProxy (apt-get install haproxy): one is killed under load and added back
-	@"$$_PY" -m scripts.failover --model "$$_MODEL" --dtype "$$_PAIR_DTYPE"
+	@"$$_PY" -m scripts.reliability.failover --model "$$_MODEL" --dtype "$$_PAIR_DTYPE"
 
 soak: setup ## MINUTES=30 of mixed load with a fault a minute: every reply right or a clean error, memory flat
-	@"$$_PY" -m scripts.soak --minutes "$$_MINUTES"
+	@"$$_PY" -m scripts.reliability.soak --minutes "$$_MINUTES"
 
 clean: ## remove archives, stopped servers' folders, converted models and caches (.venv stays)
-	@"$$_PY" -m scripts.clean
+	@"$$_PY" -m scripts.dev.clean

@@ -32,6 +32,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """Folder of the real SmolLM2-135M-Instruct, converted once."""
-    from scripts.prepare_model import prepare
+    from scripts.model.prepare import prepare
 
     return Path(prepare("smollm2"))

@@ -16,7 +16,7 @@ prepare_operations() {
     if [ -d "/opt/torch_extensions/$(cpu)" ]; then
         cp -R -p "/opt/torch_extensions/$(cpu)" "$TORCH_EXTENSIONS_DIR"
     fi
-    python -m scripts.build_ops --device cpu
+    python -m scripts.pack.build_ops --device cpu
 }
 
 if [ "${1:-}" = --cpu ]; then
@@ -30,7 +30,7 @@ fi
 if [ "${1:-}" != serve ]; then
     exec "$@"
 fi
-python -m scripts.package --name "$NAME" --model "$MODEL" --tp "$TP" --device "$DEVICE" --dtype "$DTYPE" \
+python -m scripts.pack --name "$NAME" --model "$MODEL" --tp "$TP" --device "$DEVICE" --dtype "$DTYPE" \
     --model-store /work/model-store
 if [ "${TOKENS:-on}" = off ]; then
     set -- --no-tokens

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from scripts.random_model import prepare_random
+from scripts.model.random import prepare_random
 from tests.ranks import run_ranks
 from tests.tight import NEW_TOKENS
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from scripts.measure_perplexity import load, perplexity, reference_text, shuffle_features
+from scripts.bench.perplexity import load, perplexity, reference_text, shuffle_features
 
 CPU = torch.device("cpu")
 # Largest change of bf16's perplexity. int4's is small since the demo's weights were made of 4-bit groups of 32.

@@ -16,10 +16,10 @@ import httpx
 import pytest
 import yaml
 
-import scripts.package
-from scripts import server
-from scripts.package import Choice, package
-from scripts.run_dir import HOST, Ports, Record, RunDir
+import scripts.pack.archive
+from scripts.pack.archive import Choice, package
+from scripts.serve import server
+from scripts.serve.run_dir import HOST, Ports, Record, RunDir
 
 # What the small server runs and lets wait.
 RUNNING, WAITING = 2, 3
@@ -109,16 +109,16 @@ def package_with(
     these keys of ds-config.json."""
     own = folder / "configs" / name
     own.mkdir(parents=True)
-    template = scripts.package.CONFIGS / "smollm2"
+    template = scripts.pack.archive.CONFIGS / "smollm2"
     settings = yaml.safe_load((template / "model-config.yaml").read_text())
     settings["handler"] |= handler
-    for key in scripts.package.ROOM_KEYS:
+    for key in scripts.pack.archive.ROOM_KEYS:
         del settings[key]  # they follow from what the handler holds
     (own / "model-config.yaml").write_text(yaml.safe_dump(settings))
     ds_config = json.loads((template / "ds-config.json").read_text()) | (deepspeed or {})
     (own / "ds-config.json").write_text(json.dumps(ds_config))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scripts.package, "CONFIGS", folder / "configs")
+        patch.setattr(scripts.pack.archive, "CONFIGS", folder / "configs")
         return package(name, str(model), choice, model_store=folder / "store")
 
 

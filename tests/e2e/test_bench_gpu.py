@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from scripts import processes
+from scripts.serve import processes
 from tests.conftest import ROOT
 from tests.waiting import wait_for
 
@@ -79,7 +79,7 @@ def test_kernel_injection_is_left_out_with_its_reason_where_there_is_no_gpu(fold
 
 @pytest.mark.timeout(300)
 def test_a_run_that_is_ended_leaves_no_server(folder: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "scripts.bench_gpu", "--shape", "llama-tiny", "--device", "cpu", "--tp", "1"]
+    command = [sys.executable, "-m", "scripts.bench.gpu", "--shape", "llama-tiny", "--device", "cpu", "--tp", "1"]
     command += ["--dtype", "fp32", "--parts", "http", *ARGS.split(), "--models", str(folder)]
     env = {**os.environ, "TMPDIR": str(tmp_path)}
     process = subprocess.Popen(

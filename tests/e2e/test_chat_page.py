@@ -14,8 +14,8 @@ from typing import Any
 import httpx
 import pytest
 
-from scripts import balancer
-from scripts.balancer import BalancerError
+from scripts.reliability import balancer
+from scripts.reliability.balancer import BalancerError
 from tests.browser import ENTER, Browser, browser
 from tests.conftest import ROOT
 from tests.e2e.conftest import Served, free_ports

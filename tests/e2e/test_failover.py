@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from scripts import balancer, failover_report
-from scripts.failover import BURST, failover
+from scripts.reliability import balancer, failover_report
+from scripts.reliability.failover import BURST, failover
 
 
 @pytest.mark.long  # three loads of the model, one of them under load: about two minutes

@@ -20,9 +20,9 @@ import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
-from scripts import package as packaging
-from scripts import server
-from scripts.package import Choice
+from scripts.pack import archive as packaging
+from scripts.pack.archive import Choice
+from scripts.serve import server
 from tests.e2e.conftest import Served, package_with, serve
 from tests.injection.cases import TIE
 from tests.injection.cell import LIMITS

@@ -12,9 +12,9 @@ import httpx
 import openai
 import pytest
 
-from scripts import balancer
-from scripts.balancer import BalancerError
-from scripts.run_dir import Ports
+from scripts.reliability import balancer
+from scripts.reliability.balancer import BalancerError
+from scripts.serve.run_dir import Ports
 from tests.e2e.conftest import Served, free_ports
 from tests.scrape import Scrape
 from tests.unit.test_metrics import VLLM_STYLE

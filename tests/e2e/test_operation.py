@@ -19,11 +19,11 @@ from typing import Any
 import httpx
 import pytest
 
-from scripts import health, processes, server
-from scripts.package import Choice, package
-from scripts.rollout import Manager, RolloutError, roll_out
-from scripts.run_dir import HOST, Ports, RunDir
-from scripts.tokens import Kind, rotate
+from scripts.pack.archive import Choice, package
+from scripts.serve import health, processes, server
+from scripts.serve.rollout import Manager, RolloutError, roll_out
+from scripts.serve.run_dir import HOST, Ports, RunDir
+from scripts.serve.tokens import Kind, rotate
 from tests.conftest import ROOT
 from tests.e2e.conftest import Served, free_ports, parse, serve
 from tests.scrape import Scrape
@@ -35,7 +35,15 @@ SMALL = {"max_model_len": 1024}  # two servers fit beside each other
 
 
 def probe(served: Served, *options: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "scripts.health", "--name", served.record.name, "--port", str(served.record.port)]
+    command = [
+        sys.executable,
+        "-m",
+        "scripts.serve.health",
+        "--name",
+        served.record.name,
+        "--port",
+        str(served.record.port),
+    ]
     command += ["--key-file", str(served.run.key_file), *options]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
 

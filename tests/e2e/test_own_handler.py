@@ -9,7 +9,7 @@ from pathlib import Path
 
 import httpx
 
-from scripts import server
+from scripts.serve import server
 from tests.e2e.conftest import serve
 
 FOLDER = Path(__file__).parent / "own_handler"

@@ -16,9 +16,9 @@ import pytest
 import yaml
 from PIL import Image
 
-from scripts import dashboard_picture, prometheus
-from scripts.prometheus import Prometheus, PrometheusError
-from scripts.run_dir import Ports
+from scripts.observe import dashboard_picture, prometheus
+from scripts.observe.prometheus import Prometheus, PrometheusError
+from scripts.serve.run_dir import Ports
 from tests.conftest import ROOT
 from tests.e2e.conftest import RUNNING, Served, free_ports
 

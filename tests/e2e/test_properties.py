@@ -24,7 +24,7 @@ EXAMPLES = int(os.environ.get("PROPERTY_EXAMPLES", "30"))
 LONG_EXAMPLES = 10_000
 CLEAR = {200, 400, 404, 413, 429}
 AT_ONCE = 4
-MOST_BYTES = 2**20  # what `scripts.request_size` gives a context of 8192 tokens
+MOST_BYTES = 2**20  # what `scripts.pack.request_size` gives a context of 8192 tokens
 
 
 def check(path: str, content: bytes, served: Served, content_type: str = "application/json") -> int:

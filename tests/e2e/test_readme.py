@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from scripts import balancer, processes
+from scripts.reliability import balancer
+from scripts.serve import processes
 from tests.conftest import ROOT
 from tests.e2e.conftest import Served, free_ports
 from tests.pages import blocks

@@ -8,10 +8,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from scripts import package as packaging
-from scripts import processes, server
-from scripts.package import Choice, package
-from scripts.shard_checkpoint import ShardError, shard
+from scripts.model.shard import ShardError, shard
+from scripts.pack import archive as packaging
+from scripts.pack.archive import Choice, package
+from scripts.serve import processes, server
 from tests.e2e.conftest import Served, serve
 
 

@@ -15,10 +15,10 @@ import httpx
 import psutil
 import pytest
 
-from scripts import management, processes, server
-from scripts import package as packaging
-from scripts.package import Choice
-from scripts.run_dir import Ports
+from scripts.pack import archive as packaging
+from scripts.pack.archive import Choice
+from scripts.serve import management, processes, server
+from scripts.serve.run_dir import Ports
 from tests.e2e.conftest import Served, serve
 from tests.waiting import wait_for
 

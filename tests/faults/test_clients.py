@@ -14,8 +14,8 @@ import httpx
 import psutil
 import pytest
 
-from scripts import processes
-from scripts.run_dir import HOST, Ports
+from scripts.serve import processes
+from scripts.serve.run_dir import HOST, Ports
 from tests.faults.conftest import LONG, PROMPT, Victim, wait_until
 
 MIB = 2**20

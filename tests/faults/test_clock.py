@@ -12,8 +12,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from scripts import health, processes, server
-from scripts.run_dir import Ports
+from scripts.serve import health, processes, server
+from scripts.serve.run_dir import Ports
 from tests.faults.conftest import LONG, PROMPT, Victim, start_victim
 
 pytestmark = pytest.mark.long

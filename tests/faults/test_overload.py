@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
-from scripts import processes, server
+from scripts.serve import processes, server
 from tests.faults.conftest import PROMPT, Victim, start_victim, wait_until
 
 pytestmark = pytest.mark.long

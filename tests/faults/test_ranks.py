@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 import psutil
 import pytest
 
-from scripts import processes
+from scripts.serve import processes
 from tests.faults.conftest import COLLECTIVE_TIMEOUT_S, LONG, PROMPT, Victim, wait_until
 
 STARTS_WITHIN_S = 120

@@ -17,9 +17,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from scripts import health, processes, run_dir, server
-from scripts.rollout import Manager
-from scripts.run_dir import Ports, RunDir
+from scripts.serve import health, processes, run_dir, server
+from scripts.serve.rollout import Manager
+from scripts.serve.run_dir import Ports, RunDir
 from tests.conftest import ROOT
 from tests.e2e.conftest import free_ports, serve
 from tests.faults.conftest import LONG, PROMPT, Victim, make_archive, start_victim, wait_until

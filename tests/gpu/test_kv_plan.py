@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from scripts.random_model import write_tokenizer
+from scripts.model.random import write_tokenizer
 from tests.ranks import run_ranks
 from tests.tight import NEW_TOKENS
 

@@ -6,9 +6,9 @@ import socket
 
 import pytest
 
-from scripts import addresses
-from scripts.addresses import AddressError, asked_address, is_free, is_ipv6, is_loopback, resolve, url_of
-from scripts.run_dir import Ports
+from scripts.common import addresses
+from scripts.common.addresses import AddressError, asked_address, is_free, is_ipv6, is_loopback, resolve, url_of
+from scripts.serve.run_dir import Ports
 
 
 @pytest.fixture

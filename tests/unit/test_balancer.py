@@ -19,10 +19,11 @@ import httpx
 import pytest
 
 from dsserve.protocol.routes import PATHS
-from scripts import balancer, failover_report, open_load
-from scripts.balancer import Balancer, BalancerError
-from scripts.open_load import CUT, LOST, REFUSED, WHOLE, WRONG, Answer, Load, completion
-from scripts.run_dir import HOST
+from scripts.bench import open_load
+from scripts.bench.open_load import CUT, LOST, REFUSED, WHOLE, WRONG, Answer, Load, completion
+from scripts.reliability import balancer, failover_report
+from scripts.reliability.balancer import Balancer, BalancerError
+from scripts.serve.run_dir import HOST
 
 MODEL = "small"
 FAST = 15.0

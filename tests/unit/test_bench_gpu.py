@@ -1,4 +1,4 @@
-"""What `bench_gpu` makes of times: the bandwidth's floor, parts that are merged, and a table that hides nothing."""
+"""What `bench.gpu.run` makes of times: the bandwidth's floor, parts that are merged, and a table that hides nothing."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from scripts import bench_gpu
-from scripts.bench_client import BenchError
-from scripts.bench_gpu import Bench, why
-from scripts.bench_gpu_device import StepBytes
-from scripts.bench_gpu_engine import summarise, summarise_admission
-from scripts.bench_gpu_report import add_floor, table
-from scripts.random_model import SHAPES, draw_prompts, make_config
+from scripts.bench.client import BenchError
+from scripts.bench.gpu import run as bench_gpu
+from scripts.bench.gpu.device import StepBytes
+from scripts.bench.gpu.engine import summarise, summarise_admission
+from scripts.bench.gpu.report import add_floor, table
+from scripts.bench.gpu.run import Bench, why
+from scripts.model.random import SHAPES, draw_prompts, make_config
 
 SETTING = {"shape": "llama-6.7b", "tp": 2, "device": "gpu", "dtype": "bf16", "new_tokens": 128, "repeats": 3}
 MACHINE = {"device": "2 x H200", "cpu": "c", "cores": 8, "versions": {"torch": "2.11"}}

@@ -14,8 +14,8 @@ from dsserve.engine.engine import Engine
 from dsserve.observability.metrics import Metrics
 from dsserve.parallel.rank import RankInfo
 from dsserve.runner.base import StepLogits
-from scripts import bench_metrics
-from scripts.bench_metrics import NEW_TOKENS, Calls, NoText, Switch, compare, count_alone, table, turn
+from scripts.bench import metrics as bench_metrics
+from scripts.bench.metrics import NEW_TOKENS, Calls, NoText, Switch, compare, count_alone, table, turn
 from tests.conftest import ROOT
 
 ROWS = 2

@@ -8,7 +8,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from scripts import bench_quantization
+from scripts.bench import quantization as bench_quantization
 
 
 def test_the_table_and_the_json_line(monkeypatch: pytest.MonkeyPatch) -> None:

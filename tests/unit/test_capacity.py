@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from scripts import capacity
-from scripts.capacity import Goals, check, check_table, plan, simulate
-from scripts.capacity_load import BURSTY, Demand, Job
-from scripts.capacity_route import LEAST, POLICIES, PREFIX, ROUND_ROBIN, Router
-from scripts.capacity_sim import Failure, Replica, Simulation, failures
-from scripts.capacity_speed import CapacityError, Speed, fit, line
-from scripts.open_load import poisson
+from scripts.bench.open_load import poisson
+from scripts.capacity import plan as capacity
+from scripts.capacity.load import BURSTY, Demand, Job
+from scripts.capacity.plan import Goals, check, check_table, plan, simulate
+from scripts.capacity.route import LEAST, POLICIES, PREFIX, ROUND_ROBIN, Router
+from scripts.capacity.sim import Failure, Replica, Simulation, failures
+from scripts.capacity.speed import CapacityError, Speed, fit, line
 from tests.conftest import ROOT
 
 MEASURED = ROOT / "configs" / "measurements" / "failover.json"

@@ -36,7 +36,7 @@ from dsserve.injection.workspace import WorkspaceSize
 from dsserve.parallel.kv_heads import plan_kv_copies
 from dsserve.parallel.rank import RankInfo
 from dsserve.runner.kv_memory import plan_kv_rows
-from scripts.package import CONFIGS, Choice, PackageError, render
+from scripts.pack.archive import CONFIGS, Choice, PackageError, render
 
 GPU_BYTES = 80 * 10**9
 TP = (1, 2, 4, 8)
@@ -90,8 +90,8 @@ def outline(request: pytest.FixtureRequest) -> tuple[str, Any]:
 
 def rendered(name: str, tp: int, monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, Any], dict[str, Any]]:
     """As `make mar` packs it, on a machine with eight GPUs, or on a CPU that has bf16."""
-    monkeypatch.setattr("scripts.machine.count_gpus", lambda: 8)
-    monkeypatch.setattr("scripts.machine.has_bf16", lambda cpuinfo: True)
+    monkeypatch.setattr("scripts.common.machine.count_gpus", lambda: 8)
+    monkeypatch.setattr("scripts.common.machine.has_bf16", lambda cpuinfo: True)
     return render(CONFIGS / name, "/models/x", Choice(tp=str(tp), device="cpu" if name == "smollm2" else "gpu"))
 
 

@@ -18,8 +18,11 @@ import pytest
 import typer
 import yaml
 
-from scripts import build_ops, health, package, serve
-from scripts.run_dir import Ports
+from scripts.pack import archive as package
+from scripts.pack import build_ops
+from scripts.serve import cli as serve
+from scripts.serve import health
+from scripts.serve.run_dir import Ports
 from tests.conftest import ROOT
 
 FOLDER = ROOT / "configs" / "docker"
@@ -92,7 +95,7 @@ def test_an_image_is_not_root_and_says_whether_it_is_well(target: str) -> None:
     command = json.loads(last(target, "HEALTHCHECK").split("CMD ", 1)[1])
     assert command[:2] == ["sh", "-c"]
     words = command[2].replace('"$NAME"', environment(target)["NAME"]).split()
-    assert words[:4] == ["exec", "python", "-m", "scripts.health"]
+    assert words[:4] == ["exec", "python", "-m", "scripts.serve.health"]
     port = parse(health.main, words[4:])["port"]
     assert last(target, "EXPOSE").split() == [str(port), str(Ports(port).metrics)]
     # What is copied exists, and reaches the builder.
@@ -138,11 +141,11 @@ def test_the_entrypoint_packs_and_serves_with_options_that_our_scripts_have(
     values = {name: value for name, value in environment(target).items() if name.isupper() and name in NAMES}
     calls = run_entrypoint(tmp_path, *json.loads(last(target, "CMD")), **values, TOKENS=tokens)
     if target == "cpu":
-        assert calls[0][:2] == ["-m", "scripts.build_ops"]
+        assert calls[0][:2] == ["-m", "scripts.pack.build_ops"]
         parse(build_ops.main, calls.pop(0)[2:])
     packing, serving = calls
     packed, served = parse(package.main, packing[2:]), parse(serve.run, serving[3:])
-    assert (packing[1], serving[1], serving[2]) == ("scripts.package", "scripts.serve", "run")
+    assert (packing[1], serving[1], serving[2]) == ("scripts.pack", "scripts.serve", "run")
     assert packed["device"] == target and packed["name"] == served["name"] == values["NAME"]
     assert str(served["archive"]) == f"{packed['model_store']}/{packed['name']}.mar"
     assert served["host"] == "0.0.0.0" and served["tokens"] is (tokens == "on")

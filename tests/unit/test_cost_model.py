@@ -13,10 +13,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from scripts import cost_model
-from scripts.cost_fit import Point, errors, errors_left_out, fit, read_points, solve_not_negative
-from scripts.cost_report import other_table, prediction_table, summary_table
-from scripts.cost_terms import GROWTH, CostModel, Costs, Measurements, load
+from scripts.cost import model as cost_model
+from scripts.cost.fit import Point, errors, errors_left_out, fit, read_points, solve_not_negative
+from scripts.cost.report import other_table, prediction_table, summary_table
+from scripts.cost.terms import GROWTH, CostModel, Costs, Measurements, load
 from tests.conftest import ROOT
 
 PICTURE = ROOT / "configs" / "measurements" / "cost_model.svg"

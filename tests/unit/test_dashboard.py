@@ -22,8 +22,8 @@ from promql_parser import AggModifierType, AggregateExpr, VectorSelector
 
 from dsserve.core.errors import RequestError
 from dsserve.observability.metrics import Metrics
-from scripts import dashboard
-from scripts.dashboard_run import PICTURE
+from scripts.observe import dashboard
+from scripts.observe.dashboard_run import PICTURE
 from tests.conftest import ROOT
 
 PAGE = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
@@ -113,13 +113,13 @@ def test_the_dashboard_shows_every_metric_but_what_names_the_build(emitted: dict
 
 
 def test_the_file_is_what_the_script_writes() -> None:
-    assert dashboard.FILE.read_text(encoding="utf-8") == dashboard.text(), "run python -m scripts.dashboard"
+    assert dashboard.FILE.read_text(encoding="utf-8") == dashboard.text(), "run python -m scripts.observe.dashboard"
 
 
 def test_the_picture_of_a_run_shows_todays_panels() -> None:
     titles = "; ".join(panel["title"] for panel in dashboard.dashboard()["panels"])
     with Image.open(PICTURE) as image:
-        assert image.text["Description"] == titles, "run python -m scripts.dashboard_run"
+        assert image.text["Description"] == titles, "run python -m scripts.observe.dashboard_run"
     assert PICTURE.stat().st_size < 200_000
     panels = sum(panel["type"] == "timeseries" for panel in dashboard.dashboard()["panels"])
     assert f"![the dashboard's {panels} panels over a load run](../{PICTURE.relative_to(ROOT)})" in PAGE

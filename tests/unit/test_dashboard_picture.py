@@ -11,9 +11,9 @@ import pytest
 import yaml
 from PIL import Image
 
-from scripts import dashboard, dashboard_picture, dashboard_run, prometheus
-from scripts.prometheus import Series
-from scripts.run_dir import Ports
+from scripts.observe import dashboard, dashboard_picture, dashboard_run, prometheus
+from scripts.observe.prometheus import Series
+from scripts.serve.run_dir import Ports
 
 
 class Constant:

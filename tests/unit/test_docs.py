@@ -13,8 +13,8 @@ import yaml
 from dsserve.config.deepspeed import _OUR_KEYS
 from dsserve.config.handler import AUTO_RUNNING, HandlerConfig
 from dsserve.config.torchserve import _REQUIRED
-from scripts import api_page, settings_page
-from scripts.page_tables import field_table, with_tables
+from scripts.docs import api_page, settings_page
+from scripts.docs.page_tables import field_table, with_tables
 from tests.conftest import ROOT
 from tests.e2e.test_readme import RUN_HERE
 from tests.pages import NOT_RUN, PAGES, RUN_BY, Block, blocks, commands, read, without_blocks

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import typer
 
-from scripts import processes, serve
-from scripts.find_run import Ambiguous, NotFound, find_run, find_target
-from scripts.run_dir import HOST, Record, RunDir
+from scripts.serve import cli as serve
+from scripts.serve import processes
+from scripts.serve.find_run import Ambiguous, NotFound, find_run, find_target
+from scripts.serve.run_dir import HOST, Record, RunDir
 
 Start = Callable[..., RunDir]
 
@@ -68,7 +69,7 @@ def test_without_a_record_the_given_address_is_asked(tmp_path: Path) -> None:
 def test_stop_of_nothing_succeeds_only_where_nothing_runs_on_the_port(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("scripts.find_run.RUNS", tmp_path)
+    monkeypatch.setattr("scripts.serve.find_run.RUNS", tmp_path)
     with socket.socket() as other:
         other.bind(("127.0.0.2", 0))
         port = other.getsockname()[1]
@@ -80,7 +81,7 @@ def test_stop_of_nothing_succeeds_only_where_nothing_runs_on_the_port(
 
 
 def test_stop_by_port_ends_that_server_alone(start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("scripts.find_run.RUNS", tmp_path / "run")
+    monkeypatch.setattr("scripts.serve.find_run.RUNS", tmp_path / "run")
     tiny, other = start("tiny-9010", "tiny", 9010), start("other-9020", "other", 9020)
     serve.stop(tmp_path / "run" / "smollm2-9010", 9010, 0.0)
     assert processes.find_marked(tiny.path) == [] and tiny.read_record() is None

@@ -19,8 +19,11 @@ import typer
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from scripts import health, package, serve, shard_checkpoint
-from scripts.run_dir import Ports
+from scripts.model import shard as shard_checkpoint
+from scripts.pack import archive as package
+from scripts.serve import cli as serve
+from scripts.serve import health
+from scripts.serve.run_dir import Ports
 from tests.conftest import ROOT
 
 FOLDER = ROOT / "configs" / "kubernetes"
@@ -154,7 +157,7 @@ def test_the_containers_call_our_scripts_with_options_that_they_have(overlay: st
     spec, values = pod(overlay), model(overlay)
     (packing,), (serving,) = spec["initContainers"], spec["containers"]
     words = expand(packing["args"], values)
-    assert words[:3] == ["python", "-m", "scripts.package"]
+    assert words[:3] == ["python", "-m", "scripts.pack"]
     packed = parse(package.main, words[3:])
     words = expand(serving["args"], values)
     assert words[:4] == ["python", "-m", "scripts.serve", "run"]
@@ -167,7 +170,7 @@ def test_the_containers_call_our_scripts_with_options_that_they_have(overlay: st
         shell, flag, line = serving[probe]["exec"]["command"]
         assert (shell, flag) == ("sh", "-c") and "$(" not in line
         words = line.replace('"$NAME"', values["NAME"]).split()
-        assert words[:4] == ["exec", "python", "-m", "scripts.health"]
+        assert words[:4] == ["exec", "python", "-m", "scripts.serve.health"]
         options = parse(health.main, words[4:])
         assert options["live"] is live and options["name"] == values["NAME"] and options["port"] == served["port"]
         assert serving[probe]["timeoutSeconds"] > options["timeout_s"]
@@ -182,7 +185,7 @@ def test_the_weights_are_cut_for_the_pods_gpus_where_a_pod_looks_for_them() -> N
     job, values = find("gpu", "Job")["spec"]["template"]["spec"], model("gpu")
     (cutting,) = job["containers"]
     words = expand(cutting["args"], values)
-    assert words[:3] == ["python", "-m", "scripts.shard_checkpoint"]
+    assert words[:3] == ["python", "-m", "scripts.model.shard"]
     options = parse(shard_checkpoint.main, words[3:])
     gpus = pod("gpu")["containers"][0]["resources"]["limits"]["nvidia.com/gpu"]
     assert (options["name"], options["model"]) == (values["NAME"], values["MODEL"])

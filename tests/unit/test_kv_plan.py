@@ -24,7 +24,7 @@ from dsserve.runner import kv_memory
 from dsserve.runner.activation_memory import PrefillMemory
 from dsserve.runner.autotp import ModelRunner
 from dsserve.runner.kv_memory import KVPlan, measure_passes, plan_kv_rows
-from scripts.random_model import make_config
+from scripts.model.random import make_config
 
 GIB = 2**30
 ALONE = RankInfo(0, 0, 1, 1)

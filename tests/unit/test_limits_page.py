@@ -10,11 +10,11 @@ import pytest
 
 from dsserve.protocol import bounds
 from dsserve.protocol.bounds import Bound, Rule
-from scripts import limits_page
+from scripts.docs import limits_page
 
 
 def test_the_page_is_what_the_bounds_say() -> None:
-    assert limits_page.main(["--check"]) == 0, "run python -m scripts.limits_page"
+    assert limits_page.main(["--check"]) == 0, "run python -m scripts.docs.limits_page"
 
 
 def test_a_bound_that_changes_makes_the_page_untrue(monkeypatch: pytest.MonkeyPatch) -> None:

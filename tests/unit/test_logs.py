@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from dsserve.worker.logs import JsonFormatter, set_serving_level, set_up_logs
-from scripts.worker_log import find_error, find_stages
+from scripts.serve.worker_log import find_error, find_stages
 
 PREFIX = "2026-01-01T00:00:00,000 [INFO ] W-29500-m_1.0-stdout MODEL_LOG - "
 ID = "0b7a1c1e-3f52-4f0e-9f6e-0123456789ab"

@@ -17,8 +17,8 @@ from prometheus_client import CollectorRegistry, Counter, disable_created_metric
 
 from dsserve.core.environment import RUN_DIR_VARIABLE
 from dsserve.observability.metrics_server import ADDRESS_VARIABLE, FOLDER, MOST_CONNECTIONS, MetricsEndpoint
-from scripts import server
-from scripts.run_dir import RunDir
+from scripts.serve import server
+from scripts.serve.run_dir import RunDir
 from tests.scrape import PROMETHEUS_2, PROMETHEUS_3, Scrape
 from tests.waiting import wait_for
 

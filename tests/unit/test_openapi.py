@@ -7,11 +7,11 @@ import json
 from dsserve.protocol.openai.openapi import describe
 from dsserve.protocol.openai.schema import ChatBody
 from dsserve.protocol.routes import PATHS
-from scripts.openapi import OPENAPI_FILE, render
+from scripts.pack.openapi import OPENAPI_FILE, render
 
 
 def test_the_shipped_file_is_what_the_server_offers() -> None:
-    assert OPENAPI_FILE.read_text(encoding="utf-8") == render(), "run python -m scripts.openapi"
+    assert OPENAPI_FILE.read_text(encoding="utf-8") == render(), "run python -m scripts.pack.openapi"
 
 
 def test_every_path_is_described_and_every_reference_leads_somewhere() -> None:

@@ -19,7 +19,7 @@ from dsserve.kv.cache import SlotLayer
 from dsserve.runner import prefill_graphs
 from dsserve.runner.autotp import ModelRunner
 from dsserve.runner.prefill_graphs import PrefillGraphs, Shape, most_captured
-from scripts.random_model import draw_prompts, make_config
+from scripts.model.random import draw_prompts, make_config
 from tests.unit.test_prompt_attention import in_spans
 
 CPU, SLOTS, CONTEXT = torch.device("cpu"), 4, 600

@@ -112,7 +112,7 @@ def test_the_site_copies_what_a_page_links_to() -> None:
     pytest.importorskip("mkdocs", reason="mkdocs is not installed: `make docs` installs it")
     from mkdocs.structure.files import File, Files
 
-    from scripts.docs_site import on_page_markdown
+    from scripts.docs.docs_site import on_page_markdown
 
     config: Any = SimpleNamespace(config_file_path=str(ROOT / "mkdocs.yml"), site_dir="site", use_directory_urls=False)
     config.plugins = SimpleNamespace(_current_plugin=None)

@@ -9,13 +9,16 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from scripts import bench, bench_gpu_report, cost_model, soak
-from scripts.bench_client import BenchError, Round
-from scripts.console import extra, print_report
-from scripts.machine import AUTO
-from scripts.package import Choice
-from scripts.run_dir import Record, RunDir
-from scripts.soak_faults import Sample
+from scripts.bench import http as bench
+from scripts.bench.client import BenchError, Round
+from scripts.bench.gpu import report as bench_gpu_report
+from scripts.common.console import extra, print_report
+from scripts.common.machine import AUTO
+from scripts.cost import model as cost_model
+from scripts.pack.archive import Choice
+from scripts.reliability import soak
+from scripts.reliability.soak_faults import Sample
+from scripts.serve.run_dir import Record, RunDir
 
 
 def fail_with(error: Exception) -> Any:

@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
-from scripts import bench_report
-from scripts.ask import AskError, ask, curl_line
-from scripts.bench_client import BenchError, Round, Stream, check_answer, join_chunks, run_round
-from scripts.bench_prompts import OPENINGS, PROMPT_TOKENS, cut_prompts
+from scripts.bench import report as bench_report
+from scripts.bench.client import BenchError, Round, Stream, check_answer, join_chunks, run_round
+from scripts.bench.prompts import OPENINGS, PROMPT_TOKENS, cut_prompts
+from scripts.serve.ask import AskError, ask, curl_line
 
 HOST = "127.0.0.1"
 

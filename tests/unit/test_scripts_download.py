@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from scripts.download_model import check_space, download, select
-from scripts.prepare_model import ModelError
+from scripts.model.download import check_space, download, select
+from scripts.model.prepare import ModelError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 FILES = {

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from scripts import machine
-from scripts.machine import MachineError
+from scripts.common import machine
+from scripts.common.machine import MachineError
 
 
 def cpuinfo(folder: Path, flags: str, label: str = "flags") -> Path:

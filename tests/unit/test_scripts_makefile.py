@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.prepare_model import ROOT
+from scripts.common.paths import ROOT
 
 # Variables that a user sets, but PYTHON.
 GIVEN = {
@@ -126,7 +126,7 @@ def test_the_served_name_follows_from_the_model(calls: Path, python: str, model:
 def test_deploy_does_everything_in_order() -> None:
     lines = [line for line in dry_run("deploy", f"PYTHON={sys.executable}", "TP=1", "PORT=9090").splitlines() if line]
     scripts = [word for line in lines for word in line.split() if word.startswith("scripts.")]
-    assert scripts == ["scripts.build_ops", "scripts.package", "scripts.serve", "scripts.ask"]
+    assert scripts == ["scripts.pack.build_ops", "scripts.pack", "scripts.serve", "scripts.serve.ask"]
 
 
 def test_a_complete_python_is_used_and_nothing_is_installed(calls: Path, python: str) -> None:
@@ -134,7 +134,7 @@ def test_a_complete_python_is_used_and_nothing_is_installed(calls: Path, python:
     assert "pip" not in output
     assert "venv .venv" not in output
     assert make("setup", python).returncode == 0
-    assert [call[:2] for call in words_of(calls)] == [["-m", "scripts.build_ops"]]
+    assert [call[:2] for call in words_of(calls)] == [["-m", "scripts.pack.build_ops"]]
 
 
 def test_every_variable_is_tried() -> None:
@@ -205,7 +205,7 @@ def test_args_are_several_words_and_run_nothing(tmp_path: Path) -> None:
     code = "import json, sys; print(json.dumps(sys.argv[1:]))"
     (tmp_path / "told.py").write_text(code)
     args = f"--prompts 128 --out 'my file' $(touch {mark}) `touch {mark}`; touch {mark} $HOME *"
-    command = [sys.executable, "-m", "scripts.words", args, "told", "--shape", "x y"]
+    command = [sys.executable, "-m", "scripts.common.words", args, "told", "--shape", "x y"]
     environ = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)])}
     done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, check=True)
     words = json.loads(done.stdout)
@@ -221,7 +221,7 @@ def test_args_reach_the_benchmark_whole(tmp_path: Path, calls: Path, python: str
     args = f"--prompts 128 $(shell touch {mark}) `touch {mark}`; touch {mark} 'a b'"
     assert make("bench-gpu", python, f"ARGS={args}").returncode == 0
     (call,) = words_of(calls)
-    assert call[:4] == ["-m", "scripts.words", args, "scripts.bench_gpu"] and not mark.exists()
+    assert call[:4] == ["-m", "scripts.common.words", args, "scripts.bench.gpu"] and not mark.exists()
 
 
 def test_tokens_are_asked_for_unless_they_are_off(calls: Path, python: str) -> None:

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from scripts import prepare_model, smollm2
-from scripts.prepare_model import ModelError, prepare
+from scripts.model import prepare as prepare_model
+from scripts.model import smollm2
+from scripts.model.prepare import ModelError, prepare
 
 VOCABULARY = [*["<|x|>", "<|im_start|>", "<|im_end|>"], *"abcdefgh", "ab", "cd"]
 HEADS, KV_HEADS, HIDDEN, HEAD_DIM, INNER, LAYERS = 3, 1, 96, 32, 64, 2

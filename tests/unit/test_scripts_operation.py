@@ -19,15 +19,17 @@ import psutil
 import pytest
 import typer
 
-from scripts import audit, drain, health, server, soak
-from scripts.addresses import is_loopback
-from scripts.ask import main as ask_main
-from scripts.management import Version
-from scripts.rollout import Manager, RolloutError, archive_version
-from scripts.run_dir import HOST, Ports, Record, RunDir, server_properties
-from scripts.soak_faults import Sample
-from scripts.soak_load import Client, Reference, Tally
-from scripts.web import Unreachable
+from scripts.common.addresses import is_loopback
+from scripts.common.web import Unreachable
+from scripts.dev import audit
+from scripts.reliability import soak
+from scripts.reliability.soak_faults import Sample
+from scripts.reliability.soak_load import Client, Reference, Tally
+from scripts.serve import drain, health, server
+from scripts.serve.ask import main as ask_main
+from scripts.serve.management import Version
+from scripts.serve.rollout import Manager, RolloutError, archive_version
+from scripts.serve.run_dir import HOST, Ports, Record, RunDir, server_properties
 
 TEXT = Reference("prompt", 4, "one two three")
 

@@ -12,9 +12,10 @@ import yaml
 
 from dsserve.config.handler import HandlerConfig
 from dsserve.config.torchserve import ENOUGH_QUEUE
-from scripts import package as packaging
-from scripts.machine import MachineError
-from scripts.package import (
+from scripts.common.machine import MachineError
+from scripts.common.paths import ROOT
+from scripts.pack import archive as packaging
+from scripts.pack.archive import (
     CONFIGS,
     DEFAULT_RUNNING,
     DEFAULT_WAITING,
@@ -27,8 +28,7 @@ from scripts.package import (
     render,
     room,
 )
-from scripts.prepare_model import ROOT
-from scripts.server import ServerError, read_archive
+from scripts.serve.server import ServerError, read_archive
 
 SMOLLM2 = ROOT / "configs" / "smollm2"
 
@@ -54,7 +54,7 @@ def test_device_ids_are_for_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     (tmp_path / "model-config.yaml").write_text("torchrun: {nproc-per-node: 2}\ndeviceIds: [0, 1]\n")
     (tmp_path / "ds-config.json").write_text("{}")
     assert "deviceIds" not in render(tmp_path, "x", Choice(device="cpu"))[0]
-    monkeypatch.setattr("scripts.machine.count_gpus", lambda: 2)
+    monkeypatch.setattr("scripts.common.machine.count_gpus", lambda: 2)
     assert render(tmp_path, "x", Choice(device="gpu"))[0]["deviceIds"] == [0, 1]
 
 

@@ -17,11 +17,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from scripts import processes, server
-from scripts.addresses import is_free
-from scripts.clean import clean, running
-from scripts.run_dir import BIND_NAME, HOST, SOCKET_FOLDER_BYTES, Ports, Record, RunDir, server_properties
-from scripts.worker_log import LogTail, find_error, find_stages
+from scripts.common.addresses import is_free
+from scripts.dev.clean import clean, running
+from scripts.serve import processes, server
+from scripts.serve.run_dir import BIND_NAME, HOST, SOCKET_FOLDER_BYTES, Ports, Record, RunDir, server_properties
+from scripts.serve.worker_log import LogTail, find_error, find_stages
 from tests.conftest import ROOT
 from tests.waiting import wait_for
 

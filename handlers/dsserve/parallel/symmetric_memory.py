@@ -20,7 +20,7 @@ from dsserve.parallel.rank import RankInfo
 logger = logging.getLogger(__name__)
 
 # Every rank reads all parts, so a sum moves (ranks - 1) times its size to each: beyond these bytes of a part, by the
-# number of ranks, NCCL's ring moves less. `scripts.bench_rank_sum` on H100s (microseconds, NCCL): 2 ranks 6.1 (8.5) at
+# number of ranks, NCCL's ring moves less. `scripts.bench.rank_sum` on H100s (microseconds, NCCL): 2 ranks 6.1 (8.5) at
 # 8 KiB, 114 (181) at 32 MiB; 4 ranks 8.0 (12.2) at 8 KiB, 28.8 (28.8) at 2 MiB. 8 ranks: an estimate from these.
 _MOST_BYTES = {2: 2**62, 4: 2 * 2**20, 8: 512 * 2**10}
 

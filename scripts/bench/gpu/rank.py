@@ -1,0 +1,196 @@
+"""One rank of `run`: loads the model as the handler does, measures one part, notes its results after each case.
+
+Runs under torchrun: a JSON file that says what to measure, and a folder for the ranks' results.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from ts.context import Context
+
+from dsserve.config.handler import PREFILL_TOKENS_A_STEP, HandlerConfig
+from dsserve.config.limits import read_limits
+from dsserve.core.errors import LoadError
+from dsserve.engine.build import build_engine
+from dsserve.loading.ds_engine import get_ds_engine
+from dsserve.loading.hf_model import load_model
+from dsserve.loading.load_clock import LoadClock
+from dsserve.modeling.dtype import model_dtype
+from dsserve.runner.kv_memory import plan_kv_rows
+from dsserve.worker.base_handler import BaseDeepSpeedHandler
+from dsserve.worker.exit import finish_rank
+from scripts.bench.gpu.device import StepBytes, held_bytes, read_bandwidth
+from scripts.bench.gpu.engine import IDLE_STEPS, Group, Watch, summarise, summarise_admission
+from scripts.bench.gpu.generate import continuous_batching, generate
+from scripts.model.random import draw_prompts
+
+SHORT_PROMPT = 128  # of the stream beside which a long prompt is read
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What one part measures: `engine`, `kernels`, `autotp`, `generate` or `batching`, at one prompt length."""
+
+    part: str
+    model: str
+    device: str
+    dtype: str
+    prompt: int
+    batches: list[int]
+    new_tokens: int
+    repeats: int
+    prefill_tokens: int | None = None
+
+
+class BenchRank(BaseDeepSpeedHandler):
+    """A handler that measures instead of serving.
+
+    Args:
+        results: the file that holds this rank's results.
+    """
+
+    def __init__(self, spec: Spec, results: Path) -> None:
+        super().__init__()
+        self._spec = spec
+        self._results = results
+        self._found: dict[str, Any] = {"cases": {}, "skipped": {}}
+
+    def run(self) -> None:
+        """Measures all cases of the part."""
+        spec = self._spec
+        deepspeed: dict[str, Any] = {"dtype": spec.dtype}
+        if spec.part == "kernels":
+            deepspeed |= {"replace_with_kernel_inject": True, "max_out_tokens": spec.prompt + spec.new_tokens}
+        yaml_config = {"deviceType": spec.device, "deepspeed": deepspeed}
+        self.initialize(Context("bench", spec.model, None, 1, None, "0.12.0", model_yaml_config=yaml_config))
+        self._clock = LoadClock(self.rank.rank, self.device)
+        self._note(bandwidth=read_bandwidth(self.device))
+        measures = {"engine": self._engine_part, "kernels": self._engine_part, "autotp": self._autotp}
+        measures.get(spec.part, self._one_device)()
+
+    def _note(self, **more: Any) -> None:
+        """Adds to the results, which are there whenever the part is ended."""
+        self._found |= {**more, "memory": held_bytes(self.device), "load_s": self._clock.seconds}
+        text = json.dumps(self._found)
+        scratch = self._results.with_suffix(".part")
+        scratch.write_text(text)
+        scratch.rename(self._results)
+
+    def _case(self, name: str, numbers: dict[str, Any]) -> None:
+        self._found["cases"][name] = numbers
+        self._note()
+
+    def _skip(self, name: str, why: str) -> None:
+        self._found["skipped"][name] = why
+        self._note()
+
+    def _prompts(self, batch: int, seed: int = 0) -> list[tuple[int, ...]]:
+        return draw_prompts(self._vocabulary, self._spec.prompt, batch, seed)
+
+    def _load(self) -> tuple[Any, Any]:
+        config = HandlerConfig(model_path=self._spec.model)
+        with self._clock.phase("files"):
+            loaded = load_model(config, Path(self._spec.model))
+        ds_engine = get_ds_engine(loaded.model, self.context, None, self._clock, max(self._spec.batches))
+        self._vocabulary = ds_engine.module.config.vocab_size
+        self._note(bytes=asdict(StepBytes.of(ds_engine.module, self.rank.world_size)))
+        return loaded, ds_engine
+
+    def _engine_part(self) -> None:
+        loaded, ds_engine = self._load()
+        spec, watch = self._spec, Watch()
+        engine, rows = self._build(loaded, ds_engine, watch)
+        group = Group(engine, self.rank, watch)
+        if not self.rank.is_leader:
+            group.follow()
+            return
+        group.together(self._prompts(1, seed=99), 8)
+        for batch in (batch for batch in spec.batches if batch <= rows):
+            rounds = [group.together(self._prompts(batch, seed), spec.new_tokens) for seed in range(spec.repeats)]
+            self._case(str(batch), summarise(rounds))
+        if ds_engine.workspace is None and rows > 1 and spec.new_tokens > IDLE_STEPS + 2:
+            short = draw_prompts(self._vocabulary, min(SHORT_PROMPT, spec.prompt), spec.repeats + 1, seed=7)
+            long, room = self._prompts(spec.repeats + 1, seed=8), spec.prompt + spec.new_tokens - len(short[0])
+            rounds = [group.admit_beside(*pair, room) for pair in zip(short, long, strict=True)]
+            self._case("admission", summarise_admission(rounds[1:]))
+        group.end()
+
+    def _build(self, loaded: Any, ds_engine: Any, watch: Watch) -> tuple[Any, int]:
+        """The engine with as many KV slots as the largest batch has that fits, and their number. What its passes take
+        is known only when it is built: a batch that fits without them alone ends the part, with the numbers.
+
+        Raises:
+            LoadError: not even the smallest batch fits, or that.
+        """
+        refused = ""
+        for rows in sorted(self._spec.batches, reverse=True):
+            config = self._config(rows)
+            try:
+                self._check_room(config, loaded, ds_engine)
+            except LoadError as error:
+                refused = str(error)
+                self._skip(str(rows), refused)
+                continue
+            engine, limits, _ = build_engine(ds_engine, loaded, config, self.rank, self.device, self._clock, watch)
+            return engine, limits.max_running
+        raise LoadError(refused)
+
+    def _config(self, rows: int) -> HandlerConfig:
+        spec = self._spec
+        return HandlerConfig(
+            model_path=spec.model, max_running=max(rows, 2), max_model_len=spec.prompt + spec.new_tokens,
+            max_new_tokens=spec.new_tokens, prefix_cache_rows=0,
+            max_num_batched_tokens=spec.prefill_tokens or PREFILL_TOKENS_A_STEP,
+        )  # fmt: skip
+
+    def _check_room(self, config: HandlerConfig, loaded: Any, ds_engine: Any) -> None:
+        if ds_engine.workspace is None:
+            module = ds_engine.module
+            limits, dtype = read_limits(config, loaded.max_position, module.config), model_dtype(module)
+            plan_kv_rows(module.config, config, limits, dtype, self.rank, self.device)
+
+    def _autotp(self) -> None:
+        _, ds_engine = self._load()
+        self._batches(lambda prompts: generate(ds_engine.module, prompts, self._spec.new_tokens, self._spec.repeats))
+
+    def _one_device(self) -> None:
+        from transformers import AutoModelForCausalLM
+
+        spec = self._spec
+        with self._clock.phase("from_pretrained"):
+            model = AutoModelForCausalLM.from_pretrained(spec.model, dtype="auto").eval().to(self.device)
+        model.generation_config.eos_token_id = None
+        self._vocabulary = model.config.vocab_size
+        self._note(bytes=asdict(StepBytes.of(model, 1)))
+        way = generate if spec.part == "generate" else continuous_batching
+        self._batches(lambda prompts: way(model, prompts, spec.new_tokens, spec.repeats))
+
+    def _batches(self, measure: Any) -> None:
+        for batch in self._spec.batches:
+            try:
+                self._case(str(batch), measure(self._prompts(batch)))
+            except torch.OutOfMemoryError:
+                self._skip(str(batch), "out of memory")
+                gc.collect()
+                torch.cuda.empty_cache()
+
+
+def main() -> None:
+    spec, folder = sys.argv[1:]
+    results = Path(folder, f"{os.environ['RANK']}.json")
+    BenchRank(Spec(**json.loads(Path(spec).read_text())), results).run()
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+    finish_rank()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,5 @@
+"""`python -m scripts.cost`: see `model`."""
+
+from scripts.cost.model import app
+
+app()

@@ -1,0 +1,1 @@
+"""Pages that are made from the models that check, and a hook of mkdocs."""

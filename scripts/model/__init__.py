@@ -1,0 +1,1 @@
+"""A model's folder: fetched, converted, made up, cut into shards."""

@@ -1,0 +1,75 @@
+"""One rank of `shard`: loads and cuts the model as the handler does, proves it, and writes its part.
+
+Runs under torchrun with one argument, the folder of its settings.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+from ts.context import Context
+
+from dsserve.config.handler import read_handler_config
+from dsserve.core.errors import LoadError
+from dsserve.loading import shard_cache
+from dsserve.loading.ds_engine import get_ds_engine, read_settings
+from dsserve.loading.hf_model import load_outline, load_weights, locate_model
+from dsserve.loading.shard_manifest import Manifest
+from dsserve.modeling.dtype import model_dtype
+from dsserve.parallel.kv_heads import plan_kv_copies
+from dsserve.worker.base_handler import BaseDeepSpeedHandler
+from dsserve.worker.load_guard import LoadGuard
+
+
+class ShardRank(BaseDeepSpeedHandler):
+    """The handler's load, with the shards written at its end."""
+
+    def write(self, yaml_config: dict[str, Any], model_dir: Path) -> Path:
+        """Returns the folder of the shards. Raises LoadError, on all ranks the same."""
+        with LoadGuard(str((yaml_config.get("handler") or {}).get("model_path", "the model"))).load() as guard:
+            folder = self._write(yaml_config, model_dir)
+            guard.meet("the end")
+            return folder
+
+    def _write(self, yaml_config: dict[str, Any], model_dir: Path) -> Path:
+        context = Context("shard", str(model_dir), None, 1, None, "0.12.0", model_yaml_config=yaml_config)
+        self.initialize(context)
+        config = read_handler_config(yaml_config)
+        folder = locate_model(config, model_dir)
+        outline = load_outline(config, folder)
+        plan_kv_copies(outline, self.rank.world_size)
+        settings = read_settings(context, self.rank.world_size, model_dtype(outline))
+        if settings.kernel_inject and not settings.may_fall_back:
+            raise LoadError(
+                "shards are AutoTP's; with replace_with_kernel_inject: true every start reads the whole model. Set it "
+                "to false or auto"
+            )
+        manifest = Manifest.describe(outline, folder, settings.tp_size, settings.dtype)
+        engine = get_ds_engine(load_weights(config, folder), context)
+        cache = Path(config.shard_cache) if config.shard_cache else folder / shard_cache.FOLDER
+        return shard_cache.write_shards(engine.module, engine.self_check, manifest, cache, self.rank)
+
+
+def main() -> None:
+    import torch
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    folder = Path(sys.argv[1])
+    rank = ShardRank()
+    try:
+        written = rank.write(json.loads((folder / "model-config.json").read_text()), folder)
+    except LoadError as error:
+        (folder / "error").write_text(str(error))
+        sys.exit(1)
+    if rank.rank.is_leader:
+        (folder / "result.json").write_text(json.dumps({"folder": str(written)}))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

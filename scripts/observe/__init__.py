@@ -1,0 +1,1 @@
+"""Prometheus and Grafana: the dashboard as a file, and its picture."""

@@ -1,0 +1,1 @@
+"""What travels: the archive, compiled operations, the OpenAPI document."""

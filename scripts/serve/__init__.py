@@ -1,0 +1,1 @@
+"""A TorchServe: started, asked, watched, drained, replaced, stopped."""
