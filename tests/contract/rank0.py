@@ -14,7 +14,7 @@ from dsserve.protocol.served import ServedModel
 from dsserve.sampling.grammar import GrammarCompiler
 from dsserve.worker.call_length import CallLength
 from dsserve.worker.live_batch import LiveBatch
-from tests.contexts import make_context
+from tests.support.contexts import make_context
 
 
 class FakeEngine:

@@ -17,7 +17,7 @@ from dsserve.protocol.served import ServedModel
 from dsserve.sampling.grammar import GrammarCompiler
 from dsserve.worker import live_batch
 from tests.contract.rank0 import Worker, body, make_tokenizer, served_model
-from tests.schemas import DEAD_ENDS, ENDLESS, TOO_COMPLEX, WIDTH, WRAPS, byte_tokenizer, chain, nested
+from tests.support.schemas import DEAD_ENDS, ENDLESS, TOO_COMPLEX, WIDTH, WRAPS, byte_tokenizer, chain, nested
 
 
 @pytest.mark.parametrize(

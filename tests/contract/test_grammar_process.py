@@ -31,8 +31,8 @@ from dsserve.sampling.grammar_process import (
     limit_this_process,
 )
 from dsserve.sampling.matcher import Vocabulary
-from tests.schemas import ENDLESS, GOOD, TOO_COMPLEX, WIDTH, WRAPS, byte_tokenizer, chain, text
-from tests.waiting import wait_for
+from tests.support.schemas import ENDLESS, GOOD, TOO_COMPLEX, WIDTH, WRAPS, byte_tokenizer, chain, text
+from tests.support.waiting import wait_for
 
 FIRST_ENDLESS = next(iter(ENDLESS.values()))
 
@@ -151,7 +151,7 @@ import sys, threading
 from dsserve.sampling.grammar_process import GrammarProcess
 from dsserve.sampling.matcher import Vocabulary
 from dsserve.protocol.openai.structured import _schema_grammar
-from tests.schemas import ENDLESS, WIDTH, byte_tokenizer
+from tests.support.schemas import ENDLESS, WIDTH, byte_tokenizer
 process = GrammarProcess(Vocabulary.of(byte_tokenizer(), WIDTH, frozenset({256})))
 process.judge(_schema_grammar({}))
 print(process.pid, flush=True)

@@ -16,7 +16,7 @@ from dsserve.config.torchserve import TimeLimits
 from dsserve.core.errors import LoadError
 from dsserve.parallel.rank import RankInfo
 from dsserve.worker.watchdog import Watchdog
-from tests.contexts import make_context
+from tests.support.contexts import make_context
 
 
 def config(model_path: str, **changes: Any) -> dict[str, Any]:

@@ -18,8 +18,8 @@ from dsserve.config.handler import HandlerConfig
 from dsserve.core.errors import LoadError
 from dsserve.core.request import GenerationRequest, SamplingParams, StopConditions
 from dsserve.loading.hf_model import load_model
-from tests.contexts import make_context
-from tests.tiny_models import CONTEXT, RECIPES, SHAPE, make_tokenizer, save_config, save_model, settings
+from tests.support.contexts import make_context
+from tests.support.tiny_models import CONTEXT, RECIPES, SHAPE, make_tokenizer, save_config, save_model, settings
 
 NEW = 6
 STATES = "keep states of their own"

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 import deepspeed_handler
 from dsserve.core.request import GenerationRequest, SamplingParams, StopConditions
-from tests.contexts import make_context
+from tests.support.contexts import make_context
 
 VOCABULARY, CONTEXT, NEW = 512, 256, 12
 SHAPE: dict[str, Any] = {

@@ -1,5 +1,6 @@
 """Kernel injection without a GPU: DeepSpeed's layers in our adapters, over a stand-in of the kernels, are transformers'
-models to 1e-4 in fp32, or are refused. What the kernels themselves compute on a GPU is `tests/gpu/parity.py`'s affair.
+models to 1e-4 in fp32, or are refused. What the kernels themselves compute on a GPU is `tests/programs/gpu/parity.py`'s
+affair.
 """
 
 from __future__ import annotations
@@ -8,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from tests.injection.cases import DECODER_CASES, ENCODER_CASES
-from tests.injection.models import ENCODERS
-from tests.ranks import run_ranks
+from tests.programs.injection.cases import DECODER_CASES, ENCODER_CASES
+from tests.programs.injection.models import ENCODERS
+from tests.support.ranks import run_ranks
 
-# Ranks -> architectures; `python -m tests.injection.table` runs all of them on any number of ranks.
+# Ranks -> architectures; `python -m tests.programs.injection.table` runs all of them on any number of ranks.
 ON_RANKS = {
     1: ("gpt2", "opt-post", "llama-80", "distilbert"),
     2: ("opt", "gptj", "gpt_neo", "llama-gqa", "bloom", "gpt_neox-80", "bert"),
@@ -31,7 +32,7 @@ def matrix(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str,
     env = {**ONE_THREAD, "PATH": str(tmp_path_factory.mktemp("path"))}
     return {
         ranks: run_ranks(
-            "tests.injection.cell:run_cells", ranks, timeout_s=280, env=env, names=list(names), dtype="fp32"
+            "tests.programs.injection.cell:run_cells", ranks, timeout_s=280, env=env, names=list(names), dtype="fp32"
         )
         for ranks, names in ON_RANKS.items()
     }
@@ -62,7 +63,7 @@ REPAIRS = [
 
 @pytest.fixture(scope="module")
 def without_repairs() -> list[str]:
-    return run_ranks("tests.injection.cell:run_without", 1, env=ONE_THREAD, left_out=REPAIRS)[0]
+    return run_ranks("tests.programs.injection.cell:run_without", 1, env=ONE_THREAD, left_out=REPAIRS)[0]
 
 
 @pytest.mark.parametrize("at", range(len(REPAIRS)), ids=[f"{repair}-{name}" for repair, name in REPAIRS])

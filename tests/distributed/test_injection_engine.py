@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.injection.serve import PROMPT_LENGTHS
-from tests.ranks import run_ranks
+from tests.programs.injection.serve import PROMPT_LENGTHS
+from tests.support.ranks import run_ranks
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
@@ -21,7 +21,7 @@ def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     name, ranks = request.param
     # Without g++ on PATH the ranks use gloo: shared memory spins, several times longer beside other programs.
     env = {**ONE_THREAD, "PATH": str(tmp_path_factory.mktemp("path"))}
-    return run_ranks("tests.injection.serve:streams", ranks, env=env, name=name)[0]
+    return run_ranks("tests.programs.injection.serve:streams", ranks, env=env, name=name)[0]
 
 
 def test_tokens_are_transformers_alone_and_in_batches(found: dict) -> None:
@@ -46,7 +46,7 @@ def test_log_probabilities_of_a_padded_prompt_are_transformers(found: dict) -> N
 
 @pytest.fixture(scope="module")
 def loads() -> dict:
-    return run_ranks("tests.injection.serve:loads", 1, env=ONE_THREAD)[0]
+    return run_ranks("tests.programs.injection.serve:loads", 1, env=ONE_THREAD)[0]
 
 
 def test_auto_serves_by_kernels_that_are_right(loads: dict) -> None:
@@ -55,7 +55,7 @@ def test_auto_serves_by_kernels_that_are_right(loads: dict) -> None:
 
 def test_auto_serves_by_autotp_where_kernels_are_wrong(tmp_path_factory: pytest.TempPathFactory) -> None:
     env = {**ONE_THREAD, "PATH": str(tmp_path_factory.mktemp("path"))}
-    for found in run_ranks("tests.injection.serve:fall_back", 2, env=env, name="llama-gqa", wrong=True):
+    for found in run_ranks("tests.programs.injection.serve:fall_back", 2, env=env, name="llama-gqa", wrong=True):
         assert found["engine"] == "autotp" and found["error"] < 1e-5
         assert "self-check failed: kernel injection" in found["why"]
 

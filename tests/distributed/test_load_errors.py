@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.ranks import run_ranks
-from tests.tiny_models import save_model
+from tests.support.ranks import run_ranks
+from tests.support.tiny_models import save_model
 
-RANKS = "tests.distributed.loading"
+RANKS = "tests.programs.distributed.loading"
 REFUSED = {
     "gpt_bigcode": ["GPTBigCodeForCausalLM", "RuntimeError", "2 ranks"],
     "hunyuan": ["HunYuanDenseV1ForCausalLM", "DeepSpeed refuses", "nproc-per-node"],

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from tests.distributed.guarded import WORDS
-from tests.ranks import run_ranks
+from tests.programs.distributed.guarded import WORDS
+from tests.support.ranks import run_ranks
 
-RANKS = "tests.distributed.guarded"
+RANKS = "tests.programs.distributed.guarded"
 
 
 @pytest.fixture(scope="module")

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.memory import NEW_TOKENS
-from tests.ranks import run_ranks
+from tests.programs.distributed.memory import NEW_TOKENS
+from tests.support.ranks import run_ranks
 
-STEPS = "tests.distributed.memory"
+STEPS = "tests.programs.distributed.memory"
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.distributed.parts import ARRIVALS, CANCELLED, LONG, PART, requests
-from tests.ranks import run_ranks
+from tests.programs.distributed.parts import ARRIVALS, CANCELLED, LONG, PART, requests
+from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.timeout(900)  # half a minute on a machine that does nothing else
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.timeout(900)  # half a minute on a machine that does no
 @pytest.fixture(scope="module", params=[1, 2], ids=["TP=1", "TP=2"])
 def leader(request: pytest.FixtureRequest, smollm2: Path) -> dict:
     one_thread = {"OMP_NUM_THREADS": "1"}  # two that wait for each other are slow on a busy machine
-    return run_ranks("tests.distributed.parts:texts", request.param, 800, one_thread, path=str(smollm2))[0]
+    return run_ranks("tests.programs.distributed.parts:texts", request.param, 800, one_thread, path=str(smollm2))[0]
 
 
 def test_tokens_are_those_of_each_request_alone(leader: dict) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 MODES = ["int8", "int4"]
 # Grouped heads; biases of q, k, v; biases everywhere, those of row-parallel layers too; fused q/k/v and gate/up.
@@ -24,7 +24,7 @@ def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     folder = str(tmp_path_factory.mktemp("quantized"))
     # Without g++ on PATH two ranks use gloo: shared memory spins, several times longer beside other programs.
     arguments = {"folder": folder, "names": [*NAMES, NARROW], "modes": MODES, "env": {"PATH": folder}}
-    return run_ranks("tests.distributed.quantized:outcomes", request.param, **arguments)
+    return run_ranks("tests.programs.distributed.quantized:outcomes", request.param, **arguments)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 
 @pytest.fixture(scope="module")
 def leader(smollm2: Path) -> dict:
-    return run_ranks("tests.distributed.reuse:texts", path=str(smollm2))[0]
+    return run_ranks("tests.programs.distributed.reuse:texts", path=str(smollm2))[0]
 
 
 def test_a_good_part_of_the_prompts_was_not_computed_again(leader: dict) -> None:

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.shapes import SHAPES, UNREAD
-from tests.ranks import run_ranks
+from tests.programs.distributed.shapes import SHAPES, UNREAD
+from tests.support.ranks import run_ranks
 
 RANKS = (1, 2, 3, 4, 8)
 EXACT = None  # else what the refusal says
@@ -65,7 +65,7 @@ def outcomes(ranks: int, tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
     folder = str(tmp_path_factory.mktemp("shapes"))
     # Without g++ on PATH two ranks use gloo too: shared memory spins, five times longer beside other programs.
     return run_ranks(
-        "tests.distributed.shapes:outcomes", ranks, folder=folder, streams=STREAMS[ranks], env={"PATH": folder}
+        "tests.programs.distributed.shapes:outcomes", ranks, folder=folder, streams=STREAMS[ranks], env={"PATH": folder}
     )
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
-STEPS = "tests.distributed.steps"
+STEPS = "tests.programs.distributed.steps"
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import pytest
 
 from scripts.serve import processes
 from tests.conftest import ROOT
-from tests.waiting import wait_for
+from tests.support.waiting import wait_for
 
 ARGS = "--prompts 40 --batches 1,2 --new-tokens 30 --repeats 1 --prefill-tokens 16"
 

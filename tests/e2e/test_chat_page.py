@@ -16,9 +16,9 @@ import pytest
 
 from scripts.reliability import balancer
 from scripts.reliability.balancer import BalancerError
-from tests.browser import ENTER, Browser, browser
 from tests.conftest import ROOT
 from tests.e2e.conftest import Served, free_ports
+from tests.support.browser import ENTER, Browser, browser
 
 HOST = "127.0.0.1"
 PAGE = ROOT / "configs" / "chat" / "chat.html"

@@ -24,8 +24,8 @@ from scripts.pack import archive as packaging
 from scripts.pack.archive import Choice
 from scripts.serve import server
 from tests.e2e.conftest import Served, package_with, serve
-from tests.injection.cases import TIE
-from tests.injection.cell import LIMITS
+from tests.programs.injection.cases import TIE
+from tests.programs.injection.cell import LIMITS
 
 FOLDER = Path(__file__).parent / "kernel_handlers"
 ROOT = FOLDER.parents[2]

@@ -16,8 +16,8 @@ from scripts.reliability import balancer
 from scripts.reliability.balancer import BalancerError
 from scripts.serve.run_dir import Ports
 from tests.e2e.conftest import Served, free_ports
-from tests.scrape import Scrape
-from tests.unit.test_metrics import VLLM_STYLE
+from tests.support.scrape import Scrape
+from tests.unit.observability.test_metrics import VLLM_STYLE
 
 PROMPT = "The quick brown fox jumps over the lazy dog, and then it sleeps for the rest of the long, warm afternoon."
 

@@ -26,7 +26,7 @@ from scripts.serve.run_dir import HOST, Ports, RunDir
 from scripts.serve.tokens import Kind, rotate
 from tests.conftest import ROOT
 from tests.e2e.conftest import Served, free_ports, parse, serve
-from tests.scrape import Scrape
+from tests.support.scrape import Scrape
 
 BODY = {"prompt": "The capital of France is", "max_new_tokens": 6}
 LONG = {"prompt": "Once upon a time", "max_new_tokens": 150}

@@ -1,6 +1,7 @@
 """A real Prometheus with configs/prometheus scrapes a real server: dashboard, alerts and autoscaler have answers.
 
-Where `prometheus` is not installed all of it is skipped; `tests/unit/test_dashboard.py` holds the names all the same.
+Where `prometheus` is not installed all of it is skipped; `tests/unit/configs/test_dashboard.py` holds the names all the
+same.
 """
 
 from __future__ import annotations

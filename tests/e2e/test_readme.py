@@ -19,7 +19,7 @@ from scripts.reliability import balancer
 from scripts.serve import processes
 from tests.conftest import ROOT
 from tests.e2e.conftest import Served, free_ports
-from tests.pages import blocks
+from tests.support.pages import blocks
 
 BY_HAND_PORTS = (8080, 8081, 8082, 7070, 7071)  # TorchServe's own
 OF_THE_OUTER_MAKE = {"MAKEFLAGS", "MAKELEVEL", "MFLAGS", "MAKEOVERRIDES", "QUESTION"}

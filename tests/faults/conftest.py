@@ -20,7 +20,7 @@ from scripts.pack.archive import Choice
 from scripts.serve import management, processes, server
 from scripts.serve.run_dir import Ports
 from tests.e2e.conftest import Served, serve
-from tests.waiting import wait_for
+from tests.support.waiting import wait_for
 
 FAULTY_HANDLER = Path(__file__).with_name("faulty_handler.py")
 COLLECTIVE_TIMEOUT_S = 6.0

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from dsserve.core.request import SamplingParams
 from dsserve.sampling.gpu_sampler import DeviceSampler
 from dsserve.sampling.pending import HostChoice
-from tests.sampling import KINDS, assert_same, make_logits, params, states_of
+from tests.support.sampling import KINDS, assert_same, make_logits, params, states_of
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is visible")
 SLOTS, WIDTHS = 12, (2000, 33_001, 128_256)

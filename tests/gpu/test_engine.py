@@ -7,9 +7,9 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from dsserve.modeling.self_check import TOLERANCE
-from tests.distributed.parts import ARRIVALS, CANCELLED, LONG
-from tests.gpu.steps import NEW_TOKENS, generate, prompts
-from tests.ranks import run_ranks
+from tests.programs.distributed.parts import ARRIVALS, CANCELLED, LONG
+from tests.programs.gpu.steps import NEW_TOKENS, generate, prompts
+from tests.support.ranks import run_ranks
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is visible")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -40,7 +40,7 @@ def ranks(request: pytest.FixtureRequest) -> int:
 def results(request: pytest.FixtureRequest, llama: str, ranks: int) -> dict[str, dict]:
     """Rank 0's results for each dtype."""
     arguments = {"env": {"DS_ACCELERATOR": "cuda"}, "path": llama, "step": request.param}
-    return run_ranks("tests.gpu.steps:generate_in", ranks, dtypes=list(DTYPES), **arguments)[0]
+    return run_ranks("tests.programs.gpu.steps:generate_in", ranks, dtypes=list(DTYPES), **arguments)[0]
 
 
 def load(path: str, dtype: str) -> LlamaForCausalLM:
@@ -103,7 +103,7 @@ def test_one_process_without_torchrun_is_one_rank(llama: str, ranks: int, result
 def test_reuse_sampling_and_neighbours_change_no_token(llama: str, ranks: int) -> None:
     """fp32, graphs, kept rows, requests that join in mid-stream; greedy and sampled."""
     arguments = {"env": {"DS_ACCELERATOR": "cuda"}, "path": llama, "device_type": "gpu"}
-    found = run_ranks("tests.distributed.reuse:texts", ranks, **arguments)[0]
+    found = run_ranks("tests.programs.distributed.reuse:texts", ranks, **arguments)[0]
     assert found["cached"] >= 2 * (40 + 60 + 60 + 30 + 17)
     for kind in ("greedy", "sampled"):
         assert found[kind]["together"] == found[kind]["alone"]
@@ -112,7 +112,7 @@ def test_reuse_sampling_and_neighbours_change_no_token(llama: str, ranks: int) -
 def test_a_long_prompt_in_parts_changes_no_token_and_stops_nobody(llama: str, ranks: int) -> None:
     """fp32, decode and parts in graphs; rows that end, clients that leave and a beginning that is reused on the way."""
     arguments = {"env": {"DS_ACCELERATOR": "cuda"}, "path": llama, "device_type": "gpu"}
-    found = run_ranks("tests.distributed.parts:texts", ranks, **arguments)[0]
+    found = run_ranks("tests.programs.distributed.parts:texts", ranks, **arguments)[0]
     for name, alone in found["alone"].items():
         together = found["together"][name]
         assert together == alone[: len(together)]
@@ -123,7 +123,7 @@ def test_a_long_prompt_in_parts_changes_no_token_and_stops_nobody(llama: str, ra
 
 
 def test_a_prompt_that_does_not_fit_into_memory_fails_alone(llama: str, ranks: int) -> None:
-    found = run_ranks("tests.gpu.steps:fill_memory", ranks, env={"DS_ACCELERATOR": "cuda"}, path=llama)[0]
+    found = run_ranks("tests.programs.gpu.steps:fill_memory", ranks, env={"DS_ACCELERATOR": "cuda"}, path=llama)[0]
     assert found["full"]["long"] == 507
     assert found["full"]["short"] == found["before"]["short"]
     assert found["after"] == found["before"] and len(found["before"]["long"].split()) == NEW_TOKENS

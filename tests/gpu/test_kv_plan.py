@@ -9,8 +9,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from scripts.model.random import write_tokenizer
-from tests.ranks import run_ranks
-from tests.tight import NEW_TOKENS
+from tests.support.low_memory import NEW_TOKENS
+from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is visible")
 
@@ -35,6 +35,6 @@ def test_slots_are_as_many_as_fit_and_all_of_them_serve(long_context: Path, rank
         pytest.skip(f"{ranks} GPUs are needed, {torch.cuda.device_count()} visible")
     arguments = {"device_type": "gpu", "dtype": "bf16", "free_mib": [8192 // ranks] * ranks, "prompt": 900, "count": 12}
     environment = {"DS_ACCELERATOR": "cuda"}
-    found = run_ranks("tests.tight:serve", ranks, env=environment, path=str(long_context), **arguments)[0]
+    found = run_ranks("tests.support.low_memory:serve", ranks, env=environment, path=str(long_context), **arguments)[0]
     assert 5 <= found["slots"] <= 7
     assert [len(str(text).split()) for text in found["answers"].values()] == [NEW_TOKENS] * 12

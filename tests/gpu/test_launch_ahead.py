@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.ranks import run_ranks
-from tests.schedules import make_llama
+from tests.support.ranks import run_ranks
+from tests.support.schedules import make_llama
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is visible")
 
@@ -20,7 +20,7 @@ def test_texts_are_those_of_steps_that_wait(tmp_path: Path, ranks: int, share: f
         pytest.skip(f"{ranks} GPUs are needed, {torch.cuda.device_count()} visible")
     make_llama().save_pretrained(tmp_path)
     arguments = {"env": {"DS_ACCELERATOR": "cuda"}, "path": str(tmp_path), "device_type": "gpu"}
-    found = run_ranks("tests.distributed.ahead:texts", ranks, seeds=list(range(40)), share=share, **arguments)
+    found = run_ranks("tests.programs.distributed.ahead:texts", ranks, seeds=list(range(40)), share=share, **arguments)
     assert found[0]["differences"] == []
     assert all(rank["counts"] == found[0]["counts"] for rank in found)
     steps, ahead, void = found[0]["counts"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 # Row counts that take turns, their width, dtype, rounds. Of 4096 rows a GPU does not run all programs at once.
 CASES = (
@@ -19,6 +19,6 @@ CASES = (
 def test_sums_are_right_and_the_same_on_all_ranks(ranks: int) -> None:
     if torch.cuda.device_count() < ranks:
         pytest.skip(f"{ranks} GPUs are needed, {torch.cuda.device_count()} visible")
-    for rank in run_ranks("tests.gpu.steps:sum_parts", ranks, env={"DS_ACCELERATOR": "cuda"}, cases=CASES):
+    for rank in run_ranks("tests.programs.gpu.steps:sum_parts", ranks, env={"DS_ACCELERATOR": "cuda"}, cases=CASES):
         for (*_, rounds), found in zip(CASES, rank, strict=True):
             assert found == {"places": 2, "right": rounds}

@@ -17,7 +17,7 @@ from scripts.docs import api_page, settings_page
 from scripts.docs.page_tables import field_table, with_tables
 from tests.conftest import ROOT
 from tests.e2e.test_readme import RUN_HERE
-from tests.pages import NOT_RUN, PAGES, RUN_BY, Block, blocks, commands, read, without_blocks
+from tests.support.pages import NOT_RUN, PAGES, RUN_BY, Block, blocks, commands, read, without_blocks
 
 LANGUAGES = {"bash", "python", "text", "properties", "yaml", "json"}
 COMMAND = re.compile(

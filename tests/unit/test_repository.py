@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from tests.conftest import KINDS, ROOT, pytest_collection_modifyitems
-from tests.unit.test_scripts_makefile import dry_run
+from tests.unit.scripts.test_makefile import dry_run
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -1,7 +1,7 @@
 """One batch of prompts through a causal model with injected layers: padded on the left, then a token a row and step.
 
 The kernels count tokens once for all rows, so prompts of unequal length end at the same place, and a row that is not
-wanted any more stays until its batch ends. Does not choose tokens and does not know requests (`generation`).
+wanted any more stays until its batch ends. Does not choose tokens and does not know requests (`engine`).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A model in, DeepSpeed's engine with kernels that are right on today's transformers out.
 
-Does not check logits (`self_check`) and does not generate (`generation`).
+Does not check logits (`self_check`) and does not generate (`engine`).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The kernels' one workspace of a process: its size, and what of it is in use.
 
 The kernels check nothing: a batch or a length beyond what was taken is an illegal memory access. Every forward pass is
-checked here instead, in its first layer, on the host. Does not decide which requests form a batch (`generation`).
+checked here instead, in its first layer, on the host. Does not decide which requests form a batch (`engine`).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """`get_ds_engine`: a loaded model in, a DeepSpeed inference engine out, sharded over the ranks and checked.
 
 Reads the `deepspeed:` section of model-config.yaml, calls `deepspeed.init_inference` (AutoTP or kernel injection) and
-compares the logits before and after. Does not generate (`generation`).
+compares the logits before and after. Does not generate (`engine`).
 """
 
 from __future__ import annotations
@@ -187,7 +187,7 @@ def _prepare_checkpoint(load: _Load, model: Any, name: str) -> str:
 
 
 def _shard(model: Any, init: dict[str, Any], settings: DeepSpeedSettings, rank: RankInfo) -> Any:
-    """DeepSpeed's engine; around AutoTP's split, what makes it right for every number of ranks (`sharding`)."""
+    """DeepSpeed's engine; around AutoTP's split, what makes it right for every number of ranks (`parallel`)."""
     copies = repeat_kv_heads(model, settings.tp_size)
     if copies > 1 and rank.is_leader:
         logger.info("[dsserve] every KV head %d times, so that each rank has one", copies)

@@ -1,6 +1,6 @@
 """Errors that are no fault of the request: the server ends, is full or busy, was too slow, or failed.
 
-Only what they say; when they are given is `batch`'s affair.
+Only what they say; when they are given is `worker.live_batch`'s affair.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Keeps which requests are live; starts, continues and ends them in the engine. TorchServe calls with all live requests; a
 payload comes once; a client that went away is simply missing. Does not parse bodies (`routes`) and does not generate
-(`generation`).
+(`engine`).
 """
 
 from __future__ import annotations

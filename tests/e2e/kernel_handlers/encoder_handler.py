@@ -18,7 +18,7 @@ class EncoderHandler(BaseDeepSpeedHandler):
     def initialize(self, ctx: Any) -> None:
         super().initialize(ctx)
         if self.device.type == "cpu":
-            from tests.injection.kernels import install
+            from tests.programs.injection.kernels import install
 
             install()
         model = AutoModel.from_pretrained(ctx.model_yaml_config["handler"]["model_path"], dtype="auto").eval()

@@ -10,7 +10,7 @@ import deepspeed_handler
 class InjectedHandler(deepspeed_handler.DeepSpeedHandler):
     def _load(self, ctx: Any, *args: Any) -> None:
         if self.device.type == "cpu":
-            from tests.injection.kernels import install
+            from tests.programs.injection.kernels import install
 
             install()
         super()._load(ctx, *args)

@@ -1,0 +1,1 @@
+"""Run by tests/distributed on several ranks."""

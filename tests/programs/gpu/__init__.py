@@ -1,0 +1,1 @@
+"""Run by tests/gpu, and the parity table by hand."""

@@ -1,0 +1,1 @@
+"""Kernel injection on stand-ins for DeepSpeed's kernels, or on the kernels."""

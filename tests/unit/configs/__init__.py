@@ -1,0 +1,1 @@
+"""Tests of configs/: settings, images, manifests, dashboards, the chat page."""
