@@ -18,10 +18,10 @@ from ts.context import Context
 from dsserve.config.handler import HandlerConfig
 from dsserve.loading import shard_cache
 from dsserve.loading.ds_engine import get_ds_engine
-from dsserve.loading.hf_model import load_outline, load_weights
+from dsserve.loading.hf_model import load_weights
 from dsserve.loading.load_clock import LoadClock, own_bytes
-from dsserve.loading.shard_manifest import Manifest
 from dsserve.worker.base_handler import BaseDeepSpeedHandler
+from dsserve.worker.load import find_model
 
 SAMPLE_S = 0.005
 CPU = torch.device("cpu")
@@ -80,13 +80,11 @@ class LoadRank(BaseDeepSpeedHandler):
     def _ours(self, way: str, model: Path, context: Any, clock: LoadClock) -> Any:
         config, shards = HandlerConfig(model_path=str(model)), None
         with clock.phase("files"):
-            whole = load_outline(config, model)
+            found = find_model(context, config, model, self.rank.world_size)
             if way == "cache":
-                wanted = Manifest.describe(whole, model, self.rank.world_size, torch.bfloat16)
-                shards = shard_cache.find_shards(wanted, model / shard_cache.FOLDER, self.rank)
+                shards = shard_cache.find_shards(found.manifest, found.cache, self.rank)
                 assert shards is not None, "no shards: write them with make shard"
-            else:
-                whole = load_weights(config, model)
+            whole = found.outline if shards else load_weights(config, model)
         return get_ds_engine(whole, context, shards, clock).module
 
 

@@ -16,12 +16,11 @@ from ts.context import Context
 from dsserve.config.handler import read_handler_config
 from dsserve.core.errors import LoadError
 from dsserve.loading import shard_cache
-from dsserve.loading.ds_engine import get_ds_engine, read_settings
-from dsserve.loading.hf_model import load_outline, load_weights, locate_model
-from dsserve.loading.shard_manifest import Manifest
-from dsserve.modeling.dtype import model_dtype
+from dsserve.loading.ds_engine import get_ds_engine
+from dsserve.loading.hf_model import load_weights
 from dsserve.parallel.kv_heads import plan_kv_copies
 from dsserve.worker.base_handler import BaseDeepSpeedHandler
+from dsserve.worker.load import find_model
 from dsserve.worker.load_guard import LoadGuard
 
 
@@ -39,19 +38,16 @@ class ShardRank(BaseDeepSpeedHandler):
         context = Context("shard", str(model_dir), None, 1, None, "0.12.0", model_yaml_config=yaml_config)
         self.initialize(context)
         config = read_handler_config(yaml_config)
-        folder = locate_model(config, model_dir)
-        outline = load_outline(config, folder)
-        plan_kv_copies(outline, self.rank.world_size)
-        settings = read_settings(context, self.rank.world_size, model_dtype(outline))
-        if settings.kernel_inject and not settings.may_fall_back:
+        found = find_model(context, config, model_dir, self.rank.world_size)
+        plan_kv_copies(found.outline, self.rank.world_size)
+        if found.settings.kernel_inject and not found.settings.may_fall_back:
             raise LoadError(
                 "shards are AutoTP's; with replace_with_kernel_inject: true every start reads the whole model. Set it "
                 "to false or auto"
             )
-        manifest = Manifest.describe(outline, folder, settings.tp_size, settings.dtype)
-        engine = get_ds_engine(load_weights(config, folder), context)
-        cache = Path(config.shard_cache) if config.shard_cache else folder / shard_cache.FOLDER
-        return shard_cache.write_shards(engine.module, engine.self_check, manifest, cache, self.rank)
+        engine = get_ds_engine(load_weights(config, found.folder), context)
+        cache = Path(config.shard_cache or found.cache)
+        return shard_cache.write_shards(engine.module, engine.self_check, found.manifest, cache, self.rank)
 
 
 def main() -> None:

@@ -83,9 +83,9 @@ def served(handler: Any, prompts: list[tuple[int, ...]]) -> list[list[int]]:
     found: dict[str, list[int]] = {str(number): [] for number in range(len(prompts))}
     for number, prompt in enumerate(prompts):
         stop = StopConditions(ignore_eos=True)
-        handler._leader.admit(GenerationRequest(str(number), prompt, NEW, SamplingParams(logprobs=1), stop))
+        handler._leader.engine.admit(GenerationRequest(str(number), prompt, NEW, SamplingParams(logprobs=1), stop))
     while any(len(tokens) < NEW for tokens in found.values()):
-        for event in handler._leader.run(4, 60.0):
+        for event in handler._leader.engine.run(4, 60.0):
             assert not event.failed
             found[event.request_id] += [one.token for one in event.logprobs]
     return list(found.values())

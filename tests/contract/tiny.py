@@ -68,7 +68,7 @@ def prompts(lengths: tuple[int, ...]) -> list[tuple[int, ...]]:
 
 def served(handler: deepspeed_handler.DeepSpeedHandler, asked: list[tuple[int, ...]], new: int) -> list[list[Any]]:
     """(token, log probability) of each new token of each prompt, all sent at once."""
-    engine = handler._leader
+    engine = handler._leader.engine
     for number, prompt in enumerate(asked):
         sampling, stop = SamplingParams(logprobs=1), StopConditions(ignore_eos=True)
         engine.admit(GenerationRequest(str(number), prompt, new, sampling, stop))

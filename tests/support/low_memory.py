@@ -12,10 +12,10 @@ import torch
 from dsserve.config.handler import HandlerConfig
 from dsserve.core.request import GenerationRequest
 from dsserve.engine.build import build_engine
-from dsserve.loading.ds_engine import get_ds_engine
-from dsserve.loading.hf_model import load_model
 from dsserve.loading.load_clock import LoadClock
-from dsserve.parallel.rank import RankInfo, select_device
+from dsserve.parallel.process_group import init_process_group
+from dsserve.parallel.rank import RankInfo, prepare_environment, select_device
+from dsserve.worker.load import load_sharded
 from tests.support.contexts import make_context
 from tests.support.streams import run_or_fail
 
@@ -33,9 +33,11 @@ def serve(path: str, device_type: str, dtype: str, free_mib: list[int], prompt: 
     rank = RankInfo.from_env()
     device = select_device(device_type, rank)
     config = HandlerConfig(model_path=path, max_new_tokens=NEW_TOKENS)
-    clock, loaded = LoadClock(rank.rank, device), load_model(config, Path(path))
+    clock = LoadClock(rank.rank, device)
     context = make_context(path, {"deviceType": device_type, "deepspeed": {"dtype": dtype}})
-    ds_engine = get_ds_engine(loaded.model, context, None, clock, config.most_running)
+    prepare_environment(device, rank)
+    init_process_group(rank)
+    loaded, ds_engine = load_sharded(context, config, Path(path), rank, device, clock)
     free = free_mib[rank.rank] * 2**20
     hog = None
     if device.type == "cuda":

@@ -11,7 +11,12 @@ logger = logging.getLogger(__name__)
 
 
 def end_rank(error: BaseException) -> None:
-    """Ends this process at once, so that TorchServe fails the worker's requests and starts all ranks anew."""
+    """Ends this process at once, so that TorchServe fails the worker's requests and starts all ranks anew.
+
+    Returns where `error` ends Python by itself.
+    """
+    if isinstance(error, (KeyboardInterrupt, SystemExit)):
+        return
     where = traceback.extract_tb(error.__traceback__)[-1]
     # The message of an exception may hold a user's text: the type and the place are what can be logged.
     logger.critical("[dsserve] %s at %s:%d; ending the rank", type(error).__name__, where.filename, where.lineno or 0)

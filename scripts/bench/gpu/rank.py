@@ -20,13 +20,12 @@ from dsserve.config.handler import PREFILL_TOKENS_A_STEP, HandlerConfig
 from dsserve.config.limits import read_limits
 from dsserve.core.errors import LoadError
 from dsserve.engine.build import build_engine
-from dsserve.loading.ds_engine import get_ds_engine
-from dsserve.loading.hf_model import load_model
 from dsserve.loading.load_clock import LoadClock
 from dsserve.modeling.dtype import model_dtype
 from dsserve.runner.kv_memory import plan_kv_rows
 from dsserve.worker.base_handler import BaseDeepSpeedHandler
 from dsserve.worker.exit import finish_rank
+from dsserve.worker.load import load_sharded
 from scripts.bench.gpu.device import StepBytes, held_bytes, read_bandwidth
 from scripts.bench.gpu.engine import IDLE_STEPS, Group, Watch, summarise, summarise_admission
 from scripts.bench.gpu.generate import continuous_batching, generate
@@ -97,9 +96,10 @@ class BenchRank(BaseDeepSpeedHandler):
 
     def _load(self) -> tuple[Any, Any]:
         config = HandlerConfig(model_path=self._spec.model)
-        with self._clock.phase("files"):
-            loaded = load_model(config, Path(self._spec.model))
-        ds_engine = get_ds_engine(loaded.model, self.context, None, self._clock, max(self._spec.batches))
+        most = max(self._spec.batches)
+        loaded, ds_engine = load_sharded(
+            self.context, config, self.model_dir, self.rank, self.device, self._clock, most
+        )
         self._vocabulary = ds_engine.module.config.vocab_size
         self._note(bytes=asdict(StepBytes.of(ds_engine.module, self.rank.world_size)))
         return loaded, ds_engine
