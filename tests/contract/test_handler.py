@@ -98,8 +98,9 @@ class Panic(BaseException):
 def test_an_engine_that_breaks_ends_the_rank(
     error: type[BaseException], ends: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ended: list[BaseException] = []
-    monkeypatch.setattr(deepspeed_handler, "end_rank", ended.append)
+    ended: list[int] = []
+    monkeypatch.setattr("dsserve.worker.exit.os._exit", ended.append)
+    monkeypatch.setattr("dsserve.worker.exit.logging.shutdown", lambda: None)
     handler = deepspeed_handler.DeepSpeedHandler()
     handler.rank = RankInfo(rank=1, local_rank=1, world_size=2, local_world_size=2)
     handler.watchdog, handler._limits = Watchdog(1), TimeLimits(1.0, 2.0, 3.0)
@@ -111,4 +112,4 @@ def test_an_engine_that_breaks_ends_the_rank(
     handler._engine = Broken()  # type: ignore[assignment]
     with pytest.raises(error, match="device is gone"):
         handler.handle([{}], None)
-    assert len(ended) == ends
+    assert ended == [1] * ends
