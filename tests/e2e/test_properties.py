@@ -1,7 +1,8 @@
 """Generated bodies: whatever is sent, the answer is a reply or a clear error, and streams beside it lose nothing.
 
 A tiny model of random weights with SmolLM2's tokenizer and a template that knows tools. `PROPERTY_EXAMPLES` sets how
-many bodies each endpoint gets (30 in `make test`); `make test-long` sends 10,000 and prints what came back.
+many bodies each endpoint gets (30 in `make test`); `make test-long` sends 10,000 (`PROPERTY_LONG`) and prints what came
+back.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from tests.e2e.conftest import Served, Witness
 from tests.e2e.strategies import BODIES, BYTES, TYPES
 
 EXAMPLES = int(os.environ.get("PROPERTY_EXAMPLES", "30"))
-LONG_EXAMPLES = 10_000
+LONG_EXAMPLES = int(os.environ.get("PROPERTY_LONG", "10000"))
 CLEAR = {200, 400, 404, 413, 429}
 AT_ONCE = 4
 MOST_BYTES = 2**20  # what `scripts.pack.request_size` gives a context of 8192 tokens
@@ -88,6 +89,7 @@ def test_any_bytes_get_a_clear_answer(tiny: Served, beside: Witness) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(3600)
 def test_ten_thousand_bodies(tiny: Served, beside: Witness) -> None:
     """Several clients at a time; prints the counts of each endpoint."""
     each = -(-LONG_EXAMPLES // (len(BODIES) + 1))
