@@ -38,11 +38,11 @@ class TorchBuild(NamedTuple):
     """Where torch comes from.
 
     Attributes:
-        index: an index beside the usual one, None for the usual one alone.
+        index_url: an index beside the usual one, None for the usual one alone.
         words: which build, why, and about how much is downloaded.
     """
 
-    index: Optional[str]
+    index_url: Optional[str]
     words: str
 
 
@@ -226,7 +226,7 @@ def set_up(folder: Path, named: str, torch_index: str, device: str) -> None:
     build = choose_torch(torch_index, device, gpu, wants_cpu and is_reachable(CPU_INDEX))
     print(build.words, flush=True)
     print(f"installing into {folder} (about 1.5 GB with a CPU build, 1 to 4 minutes)", flush=True)
-    installer = Installer(make_venv(python, folder, bounds), build.index)
+    installer = Installer(make_venv(python, folder, bounds), build.index_url)
     # torch first and alone: its exact version keeps every other package from asking for another build of it.
     installer.install("torch", ["torch"])
     installer.install("the other packages", ["-e", f".[{EXTRAS}]"])

@@ -129,7 +129,7 @@ def bench(model: str, choice: Choice, url: str | None, repeats: int) -> dict[str
         with extra("the second time"):
             after = measure_generate(model_path, setting["dtype"], setting["device"])
     http, generate = bench_report.http_numbers(rounds), bench_report.generate_numbers(before, after)
-    report = {"machine": describe_machine(), "setting": setting, "http": http, "generate": generate}
+    report: dict[str, Any] = {"machine": describe_machine(), "setting": setting, "http": http, "generate": generate}
     with extra("the aims"):
         report |= {"aims": bench_report.compare(http, generate)}
     return report

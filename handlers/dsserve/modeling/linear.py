@@ -205,7 +205,8 @@ def _fuse(parent: nn.Module, names: tuple[str, ...], make: MakeLinear) -> int:
 def _reads_weight(parent: nn.Module, name: str) -> bool:
     """Whether a layer's code asks a part for its weight or bias itself (a router that asks for the dtype): what
     replaces parts has none."""
-    return name in _parts_read(type(parent))
+    kind: Any = type(parent)  # hashable, which mypy does not see of a module's class
+    return name in _parts_read(kind)
 
 
 @cache

@@ -142,7 +142,7 @@ def _patient(handler: Any) -> Any:
                 raise ConnectionAbortedError from None  # which wsgiref takes for a client that left
             return len(data)
 
-    class Handler(handler):  # type: ignore[misc]
+    class Handler(handler):
         timeout = IDLE_S
 
         def setup(self) -> None:

@@ -78,7 +78,7 @@ def test_the_build_of_torch_follows_the_machine(
     named: str, device: str, gpu: bool, reachable: bool, index: str | None, said: str
 ) -> None:
     build = choose_torch(named, device, gpu, reachable)
-    assert build.index == index and said in build.words
+    assert build.index_url == index and said in build.words
 
 
 def test_pips_settings_reach_the_other_installer() -> None:
