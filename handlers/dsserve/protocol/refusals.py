@@ -39,10 +39,16 @@ def busy(seconds: float) -> RequestError:
     return _later(f"the server has been reading requests for {seconds:g} s, and streams wait: try again later")
 
 
-def _later(message: str) -> RequestError:
+def too_busy_to_compile(param: str) -> RequestError:
+    """For a schema that may be good, and that a busy machine did not compile in time."""
+    return _later(f"{param}: the server is too busy to compile the schema: try again later", param)
+
+
+def _later(message: str, param: str | None = None) -> RequestError:
     return RequestError(
-        message, status=429, kind="rate_limit_error", code="rate_limit_exceeded", retry_after_s=_RETRY_WHEN_FULL_S
-    )
+        message, status=429, param=param, kind="rate_limit_error", code="rate_limit_exceeded",
+        retry_after_s=_RETRY_WHEN_FULL_S,
+    )  # fmt: skip
 
 
 def overdue(seconds: float) -> RequestError:

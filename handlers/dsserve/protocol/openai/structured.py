@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 from dsserve.core.errors import RequestError
+from dsserve.protocol import refusals
 from dsserve.protocol.openai.schema import FunctionTool, ResponseFormat, Tool
 from dsserve.protocol.schema_bounds import check_schemas
 from dsserve.sampling.grammar import GrammarBusyError, GrammarCompiler, GrammarError
@@ -14,7 +15,6 @@ from dsserve.sampling.matcher import TOO_COMPLEX
 
 # Between JSON's tokens; without a limit small models write blank lines for ever.
 _OPTIONS = {"x-guidance": {"whitespace_pattern": r"[ \n\t]{0,8}"}}
-_RETRY_WHEN_BUSY_S = 5
 # Which of several tools has the schema that cannot be used is found out for so long; streams wait.
 _ASKING_S = 2.0
 
@@ -101,8 +101,5 @@ def _checked(grammar: str, param: str, compiler: GrammarCompiler) -> str:
     except GrammarError as error:
         raise RequestError(f"{param}: the schema cannot be used: {error}", param=param) from None
     except GrammarBusyError:
-        raise RequestError(
-            f"{param}: the server is too busy to compile the schema: try again later",
-            status=503, param=param, kind="server_error", retry_after_s=_RETRY_WHEN_BUSY_S,
-        ) from None  # fmt: skip
+        raise refusals.too_busy_to_compile(param) from None
     return grammar
