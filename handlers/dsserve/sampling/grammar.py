@@ -11,6 +11,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -51,7 +52,6 @@ class GrammarCompiler:
         self._width = vocabulary
         self._eos_ids = eos_ids
         self._process: GrammarProcess | None = None
-        self._tokens: Any = None
         self._compiled: OrderedDict[str, _Compiled] = OrderedDict()  # the one that was used last is last
         self._refused: OrderedDict[bytes, str] = OrderedDict()  # a grammar's digest -> what is wrong with it
 
@@ -89,12 +89,19 @@ class GrammarCompiler:
 
     def _started(self) -> GrammarProcess:
         if self._process is None:
-            vocabulary = Vocabulary.of(self._tokenizer, self._width, self._eos_ids)
-            process = GrammarProcess(vocabulary)
+            process = GrammarProcess(self._vocabulary)
             process.start()
-            self._tokens = vocabulary.tokens()  # while the process makes its own
+            _ = self._tokens  # made while the process makes its own
             self._process = process
         return self._process
+
+    @cached_property
+    def _vocabulary(self) -> Vocabulary:
+        return Vocabulary.of(self._tokenizer, self._width, self._eos_ids)
+
+    @cached_property
+    def _tokens(self) -> Any:
+        return self._vocabulary.tokens()
 
     def _compile(self, grammar: str, nbytes: int = 0) -> _Compiled:
         started = time.thread_time()

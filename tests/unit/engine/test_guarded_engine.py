@@ -122,7 +122,7 @@ def test_what_is_no_exception_fails_the_engine_too_and_its_thread_lives(
     assert time.monotonic() - begun < 0.3, "nobody waited for the time limit"
     assert [(event.request_id, event.error and event.error.status) for event in events] == [("a", 503), ("b", 503)]
     assert failures == ["failed"] and leader.has_failed
-    assert f"{error.__name__} at test_leader.py" in caplog.text and "the text of a user" not in caplog.text
+    assert f"{error.__name__} at test_guarded_engine.py" in caplog.text and "the text of a user" not in caplog.text
     assert leader._thread.call(lambda: threading.current_thread().name) == "dsserve-engine"
 
 

@@ -37,14 +37,14 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def test_a_rank_leaves_what_another_cannot_do(asked: list[int]) -> None:
     model = make()
-    said = optimize.tune(model, HandlerConfig(model_path="m"), FIRST_OF_TWO, CPU)
+    said = optimize.tune(model, HandlerConfig(model_path="m"), FIRST_OF_TWO, CPU, 256)
     assert asked == [1, 1] and said.startswith("0 packed matmuls, 0 fused operations")
     assert not any(isinstance(part, PackedLinear) for part in model.modules())
 
 
 def test_what_must_be_done_is_refused_then(asked: list[int]) -> None:
     with pytest.raises(LoadError, match=r"handler\.pack_weights: true is not possible"):
-        optimize.tune(make(), HandlerConfig(model_path="m", pack_weights=True), FIRST_OF_TWO, CPU)
+        optimize.tune(make(), HandlerConfig(model_path="m", pack_weights=True), FIRST_OF_TWO, CPU, 256)
 
 
 def test_a_layer_whose_weight_the_model_reads_stays() -> None:

@@ -26,7 +26,7 @@ def test_a_bound_that_changes_makes_the_page_untrue(monkeypatch: pytest.MonkeyPa
 def test_every_bound_stands_in_the_table_and_is_used() -> None:
     """A bound that nothing checks would be a promise that nobody keeps."""
     page = limits_page.PAGE.read_text(encoding="utf-8")
-    sources = [path.read_text() for path in Path(bounds.__file__).parent.glob("*.py") if path.name != "bounds.py"]
+    sources = [path.read_text() for path in Path(bounds.__file__).parents[1].rglob("*.py") if path.name != "bounds.py"]
     for name, limit in vars(bounds).items():
         if isinstance(limit, Bound | Rule):
             assert f"| {limit.what} |" in page
