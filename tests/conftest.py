@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ KINDS = ("unit", "contract", "distributed", "e2e", "faults", "gpu")
 # No test may look for a model on the network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# As in a server: another ninja on the PATH would compile the operations anew, and the ranks' one once more.
+os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
 
 
 def kind_of(item: pytest.Item) -> str:
