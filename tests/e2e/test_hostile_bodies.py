@@ -9,6 +9,7 @@ import httpx
 import pytest
 
 from tests.e2e.conftest import BEYOND, Served, Witness
+from tests.support.schemas import ENDLESS, WRAPS, chain
 
 TORCHSERVES_OWN = 6_553_500  # bytes that it takes of a worker at a time
 LONGEST = 46_778  # SmolLM2's token of 81 characters
@@ -16,6 +17,7 @@ PLAIN, COMPLETIONS, CHAT = "", "/1.0/v1/completions", "/1.0/v1/chat/completions"
 TOKENIZE, DETOKENIZE = "/1.0/v1/tokenize", "/1.0/v1/detokenize"
 USER = {"role": "user", "content": "hi"}
 SAMPLED = {"prompt": "t1 t2", "max_new_tokens": 5, "temperature": 1}
+PARAMETERS = "tools[0].function.parameters"
 LIKELIEST = {"logprobs": True, "top_logprobs": 20}
 
 
@@ -28,6 +30,15 @@ def deep(levels: int) -> Any:
 
 def tool(**parts: Any) -> dict[str, Any]:
     return {"messages": [USER], "max_tokens": 2, "tools": [{"type": "function", "function": {"name": "f", **parts}}]}
+
+
+def wants(schema: Any) -> dict[str, Any]:
+    wanted = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
+    return {"messages": [USER], "max_tokens": 2, "response_format": wanted}
+
+
+def completion(schema: Any) -> dict[str, Any]:
+    return {"prompt": "a", "max_tokens": 2, "response_format": wants(schema)["response_format"]}
 
 
 def turn(arguments: str) -> dict[str, Any]:
@@ -78,9 +89,20 @@ CASES: list[tuple[str, str, Any, int, str | None]] = [
     ("26,000 messages", CHAT, {"messages": [USER] * 26_000}, 400, "messages"),
     ("26,000 messages to tokenize", TOKENIZE, {"messages": [USER] * 26_000}, 400, "messages"),
     ("a long stop string", PLAIN, {**SAMPLED, "stop": "x" * 100_000}, 400, "stop"),
+    # schemas
+    ("1,400 references", CHAT, wants(chain(1400, WRAPS["items"])), 400, "response_format"),
+    ("1,400 references in parameters", CHAT, tool(parameters=chain(1400, WRAPS["items"])), 400, PARAMETERS),
+    ("900 references by properties", COMPLETIONS, completion(chain(900, WRAPS["properties"])), 400,
+     "response_format"),
+    ("600 references by alternatives", CHAT, wants(chain(600, WRAPS["anyOf"])), 400, "response_format"),
+    ("900 references of a demanded call", CHAT,
+     {**tool(parameters=chain(900, WRAPS["prefixItems"])), "tool_choice": "required"}, 400, PARAMETERS),
+    ("200 conditions", CHAT, wants(chain(200, WRAPS["if"])), 400, "response_format"),
+    ("patterns that all hold", CHAT, wants(ENDLESS["patterns that all hold"]), 400, "response_format"),
     # JSON
     ("parameters 400 deep", CHAT, tool(parameters=deep(400)), 400, "tools"),
-    ("parameters 90 deep", CHAT, tool(parameters=deep(45)), 200, None),
+    ("parameters 90 deep", CHAT, tool(parameters=deep(45)), 400, PARAMETERS),
+    ("parameters 60 deep", CHAT, tool(parameters=deep(30)), 200, None),
     ("a lone surrogate in parameters", CHAT, tool(parameters={"description": "\ud83d"}), 400, "tools"),
     ("a lone surrogate as a name", CHAT, tool(parameters={"\ud83d": {}}), 400, "tools"),
     ("a lone surrogate as a member", CHAT, {"messages": [USER], "\ud83d": 1}, 400, None),
