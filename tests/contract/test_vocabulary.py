@@ -11,6 +11,7 @@ from transformers import GenerationConfig
 from dsserve.config.handler import HandlerConfig
 from dsserve.loading.hf_model import LoadedModel, load_model
 from tests.contract import tiny
+from tests.support.tiny_models import make_tokenizer
 
 
 def load(folder: Path) -> LoadedModel:
@@ -21,7 +22,7 @@ def test_both_files_ends_end_a_text_and_what_the_model_lacks_does_not(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     tiny.save_model(tmp_path, "llama")
-    tokenizer = tiny.make_tokenizer(eos_token="A")
+    tokenizer = make_tokenizer(eos_token="A")
     tokenizer.save_pretrained(tmp_path)
     GenerationConfig(eos_token_id=[7, tiny.VOCABULARY + 3]).save_pretrained(tmp_path)
     with caplog.at_level(logging.INFO, logger="dsserve"):
@@ -32,7 +33,7 @@ def test_both_files_ends_end_a_text_and_what_the_model_lacks_does_not(
 
 def test_an_added_token_that_the_model_lacks_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     tiny.save_model(tmp_path, "llama")
-    tokenizer = tiny.make_tokenizer()
+    tokenizer = make_tokenizer()
     tokenizer.add_tokens([f"<new {number}>" for number in range(tiny.VOCABULARY + 2 - len(tokenizer))])
     tokenizer.save_pretrained(tmp_path)
     load(tmp_path)

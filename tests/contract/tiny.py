@@ -9,47 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import deepspeed_handler
 from dsserve.core.request import GenerationRequest, SamplingParams, StopConditions
+from tests.support import tiny_models
 from tests.support.contexts import make_context
+from tests.support.tiny_models import VOCABULARY, save_config
 
-VOCABULARY, CONTEXT, NEW = 512, 256, 12
-SHAPE: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": CONTEXT,
-    "tie_word_embeddings": False,
-    "initializer_range": 0.3,  # so that attention matters
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": None,
-}
-
-
-def make_tokenizer(**more: Any) -> PreTrainedTokenizerFast:
-    """One token a byte, 256 in all."""
-    letters = {letter: number for number, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(letters, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **more)
+NEW = 12
+# Weights so large that attention, and where it ends, matters for each token.
+SHAPE: dict[str, Any] = {**tiny_models.SHAPE, "initializer_range": 0.3}
 
 
 def save_model(folder: Path, model_type: str, **members: Any) -> Path:
     """A random model in fp32 with its tokenizer; `members` change or extend its config."""
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(model_type, **{**SHAPE, **members})
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    return folder
+    return save_config(folder, AutoModelForCausalLM, AutoConfig.for_model(model_type, **{**SHAPE, **members}))
 
 
 def load(folder: Path, **settings: Any) -> deepspeed_handler.DeepSpeedHandler:
