@@ -52,8 +52,12 @@ def test_kv_slots_packing_and_compiled_operations_keep_the_logits(smollm2: Path,
     for rank in run_ranks(f"{STEPS}:engine_errors", path=str(smollm2), dtype=dtype):
         assert rank["plain"] < limit
         assert rank["packed"] < limit
-        assert rank["sharded"] == 30 * 7 + 1 and rank["left"] == 0, "sharded weights lie beside the packed ones"
-        assert rank["head"] == "VocabParallelHead"
+        assert rank["sharded"] == 30 * 7 + 1
+        if rank["packs"]:
+            assert rank["left"] == 0, "sharded weights lie beside the packed ones"
+            assert rank["head"] == "VocabParallelHead"
+        else:
+            assert dtype == "bf16" and rank["left"] == rank["sharded"], "only a dtype that the CPU lacks stays as it is"
         assert rank["compiled"] and rank["fused"] < limit
         assert rank["frequencies"] == "torch.float32", "positions of long prompts would be rounded"
 

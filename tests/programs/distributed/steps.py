@@ -15,7 +15,7 @@ from dsserve.core.step_plan import Admission, Plan
 from dsserve.kernels.ops import load_ops
 from dsserve.loading.ds_engine import get_ds_engine, shard_shapes
 from dsserve.modeling.fused_ops import use_fused_ops
-from dsserve.modeling.linear import pack_weights
+from dsserve.modeling.linear import can_pack, pack_weights
 from dsserve.parallel.collectives import count_all_reduces, uses_shared_memory
 from dsserve.parallel.plan_channel import PlanChannel
 from dsserve.parallel.rank import RankInfo
@@ -77,7 +77,9 @@ def engine_errors(path: str, dtype: str) -> dict[str, Any]:
     gc.collect()
     gc.disable()
     sharded = [weakref.ref(layer.weight) for layer in engine.module.modules() if hasattr(layer, "tp_index")]
-    pack_weights(engine.module)
+    packs = can_pack(engine.module)  # as the handler asks: a CPU without AVX-512 has no bf16 to pack for
+    if packs:
+        pack_weights(engine.module)
     left = sum(weight() is not None for weight in sharded)
     gc.enable()
     packed = verify_runner(ModelRunner(engine.module, 4, 256, torch.device("cpu")), engine.self_check)
@@ -88,6 +90,7 @@ def engine_errors(path: str, dtype: str) -> dict[str, Any]:
         "plain": plain,
         "sharded": len(sharded),
         "left": left,
+        "packs": packs,
         "packed": packed,
         "compiled": compiled,
         "frequencies": str(engine.module.model.rotary_emb.inv_freq.dtype),
