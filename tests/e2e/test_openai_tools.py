@@ -84,7 +84,7 @@ def test_offered_tools_leave_the_choice_to_the_model(client: openai.OpenAI) -> N
 def test_a_demand_that_cannot_be_met_is_refused(client: openai.OpenAI) -> None:
     broken = {"type": "function", "function": {"name": "f", "parameters": {"type": "nothing"}}}
     for parameters, param in (
-        ({"tools": [broken], "tool_choice": "required"}, "tools"),
+        ({"tools": [broken], "tool_choice": "required"}, "tools[0].function.parameters"),
         ({"tool_choice": "required", "response_format": {"type": "json_object"}}, "tool_choice"),
     ):
         with pytest.raises(openai.BadRequestError) as caught:
