@@ -74,7 +74,7 @@ def reckoned(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     def note(texts: Any, param: str) -> None:
         sizes.append(sum(text.size for text in texts))
 
-    for place in ("openai_endpoints", "plain_endpoint"):
+    for place in ("openai.endpoints", "plain_endpoint"):
         monkeypatch.setattr(f"dsserve.protocol.{place}.check_reply", note)
     return sizes
 
