@@ -11,8 +11,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ts.context import Context
-
 from dsserve.config.handler import read_handler_config
 from dsserve.core.errors import LoadError
 from dsserve.loading import shard_cache
@@ -22,6 +20,7 @@ from dsserve.parallel.kv_heads import plan_kv_copies
 from dsserve.worker.base_handler import BaseDeepSpeedHandler
 from dsserve.worker.load import find_model
 from dsserve.worker.load_guard import LoadGuard
+from scripts.common.context import make_context
 
 
 class ShardRank(BaseDeepSpeedHandler):
@@ -35,7 +34,7 @@ class ShardRank(BaseDeepSpeedHandler):
             return folder
 
     def _write(self, yaml_config: dict[str, Any], model_dir: Path) -> Path:
-        context = Context("shard", str(model_dir), None, 1, None, "0.12.0", model_yaml_config=yaml_config)
+        context = make_context("shard", model_dir, yaml_config)
         self.initialize(context)
         config = read_handler_config(yaml_config)
         found = find_model(context, config, model_dir, self.rank.world_size)

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ts.context import Context
 
 from dsserve.config.handler import PREFILL_TOKENS_A_STEP, HandlerConfig
 from dsserve.config.limits import read_limits
@@ -29,6 +28,7 @@ from dsserve.worker.load import load_sharded
 from scripts.bench.gpu.device import StepBytes, held_bytes, read_bandwidth
 from scripts.bench.gpu.engine import IDLE_STEPS, Group, Watch, summarise, summarise_admission
 from scripts.bench.gpu.generate import continuous_batching, generate
+from scripts.common.context import make_context
 from scripts.model.random import draw_prompts
 
 SHORT_PROMPT = 128  # of the stream beside which a long prompt is read
@@ -69,7 +69,7 @@ class BenchRank(BaseDeepSpeedHandler):
         if spec.part == "kernels":
             deepspeed |= {"replace_with_kernel_inject": True, "max_out_tokens": spec.prompt + spec.new_tokens}
         yaml_config = {"deviceType": spec.device, "deepspeed": deepspeed}
-        self.initialize(Context("bench", spec.model, None, 1, None, "0.12.0", model_yaml_config=yaml_config))
+        self.initialize(make_context("bench", spec.model, yaml_config))
         self._clock = LoadClock(self.rank.rank, self.device)
         self._note(bandwidth=read_bandwidth(self.device))
         measures = {"engine": self._engine_part, "kernels": self._engine_part, "autotp": self._autotp}
