@@ -16,7 +16,7 @@ import torch
 
 from dsserve.config.handler import HandlerConfig
 from dsserve.loading import shard_cache
-from dsserve.loading.ds_engine import get_ds_engine
+from dsserve.loading.ds_engine import shard_model
 from dsserve.loading.hf_model import load_weights
 from dsserve.loading.load_clock import LoadClock, own_bytes
 from dsserve.worker.base_handler import BaseDeepSpeedHandler
@@ -85,7 +85,7 @@ class LoadRank(BaseDeepSpeedHandler):
                 shards = shard_cache.find_shards(found.manifest, found.cache, self.rank)
                 assert shards is not None, "no shards: write them with make shard"
             whole = found.outline if shards else load_weights(config, model)
-        return get_ds_engine(whole, context, shards, clock).module
+        return shard_model(whole, context, shards, clock).module
 
 
 def main() -> None:

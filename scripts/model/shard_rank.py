@@ -14,7 +14,7 @@ from typing import Any
 from dsserve.config.handler import read_handler_config
 from dsserve.core.errors import LoadError
 from dsserve.loading import shard_cache
-from dsserve.loading.ds_engine import get_ds_engine
+from dsserve.loading.ds_engine import shard_model
 from dsserve.loading.hf_model import load_weights
 from dsserve.parallel.kv_heads import plan_kv_copies
 from dsserve.worker.base_handler import BaseDeepSpeedHandler
@@ -44,9 +44,9 @@ class ShardRank(BaseDeepSpeedHandler):
                 "shards are AutoTP's; with replace_with_kernel_inject: true every start reads the whole model. Set it "
                 "to false or auto"
             )
-        engine = get_ds_engine(load_weights(config, found.folder), context)
+        sharded = shard_model(load_weights(config, found.folder), context)
         cache = Path(config.shard_cache or found.cache)
-        return shard_cache.write_shards(engine.module, engine.self_check, found.manifest, cache, self.rank)
+        return shard_cache.write_shards(sharded.module, sharded.self_check, found.manifest, cache, self.rank)
 
 
 def main() -> None:
