@@ -47,11 +47,7 @@ def get_ds_engine(model: Any, ctx: Context, max_batch: int | None = None) -> Any
 
 
 def shard_model(
-    model: Any,
-    ctx: Context,
-    shards: Shards | None = None,
-    clock: LoadClock | None = None,
-    max_batch: int | None = None,
+    model: Any, ctx: Context, shards: Shards | None = None, clock: LoadClock | None = None, max_batch: int | None = None
 ) -> ShardedModel:
     """Shards `model` as the `deepspeed:` section of model-config.yaml says.
 
