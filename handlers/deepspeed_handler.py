@@ -37,13 +37,13 @@ class DeepSpeedHandler(BaseDeepSpeedHandler):
         set_serving_level(self.rank.rank, config.log_level)
 
     def _load(self, ctx: Any, config: HandlerConfig, clock: LoadClock, guard: LoadGuard) -> None:
-        loaded, ds_engine = load_sharded(ctx, config, self.model_dir, self.rank, self.device, clock, guard=guard)
-        self.model = ds_engine.module
+        loaded, sharded = load_sharded(ctx, config, self.model_dir, self.rank, self.device, clock, guard=guard)
+        self.model = sharded.module
         if self.rank.is_leader:
-            model, limit_s = (loaded, ds_engine), self._limits.engine_s
+            model, limit_s = (loaded, sharded), self._limits.engine_s
             self._leader = Leader(ctx, config, model, self.rank, self.device, clock, limit_s, self.watchdog)
         else:
-            self._engine, _, _ = build_engine(ds_engine, loaded, config, self.rank, self.device, clock)
+            self._engine, _, _ = build_engine(sharded, loaded, config, self.rank, self.device, clock)
 
     def handle(self, data: list[dict[str, Any]], context: Any) -> list[Any]:
         """One call: all live requests in `data`, one item a row back."""

@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ts.context import Context
 
 from dsserve.config.handler import HandlerConfig
 from dsserve.loading import shard_cache
-from dsserve.loading.ds_engine import get_ds_engine
+from dsserve.loading.ds_engine import shard_model
 from dsserve.loading.hf_model import load_weights
 from dsserve.loading.load_clock import LoadClock, own_bytes
 from dsserve.worker.base_handler import BaseDeepSpeedHandler
 from dsserve.worker.load import find_model
+from scripts.common.context import make_context
 
 SAMPLE_S = 0.005
 CPU = torch.device("cpu")
@@ -54,7 +54,7 @@ class LoadRank(BaseDeepSpeedHandler):
     def load(self, way: str, model: Path, device: str) -> dict[str, Any]:
         """Seconds of each phase, host memory at its peak and at the end, device memory at its peak, in bytes."""
         yaml_config = {"deviceType": device, "deepspeed": {"dtype": "bf16"}}
-        context = Context("load", str(model), None, 1, None, "0.12.0", model_yaml_config=yaml_config)
+        context = make_context("load", model, yaml_config)
         self.initialize(context)
         import deepspeed
         import transformers.models.llama.modeling_llama  # noqa: F401  imported before the memory counts
@@ -85,7 +85,7 @@ class LoadRank(BaseDeepSpeedHandler):
                 shards = shard_cache.find_shards(found.manifest, found.cache, self.rank)
                 assert shards is not None, "no shards: write them with make shard"
             whole = found.outline if shards else load_weights(config, model)
-        return get_ds_engine(whole, context, shards, clock).module
+        return shard_model(whole, context, shards, clock).module
 
 
 def main() -> None:

@@ -11,17 +11,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ts.context import Context
-
 from dsserve.config.handler import read_handler_config
 from dsserve.core.errors import LoadError
 from dsserve.loading import shard_cache
-from dsserve.loading.ds_engine import get_ds_engine
+from dsserve.loading.ds_engine import shard_model
 from dsserve.loading.hf_model import load_weights
 from dsserve.parallel.kv_heads import plan_kv_copies
 from dsserve.worker.base_handler import BaseDeepSpeedHandler
 from dsserve.worker.load import find_model
 from dsserve.worker.load_guard import LoadGuard
+from scripts.common.context import make_context
 
 
 class ShardRank(BaseDeepSpeedHandler):
@@ -35,7 +34,7 @@ class ShardRank(BaseDeepSpeedHandler):
             return folder
 
     def _write(self, yaml_config: dict[str, Any], model_dir: Path) -> Path:
-        context = Context("shard", str(model_dir), None, 1, None, "0.12.0", model_yaml_config=yaml_config)
+        context = make_context("shard", model_dir, yaml_config)
         self.initialize(context)
         config = read_handler_config(yaml_config)
         found = find_model(context, config, model_dir, self.rank.world_size)
@@ -45,9 +44,9 @@ class ShardRank(BaseDeepSpeedHandler):
                 "shards are AutoTP's; with replace_with_kernel_inject: true every start reads the whole model. Set it "
                 "to false or auto"
             )
-        engine = get_ds_engine(load_weights(config, found.folder), context)
+        sharded = shard_model(load_weights(config, found.folder), context)
         cache = Path(config.shard_cache or found.cache)
-        return shard_cache.write_shards(engine.module, engine.self_check, found.manifest, cache, self.rank)
+        return shard_cache.write_shards(sharded.module, sharded.self_check, found.manifest, cache, self.rank)
 
 
 def main() -> None:

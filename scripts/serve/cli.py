@@ -7,7 +7,10 @@ import signal
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
+from inspect import Parameter, Signature, signature
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -37,38 +40,57 @@ FIND_PORT = typer.Option(None, help="finds the server by its inference port wher
 DRAIN = typer.Option(DRAIN_S, min=0, help="seconds that running requests have to end")
 
 
+@dataclass(frozen=True)
+class Launch:
+    """How a server is started: the options that `start` and `run` share."""
+
+    run_dir: Path = RUN_DIR
+    archive: Path = ARCHIVE
+    name: str = NAME
+    port: int = PORT
+    host: str = BIND
+    tokens: bool = TOKENS
+    timeout_s: float | None = TIMEOUT
+
+    @property
+    def folder(self) -> RunDir:
+        """The server's folder."""
+        return RunDir(self.run_dir.resolve())
+
+
+def launches(command: Callable[..., None]) -> Callable[..., None]:
+    """A command that is called with a `Launch` first, as Typer reads it: the options of both."""
+
+    shared = signature(Launch, eval_str=True).parameters
+    own = list(signature(command, eval_str=True).parameters.values())[1:]
+
+    def with_options(**options: Any) -> None:
+        command(Launch(**{name: options.pop(name) for name in shared}), **options)
+
+    found = [one.replace(kind=Parameter.KEYWORD_ONLY) for one in (*shared.values(), *own)]
+    with_options.__name__, with_options.__doc__ = command.__name__, command.__doc__
+    with_options.__signature__ = Signature(found)  # type: ignore[attr-defined]
+    with_options.__annotations__ = {one.name: one.annotation for one in found}
+    return with_options
+
+
 @app.command()
-def start(
-    run_dir: Path = RUN_DIR,
-    archive: Path = ARCHIVE,
-    name: str = NAME,
-    port: int = PORT,
-    host: str = BIND,
-    tokens: bool = TOKENS,
-    timeout_s: float | None = TIMEOUT,
-) -> None:
+@launches
+def start(wanted: Launch) -> None:
     """Start TorchServe and wait until the model answers; on failure say why and stop it again."""
-    launch(RunDir(run_dir.resolve()), archive, name, Ports(port), host, tokens, timeout_s)
+    launch(wanted)
 
 
 @app.command()
-def run(
-    run_dir: Path = RUN_DIR,
-    archive: Path = ARCHIVE,
-    name: str = NAME,
-    port: int = PORT,
-    host: str = BIND,
-    tokens: bool = TOKENS,
-    timeout_s: float | None = TIMEOUT,
-    drain_s: float = DRAIN,
-) -> None:
+@launches
+def run(wanted: Launch, drain_s: float = DRAIN) -> None:
     """Start and stay, for containers: SIGTERM or SIGINT drains and stops, a second one stops at once."""
-    folder, signals = RunDir(run_dir.resolve()), list[int]()
+    folder, signals = wanted.folder, list[int]()
 
     def note(number: int, _: object) -> None:
         signals.append(number)
 
-    record = launch(folder, archive, name, Ports(port), host, tokens, timeout_s)
+    record = launch(wanted)
     on_signals(note)
     tail = LogTail(folder.model_log)
     while not signals and server.is_alive(folder, record):
@@ -103,14 +125,13 @@ def reap_children() -> None:
             pass
 
 
-def launch(
-    run: RunDir, archive: Path, name: str, ports: Ports, host: str, tokens: bool, timeout_s: float | None
-) -> Record:
+def launch(wanted: Launch) -> Record:
     """Start the server and return when the model has given a token; on failure say why and stop it again."""
+    run, name, archive, ports = wanted.folder, wanted.name, wanted.archive, Ports(wanted.port)
     started_s = time.monotonic()
     on_signals(interrupt)
     try:
-        record = server.start(run, name, archive.resolve(), ports, host, tokens)
+        record = server.start(run, name, archive.resolve(), ports, wanted.host, wanted.tokens)
     except (server.ServerError, MachineError) as error:
         fail(str(error))
     except KeyboardInterrupt:
@@ -119,7 +140,7 @@ def launch(
     try:
         say(f"TorchServe started in {run.path}")
         allowed_s = server.read_archive(archive).get(STARTUP_KEY, TORCHSERVE_STARTUP_S)
-        limit_s = allowed_s + SERVER_START_S if timeout_s is None else timeout_s
+        limit_s = allowed_s + SERVER_START_S if wanted.timeout_s is None else wanted.timeout_s
         with progress(f"loading {name}") as show:
             server.wait_until_ready(run, record, elapsed(show, started_s), limit_s)
         found = health.check(ports, name, run.key_file, CANARY_S, asked)

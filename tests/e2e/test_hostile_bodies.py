@@ -18,6 +18,7 @@ TOKENIZE, DETOKENIZE = "/1.0/v1/tokenize", "/1.0/v1/detokenize"
 USER = {"role": "user", "content": "hi"}
 SAMPLED = {"prompt": "t1 t2", "max_new_tokens": 5, "temperature": 1}
 PARAMETERS = "tools[0].function.parameters"
+ARGUMENTS = "messages[1].tool_calls[0].function.arguments"
 LIKELIEST = {"logprobs": True, "top_logprobs": 20}
 
 
@@ -53,13 +54,13 @@ CASES: list[tuple[str, str, Any, int, str | None]] = [
     ("top_k of 10^400", COMPLETIONS, {"prompt": "a", "max_tokens": 5, "top_k": 10**400}, 200, None),
     ("seed of 10^400", PLAIN, {**SAMPLED, "seed": 10**400}, 400, "seed"),
     ("temperature of 10^400", PLAIN, {**SAMPLED, "temperature": 10**400}, 400, "temperature"),
-    ("bias of 10^30", PLAIN, {**SAMPLED, "logit_bias": {"1": 10**30}}, 400, "logit_bias"),
+    ("bias of 10^30", PLAIN, {**SAMPLED, "logit_bias": {"1": 10**30}}, 400, "logit_bias.1"),
     ("bias of a token 10^30", PLAIN, {**SAMPLED, "logit_bias": {str(10**30): 1}}, 400, "logit_bias"),
-    ("stop token 10^30", PLAIN, {**SAMPLED, "stop_token_ids": [10**30]}, 400, "stop_token_ids"),
+    ("stop token 10^30", PLAIN, {**SAMPLED, "stop_token_ids": [10**30]}, 400, "stop_token_ids[0]"),
     ("min_tokens of 10^30", PLAIN, {**SAMPLED, "min_tokens": 10**30}, 400, "min_tokens"),
     ("length of 10^400", PLAIN, {**SAMPLED, "max_new_tokens": 10**400}, 400, "max_new_tokens"),
     ("penalty of 5e-324", PLAIN, {**SAMPLED, "repetition_penalty": 5e-324}, 400, "repetition_penalty"),
-    ("ids of 10^30", COMPLETIONS, {"prompt": [10**30]}, 400, "prompt"),
+    ("ids of 10^30", COMPLETIONS, {"prompt": [10**30]}, 400, "prompt[0]"),
     ("texts of 10^30", CHAT, {"messages": [USER], "n": 10**30}, 400, "n"),
     # replies that are too large; the first ones that are not are `test_a_reply_above_what_torchserve_takes_at_once`
     ("echo of 45 MB", COMPLETIONS, {"prompt": [LONGEST] * 8000, "echo": True, "n": 70, "max_tokens": 0}, 400,
@@ -100,15 +101,17 @@ CASES: list[tuple[str, str, Any, int, str | None]] = [
     ("200 conditions", CHAT, wants(chain(200, WRAPS["if"])), 400, "response_format"),
     ("patterns that all hold", CHAT, wants(ENDLESS["patterns that all hold"]), 400, "response_format"),
     # JSON
-    ("parameters 400 deep", CHAT, tool(parameters=deep(400)), 400, "tools"),
+    ("parameters 400 deep", CHAT, tool(parameters=deep(400)), 400,
+     PARAMETERS + ".properties.a" * 2),
     ("parameters 90 deep", CHAT, tool(parameters=deep(45)), 400, PARAMETERS),
     ("parameters 60 deep", CHAT, tool(parameters=deep(30)), 200, None),
-    ("a lone surrogate in parameters", CHAT, tool(parameters={"description": "\ud83d"}), 400, "tools"),
-    ("a lone surrogate as a name", CHAT, tool(parameters={"\ud83d": {}}), 400, "tools"),
+    ("a lone surrogate in parameters", CHAT, tool(parameters={"description": "\ud83d"}), 400,
+     f"{PARAMETERS}.description"),
+    ("a lone surrogate as a name", CHAT, tool(parameters={"\ud83d": {}}), 400, PARAMETERS),
     ("a lone surrogate as a member", CHAT, {"messages": [USER], "\ud83d": 1}, 400, None),
-    ("arguments 100,000 deep", CHAT, turn("[" * 100_000), 400, "messages"),
-    ("arguments with a lone surrogate", CHAT, turn('"\\ud83d"'), 400, "messages"),
-    ("arguments without a number", CHAT, turn("[NaN]"), 400, "messages"),
+    ("arguments 100,000 deep", CHAT, turn("[" * 100_000), 400, ARGUMENTS),
+    ("arguments with a lone surrogate", CHAT, turn('"\\ud83d"'), 400, ARGUMENTS),
+    ("arguments without a number", CHAT, turn("[NaN]"), 400, f"{ARGUMENTS}[0]"),
 ]  # fmt: skip
 RAW = {
     "100,000 deep": b"[" * 100_000,

@@ -7,7 +7,9 @@ from typing import Any
 
 from ts.context import Context
 
+from scripts.common.context import make_context as make
+
 
 def make_context(model_dir: Path | str, yaml_config: dict[str, Any], batch_size: int = 96) -> Context:
     """A real `ts.context.Context` for a load."""
-    return Context("test", str(model_dir), None, batch_size, None, "0.12.0", model_yaml_config=yaml_config)
+    return make("test", model_dir, yaml_config, batch_size)

@@ -37,7 +37,7 @@ def serve(path: str, device_type: str, dtype: str, free_mib: list[int], prompt: 
     context = make_context(path, {"deviceType": device_type, "deepspeed": {"dtype": dtype}})
     prepare_environment(device, rank)
     init_process_group(rank)
-    loaded, ds_engine = load_sharded(context, config, Path(path), rank, device, clock)
+    loaded, sharded = load_sharded(context, config, Path(path), rank, device, clock)
     free = free_mib[rank.rank] * 2**20
     hog = None
     if device.type == "cuda":
@@ -45,7 +45,7 @@ def serve(path: str, device_type: str, dtype: str, free_mib: list[int], prompt: 
         hog = torch.empty(torch.cuda.mem_get_info(device)[0] - free, dtype=torch.uint8, device=device)
     else:
         psutil.virtual_memory = lambda: SimpleNamespace(available=free)
-    engine, limits, _ = build_engine(ds_engine, loaded, config, rank, device, clock)
+    engine, limits, _ = build_engine(sharded, loaded, config, rank, device, clock)
     requests = [GenerationRequest(str(number), (number + 1,) * prompt, NEW_TOKENS) for number in range(count)]
     answers = run_or_fail(engine, rank, [requests])
     del hog

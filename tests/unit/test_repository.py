@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from dsserve import __version__
 from tests.conftest import KINDS, ROOT, pytest_collection_modifyitems
 from tests.unit.scripts.test_makefile import dry_run
 
@@ -59,6 +60,40 @@ def test_pre_commit_has_the_ruff_of_make_check() -> None:
     (version,) = re.findall(r"^ruff==(.+)$", text("constraints.txt"), flags=re.MULTILINE)
     (hooks,) = yaml.safe_load(text(".pre-commit-config.yaml"))["repos"]
     assert hooks["rev"] == f"v{version}"
+
+
+def exact_versions() -> dict[str, str]:
+    """Package -> version, where pyproject.toml allows one alone."""
+    stated = project()["project"]
+    optional = [one for extra in stated["optional-dependencies"].values() for one in extra]
+    pins = (one.split("==") for one in (*stated["dependencies"], *optional) if "==" in one)
+    return dict(pins)
+
+
+def test_the_projects_version_is_read_from_the_package() -> None:
+    assert project()["project"]["dynamic"] == ["version"] and "version" not in project()["project"]
+    source = text(project()["tool"]["hatch"]["version"]["path"])
+    assert re.findall(r'^__version__ = "(.+)"$', source, flags=re.MULTILINE) == [__version__]
+
+
+def test_versions_that_a_text_has_to_spell_are_those_of_the_package() -> None:
+    overlays = sorted((ROOT / "configs/kubernetes/overlays").glob("*/kustomization.yaml"))
+    texts = [text("configs/docker/Dockerfile"), *(path.read_text(encoding="utf-8") for path in overlays)]
+    tags = [tag for one in texts for tag in re.findall(r"(?:dsserve:|newTag: )([\d.]+)-[cg]pu", one)]
+    assert len(tags) >= 5 and set(tags) == {__version__}
+    assert re.findall(r"^## ([\d.]+)$", text("CHANGELOG.md"), flags=re.MULTILINE)[0] == __version__
+
+
+def test_pins_that_are_spelled_again_agree() -> None:
+    pins = exact_versions()
+    assert set(pins) == {"deepspeed", "torchserve", "torch-model-archiver", "torchao"}
+    constraints = dict(re.findall(r"^([\w-]+)==(\S+)$", text("constraints.txt"), flags=re.MULTILINE))
+    assert pins == {name: constraints[name] for name in pins}
+    for page in ("README.md", "docs/support.md"):
+        prose = " ".join(text(page).split())
+        assert f"DeepSpeed {pins['deepspeed']}" in prose and f"TorchServe {pins['torchserve']}" in prose, page
+    for name in ("docs/settings.md", "handlers/dsserve/modeling/quantization.py"):
+        assert re.findall(r"torchao==([\d.]+\d)", text(name)) == [pins["torchao"]], name
 
 
 def test_changes_are_tested_on_the_oldest_and_the_newest_python() -> None:

@@ -25,9 +25,11 @@ from dsserve.engine.detokenizer import TextStream
 from dsserve.engine.engine import Engine
 from dsserve.engine.observer import Observer
 from dsserve.engine.scheduler import Scheduler
+from dsserve.injection.workspace import WorkspaceSize
 from dsserve.kv.prefix_cache import PrefixCache
 from dsserve.loading.hf_model import LoadedModel
 from dsserve.loading.load_clock import LoadClock
+from dsserve.loading.sharded_model import ShardedModel
 from dsserve.modeling.dtype import model_dtype
 from dsserve.modeling.fused_layers import FusedLayer
 from dsserve.modeling.optimize import tune
@@ -52,7 +54,7 @@ _IDLE_TOKENS = 4096
 
 
 def build_engine(
-    ds_engine: Any,
+    sharded: ShardedModel,
     loaded: LoadedModel,
     config: HandlerConfig,
     rank: RankInfo,
@@ -63,20 +65,20 @@ def build_engine(
     """The engine of this rank, proven and warm, what requests may ask of it, and the maker of its grammars.
 
     Args:
-        ds_engine: what `get_ds_engine` returned; its self-check is repeated through the KV slots.
+        sharded: what `shard_model` returned; its self-check is repeated through the KV slots.
         observer: of rank 0's engine.
 
     Raises:
         LoadError: see `read_limits`, `plan_kv_rows` and `SelfCheck.verify`; a GPU without memory for all of it.
     """
     with _memory_errors_explained(config):
-        if ds_engine.workspace is None:
-            limits = read_limits(config, loaded.max_position, ds_engine.module.config)
-            runner, scheduler = _autotp_runner(ds_engine, config, limits, rank, device, clock)
+        if sharded.workspace is None:
+            limits = read_limits(config, loaded.max_position, sharded.module.config)
+            runner, scheduler = _autotp_runner(sharded, config, limits, rank, device, clock)
         else:
-            size = ds_engine.workspace.size
-            limits = read_limits(config, loaded.max_position, ds_engine.module.config, size.tokens)
-            runner, scheduler = _kernel_runner(ds_engine, config, limits, rank, device, clock)
+            size = sharded.workspace.size
+            limits = read_limits(config, loaded.max_position, sharded.module.config, size.tokens)
+            runner, scheduler = _kernel_runner(sharded.module, size, config, limits, rank, device, clock)
         limits = replace(limits, max_running=runner.slots)
         launch = _sampler(runner, config, rank, device, clock)
 
@@ -112,12 +114,12 @@ def _idle_tokens(config: HandlerConfig, device: torch.device) -> int:
 
 
 def _autotp_runner(
-    ds_engine: Any, config: HandlerConfig, limits: Limits, rank: RankInfo, device: torch.device, clock: LoadClock
+    sharded: ShardedModel, config: HandlerConfig, limits: Limits, rank: RankInfo, device: torch.device, clock: LoadClock
 ) -> tuple[Runner, Scheduler]:
-    module = ds_engine.module
+    module = sharded.module
     dtype = model_dtype(module)
     with clock.phase("self-check"):
-        long = LongCheck.capture(module, ds_engine.self_check, limits.max_model_len, device)
+        long = LongCheck.capture(module, sharded.self_check, limits.max_model_len, device)
     with clock.phase("pack"):
         replaced = tune(module, config, rank, device, MOST_TOKENS)
     idle_tokens = _idle_tokens(config, device)
@@ -128,7 +130,7 @@ def _autotp_runner(
         rows = plan_kv_rows(module.config, config, limits, dtype, rank, device, passes)
         runner = ModelRunner(module, rows.slots, limits.max_model_len, device, rows.kept, memory)
         _warm_up(runner, module, config, rank, device, idle_tokens)
-        _prove(runner, ds_engine.self_check, long, rank)
+        _prove(runner, sharded.self_check, long, rank)
     if rank.is_leader:
         logger.info(
             "[dsserve] %d slots of %d tokens and %d kept rows, KV cache up to %.2f GiB a rank beside %.2f for passes, "
@@ -158,11 +160,16 @@ def _prove(runner: ModelRunner, check: SelfCheck | None, long: LongCheck | None,
 
 
 def _kernel_runner(
-    ds_engine: Any, config: HandlerConfig, limits: Limits, rank: RankInfo, device: torch.device, clock: LoadClock
+    module: Any,
+    size: WorkspaceSize,
+    config: HandlerConfig,
+    limits: Limits,
+    rank: RankInfo,
+    device: torch.device,
+    clock: LoadClock,
 ) -> tuple[Runner, BatchScheduler]:
     """The kernels were proven where they were injected."""
-    size = ds_engine.workspace.size
-    runner = KernelRunner(ds_engine.module, size, limits.max_model_len, device)
+    runner = KernelRunner(module, size, limits.max_model_len, device)
     if config.warmup:
         with clock.phase("warm-up"):
             warm_up_batches(runner, rank.is_leader)

@@ -1,4 +1,4 @@
-"""`get_ds_engine`'s way with kernel injection: refuse, inject, prove; with `auto`, AutoTP instead where that fails.
+"""`shard_model`'s way with kernel injection: refuse, inject, prove; with `auto`, AutoTP instead where that fails.
 
 All ranks decide alike. `true` never falls back. What falls back gets its own layers back: they are kept, untouched,
 until the kernels are proven, which costs a GPU's host no memory (pages of the weights' files, or the model that was
@@ -19,6 +19,7 @@ from dsserve.core.errors import LoadError
 from dsserve.injection.inject import check_injection, find_layers, inject_kernels
 from dsserve.injection.op import load_op
 from dsserve.injection.verify import verify_kernels
+from dsserve.injection.workspace import Workspace
 from dsserve.modeling import self_check
 from dsserve.modeling.dtype import convert_parameters
 from dsserve.modeling.self_check import SelfCheck
@@ -61,8 +62,8 @@ class KernelInjection:
 
     def inject(
         self, model: Any, rows: int, check: SelfCheck | None, init_inference: Callable[[Any, dict[str, Any]], Any]
-    ) -> Any:
-        """DeepSpeed's engine with proven kernels, or None: `model` is as it was, for AutoTP.
+    ) -> tuple[Any, Workspace] | None:
+        """DeepSpeed's engine with proven kernels and their workspace, or None: `model` is as it was, for AutoTP.
 
         Args:
             rows: the largest batch.
@@ -71,22 +72,23 @@ class KernelInjection:
         Raises:
             LoadError: see `inject_kernels` and `verify_kernels`; not with `auto`.
         """
-        originals, engine = Originals(model), None
+        originals, injected = Originals(model), None
         with self._deciding():
-            engine = inject_kernels(model, self._settings.init, rows, init_inference)
+            injected = inject_kernels(model, self._settings.init, rows, init_inference)
+            module = injected[0].module
             # DeepSpeed has converted what it took, a layer at a time: no rank holds a converted copy of the model.
-            convert_parameters(engine.module, self._settings.dtype)
-            self_check.check_finite(engine.module)
-        if self.refusal is None and check is not None:
+            convert_parameters(module, self._settings.dtype)
+            self_check.check_finite(module)
+        if injected and self.refusal is None and check is not None:
             with self._deciding():
-                error = verify_kernels(engine, check, self._device)
+                error = verify_kernels(module, injected[1].size, check, self._device)
                 if self._rank.is_leader:
                     logger.info("[dsserve] self-check: logits of the kernels differ by %.1e at most", error)
         if self.refusal is None:
-            return engine
-        engine = None  # its memory is free before AutoTP takes some
+            return injected
+        injected = module = None  # its memory is free before AutoTP takes some
         originals.put_back(model)
-        return engine
+        return None
 
     @contextmanager
     def _deciding(self) -> Iterator[None]:

@@ -60,7 +60,7 @@ def _longest(init: dict[str, Any]) -> int:
 
 def inject_kernels(
     model: Any, init: dict[str, Any], rows: int, init_inference: Callable[[Any, dict[str, Any]], Any]
-) -> Any:
+) -> tuple[Any, Workspace]:
     """Replaces the model's layers by DeepSpeed's and takes the workspace for the largest batch.
 
     Args:
@@ -70,7 +70,7 @@ def inject_kernels(
         init_inference: calls DeepSpeed with these arguments.
 
     Returns:
-        DeepSpeed's engine; `engine.workspace` is the `Workspace`.
+        DeepSpeed's engine and the kernels' workspace.
 
     Raises:
         LoadError: a workspace that does not fit.
@@ -83,9 +83,9 @@ def inject_kernels(
         call = LayerCall.of(layer_class, probe_returns_tuple(model, model.get_submodule(places[0])))
     with patched_deepspeed():
         engine = init_inference(model, {**init, "max_out_tokens": tokens, "min_out_tokens": tokens})
-    engine.workspace = _adapt(engine.module, places, call, tokens, rows)
+    workspace = _adapt(engine.module, places, call, tokens, rows)
     _refuse_beams(engine.module)
-    return engine
+    return engine, workspace
 
 
 def _refuse_beams(module: Any) -> None:

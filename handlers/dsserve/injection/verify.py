@@ -11,6 +11,7 @@ import torch
 
 from dsserve.injection.batch import KernelBatch
 from dsserve.injection.families import family_of
+from dsserve.injection.workspace import WorkspaceSize
 from dsserve.modeling.self_check import SelfCheck, answers
 
 # Tokens of the second row's prompt, so that it is padded, and of the prompts before token by token.
@@ -18,22 +19,23 @@ _SHORT, _PROMPT = 7, 12
 
 
 @torch.inference_mode()
-def verify_kernels(engine: Any, check: SelfCheck, device: torch.device) -> float:
+def verify_kernels(module: Any, size: WorkspaceSize, check: SelfCheck, device: torch.device) -> float:
     """The largest relative error of any way to compute the self-check's tokens.
 
     Args:
-        engine: what `inject_kernels` returned.
+        module: the model with its kernels.
+        size: of their workspace.
 
     Raises:
         LoadError: an error above the limit; the message says which way.
     """
-    if not family_of(engine.module.config).is_causal:
-        return check.verify(answers(engine.module, check.token_ids), "kernel injection")
-    batch = KernelBatch(engine.module, engine.workspace.size.tokens, device)
-    check = check.until(engine.workspace.size.tokens)
+    if not family_of(module.config).is_causal:
+        return check.verify(answers(module, check.token_ids), "kernel injection")
+    batch = KernelBatch(module, size.tokens, device)
+    check = check.until(size.tokens)
     tokens = check.token_ids.tolist()
     worst = check.verify(batch.prefill([tokens], all_logits=True)[0], "kernel injection, prefill,")
-    prompts = [tokens[:_PROMPT], tokens[:_SHORT]][: engine.workspace.size.rows]
+    prompts = [tokens[:_PROMPT], tokens[:_SHORT]][: size.rows]
     steps = [batch.prefill(prompts)]  # [B, V] each
     for at in range(len(tokens) - len(prompts[0])):
         steps.append(batch.decode([tokens[len(prompt) + at] for prompt in prompts]))

@@ -1,4 +1,4 @@
-"""`get_ds_engine`: a loaded model in, a DeepSpeed inference engine out, sharded over the ranks and checked.
+"""A loaded model in, a `ShardedModel` out: sharded over the ranks by DeepSpeed, and checked.
 
 Reads the `deepspeed:` section of model-config.yaml, calls `deepspeed.init_inference` (AutoTP or kernel injection) and
 compares the logits before and after. Does not generate (`engine`).
@@ -22,6 +22,7 @@ from dsserve.injection.attempt import KernelInjection
 from dsserve.loading import checkpoint
 from dsserve.loading.load_clock import LoadClock
 from dsserve.loading.load_failure import is_of_the_machine
+from dsserve.loading.sharded_model import ShardedModel
 from dsserve.modeling import self_check
 from dsserve.modeling.dtype import convert_parameters, model_dtype, without_deepspeeds_conversion
 from dsserve.modeling.quantization import check_device, quantize_engine
@@ -40,13 +41,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def get_ds_engine(
-    model: Any,
-    ctx: Context,
-    shards: Shards | None = None,
-    clock: LoadClock | None = None,
-    max_batch: int | None = None,
-) -> Any:
+def get_ds_engine(model: Any, ctx: Context, max_batch: int | None = None) -> Any:
+    """`shard_model` for a handler of one's own: DeepSpeed's `InferenceEngine`, of which it keeps `engine.module`."""
+    return shard_model(model, ctx, max_batch=max_batch).engine
+
+
+def shard_model(
+    model: Any, ctx: Context, shards: Shards | None = None, clock: LoadClock | None = None, max_batch: int | None = None
+) -> ShardedModel:
     """Shards `model` as the `deepspeed:` section of model-config.yaml says.
 
     Args:
@@ -57,15 +59,33 @@ def get_ds_engine(
         max_batch: the largest batch that the kernels' workspace is taken for (kernel injection only); default:
             TorchServe's `batchSize`.
 
-    Returns:
-        DeepSpeed's `InferenceEngine`; `engine.module` is what a handler keeps. `engine.self_check` holds the reference
-        logits (those of the quantized weights with `deepspeed.quantization`), None where the check is off, the model is
-        no causal language model or came on the meta device without a cache. With kernel injection `engine.workspace` is
-        the kernels' `Workspace`, else None; `engine.injection_refused` says why `auto` chose AutoTP.
-
     Raises:
         LoadError: settings that cannot work, a rank without attention heads, or logits that changed.
     """
+    load = _begin(model, ctx, shards, clock)
+    settings, rank, device = load.settings, load.rank, load.device
+    injection = KernelInjection(settings, rank, device) if settings.kernel_inject else None
+    injects = injection is not None and injection.is_possible(model)
+    check, injected = None, None
+    if settings.self_check:
+        with load.clock.phase("reference"):
+            check = shards.reference if shards else _capture(model, settings, load.on_meta, rank, injects)
+    if injection and injects:
+        rows = max_batch or ctx.system_properties["batch_size"] or 1
+        with load.clock.phase("inject"):
+            injected = injection.inject(model, rows, check, lambda model, init: _init_inference(model, init, settings))
+    engine, workspace = injected or (_autotp(load, model, check), None)
+    refused = injection.refusal if injection else None
+    if refused and rank.is_leader:
+        logger.warning("[dsserve] AutoTP instead of kernel injection: %s", refused)
+    if settings.quantization:
+        with load.clock.phase("quantize"):
+            check = quantize_engine(engine.module, settings.quantization, check, rank, device)
+    return ShardedModel(engine, check, workspace, refused)
+
+
+def _begin(model: Any, ctx: Context, shards: Shards | None, clock: LoadClock | None) -> _Load:
+    """The process group, unless there is one, and the settings, checked."""
     rank = RankInfo.from_env()
     yaml_config = ctx.model_yaml_config or {}
     device = select_device(yaml_config.get("deviceType"), rank)
@@ -76,28 +96,7 @@ def get_ds_engine(
     if settings.quantization:
         check_device(settings.quantization, settings.dtype, device)
     on_meta = any(parameter.is_meta for parameter in model.parameters())
-    clock, check = clock or LoadClock(rank.rank, device), None
-    injection = KernelInjection(settings, rank, device) if settings.kernel_inject else None
-    injects = injection is not None and injection.is_possible(model)
-    if settings.self_check:
-        with clock.phase("reference"):
-            check = shards.reference if shards else _capture(model, settings, on_meta, rank, injects)
-    engine = None
-    if injection and injects:
-        rows = max_batch or ctx.system_properties["batch_size"] or 1
-        with clock.phase("inject"):
-            engine = injection.inject(model, rows, check, lambda model, init: _init_inference(model, init, settings))
-    if engine is None:
-        load = _Load(ctx, settings, rank, device, clock, shards, on_meta)
-        engine = _autotp(load, model, check)
-    engine.injection_refused = injection.refusal if injection else None
-    if engine.injection_refused and rank.is_leader:
-        logger.warning("[dsserve] AutoTP instead of kernel injection: %s", engine.injection_refused)
-    engine.self_check = check
-    if settings.quantization:
-        with clock.phase("quantize"):
-            engine.self_check = quantize_engine(engine.module, settings.quantization, check, rank, device)
-    return engine
+    return _Load(ctx, settings, rank, device, clock or LoadClock(rank.rank, device), shards, on_meta)
 
 
 def read_settings(ctx: Context, world_size: int, dtype: torch.dtype) -> DeepSpeedSettings:
@@ -131,7 +130,6 @@ def _autotp(load: _Load, model: Any, check: SelfCheck | None) -> Any:
     whole = LayerWeights.of(model)
     with load.clock.phase("shard"):
         engine = _shard(model, init, settings, rank)
-        engine.workspace = None
         if load.shards:
             load.shards.fill(engine.module, rank.rank, load.device)
     with load.clock.phase("self-check"):

@@ -1,6 +1,7 @@
 """What the bodies of all endpoints share: strict types, sampling parameters, stop conditions, errors in plain words.
 
 Everything that does not depend on the model; what does (context, vocabulary, chat template) is checked in `prompt`.
+What any JSON must be, valid Unicode for one, was checked before (`json_bounds`).
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ import re
 from typing import Annotated, Any, TypeVar
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -36,15 +36,6 @@ _MAX_ECHO = 64
 _TOKEN = re.compile(r"-?(0|[1-9][0-9]{0,18})")
 
 
-def _check_unicode(value: str) -> str:
-    """JSON can spell a lone surrogate, which no tokenizer takes."""
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise PydanticCustomError("string_unicode", "not valid Unicode") from None
-    return value
-
-
 def _one_is_a_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
@@ -60,8 +51,7 @@ def _int_keys(value: Any) -> Any:
     return {int(key): number for key, number in value.items()}
 
 
-Text = Annotated[str, AfterValidator(_check_unicode)]
-StopString = Annotated[Text, Field(min_length=1, max_length=STOP_CHARACTERS.most)]
+StopString = Annotated[str, Field(min_length=1, max_length=STOP_CHARACTERS.most)]
 TokenId = Annotated[StrictInt, Field(ge=0)]
 Item = TypeVar("Item")
 Quick = Annotated[list[Item], Field(fail_fast=True)]  # one complaint is enough: there may be as many as items
@@ -202,8 +192,6 @@ def explain(error: ValidationError, allowed: list[str], other_names: dict[str, s
         return RequestError(f"{where}: unknown", param=name)
     if kind == "string_too_short":
         return RequestError(f"{where} must not be empty", param=name)
-    if kind == "string_unicode":
-        return RequestError(f"{where} is not valid Unicode: it holds a lone surrogate", param=name)
     if kind == "too_short":
         return RequestError(f"{where} must not be empty: give at least one", param=name)
     if kind == "missing":

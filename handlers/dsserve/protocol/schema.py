@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from dsserve.protocol.bounds import MESSAGES
-from dsserve.protocol.fields import Body, Count, Quick, SamplingBody, Text, explain
+from dsserve.protocol.fields import Body, Count, Quick, SamplingBody, explain
 
 # What other servers and upstream's example call things.
 _OTHER_NAMES = {
@@ -28,13 +28,13 @@ class Message(Body):
     """One turn of a conversation."""
 
     role: Literal["system", "user", "assistant"]
-    content: Text
+    content: str
 
 
 class GenerateBody(SamplingBody):
     """A request for text: `prompt` or `messages`, and how to generate."""
 
-    prompt: Text | None = Field(None, min_length=1, description="text; give this or `messages`")
+    prompt: str | None = Field(None, min_length=1, description="text; give this or `messages`")
     messages: Quick[Message] | None = Field(
         None,
         min_length=1,

@@ -12,6 +12,7 @@ from typing import Any
 
 from dsserve.core.request import Limits
 from dsserve.loading.hf_model import LoadedModel
+from dsserve.loading.sharded_model import ShardedModel
 from dsserve.modeling.dtype import model_dtype
 from dsserve.protocol.openai.token_text import TokenText
 from dsserve.protocol.reply_size import TokenSizes
@@ -53,16 +54,16 @@ class ServedModel:
 
 
 def describe_model(
-    name: str, ds_engine: Any, loaded: LoadedModel, limits: Limits, grammars: GrammarCompiler, world_size: int
+    name: str, sharded: ShardedModel, loaded: LoadedModel, limits: Limits, grammars: GrammarCompiler, world_size: int
 ) -> ServedModel:
     """What is served, as clients see it.
 
     Args:
-        ds_engine: what `get_ds_engine` returned.
+        sharded: what `shard_model` returned.
     """
-    module = ds_engine.module
+    module = sharded.module
     engine = {
-        "name": "autotp" if ds_engine.workspace is None else "kernel_injection",
+        "name": "autotp" if sharded.workspace is None else "kernel_injection",
         "architecture": type(module).__name__,
         "dtype": str(model_dtype(module)).removeprefix("torch."),
         "tensor_parallel_size": world_size,
@@ -71,7 +72,7 @@ def describe_model(
     digest = hashlib.sha256(json.dumps(engine, sort_keys=True).encode()).hexdigest()
     vocabulary = module.config.get_text_config().vocab_size
     served = ServedModel(
-        name, loaded.tokenizer, limits, vocabulary, grammars, engine, f"fp_{digest[:10]}", ds_engine.injection_refused
+        name, loaded.tokenizer, limits, vocabulary, grammars, engine, f"fp_{digest[:10]}", sharded.injection_refused
     )
     _ = served.token_sizes  # takes a second of a large vocabulary, for which no request should wait
     return served

@@ -2,7 +2,7 @@
 
 Within a block sums are fp32, across blocks fp64: a row's sums are then the same to fp64's rounding whatever rows are
 computed beside it. Nothing here waits for the device or depends on values in its shapes, so that a CUDA graph can hold
-it. Rules that narrow the vocabulary are `filters`' and `gpu_draw`'s.
+it. Rules that narrow the vocabulary are `rules`'.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 The random stream of a sequence depends on its seed, its index in the request and its position alone: neither
 neighbours, rows, the number of ranks nor CUDA graphs change it. Edits of logits are `penalties`', rules that narrow
-the vocabulary `filters`'.
+the vocabulary `rules`'.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import torch
 
 from dsserve.core.request import GenerationRequest, TokenLogprob
 from dsserve.sampling.faults import Fault, attempt, no_token
-from dsserve.sampling.filters import find_candidates, find_top, has_rules
+from dsserve.sampling.filters import find_candidates, find_top
 from dsserve.sampling.gpu_draw import may_find, row_numbers
 from dsserve.sampling.grammar import Grammar
 from dsserve.sampling.inverse_cdf import find_places, sum_blocks, weigh
-from dsserve.sampling.penalties import edit_logits, mask_logits
+from dsserve.sampling.penalties import RowEdits, edit_logits, mask_logits
 from dsserve.sampling.random_stream import Uniforms
+from dsserve.sampling.rules import has_rules
 from dsserve.sampling.temperature import GREEDY_BELOW, clipped, scale
-from dsserve.sampling.token_history import TokenHistory
 
 
 class SamplingState:
@@ -37,7 +37,7 @@ class SamplingState:
         self, request: GenerationRequest, ending_ids: frozenset[int] = frozenset(), grammar: Grammar | None = None
     ) -> None:
         self.params = request.sampling
-        self.history = TokenHistory(request.sampling, request.prompt_ids, ending_ids)
+        self.edits = RowEdits(request.sampling, request.prompt_ids, ending_ids)
         self.grammar = grammar
         self.fault: Fault | None = None
         self.uniforms = Uniforms(self.params.seed, request.index)
@@ -55,7 +55,7 @@ class SamplingState:
     @property
     def is_unedited(self) -> bool:
         """Whether the next token is chosen from the model's own logits, and so are all after it."""
-        return self.grammar is None and self.history.is_plain
+        return self.grammar is None and self.edits.is_plain
 
     @property
     def is_chainable(self) -> bool:
@@ -64,7 +64,7 @@ class SamplingState:
 
     def accept(self, token: int) -> None:
         """Enters the chosen token."""
-        self.history.add(token)
+        self.edits.add(token)
         if self.grammar is not None:
             self.grammar.accept(token)
 
@@ -174,7 +174,7 @@ def edit_in_place(logits: torch.Tensor, states: list[SamplingState]) -> None:
     Raises:
         GrammarError: of a row that cannot go on.
     """
-    edit_logits(logits, [(state.history, state.params.repetition_penalty) for state in states])
+    edit_logits(logits, [state.edits for state in states])
     for row, state in enumerate(states):
         if state.grammar is not None:
             mask_logits(logits[row], state.grammar)

@@ -1,10 +1,8 @@
-"""The tokens of one sequence, as its penalties, bias and bans need them each step. Does not change logits."""
+"""The tokens of one sequence, as the edits of its logits need them each step. Does not change logits."""
 
 from __future__ import annotations
 
 import numpy as np
-
-from dsserve.core.request import SamplingParams
 
 _NOTHING = np.zeros(0, dtype=np.int64)
 _ROOM = 64
@@ -43,51 +41,26 @@ class TokenCounts:
 
 
 class TokenHistory:
-    """The tokens of one sequence, as its penalties need them.
+    """The tokens of one sequence, as its edits need them. Counts only what an edit asked for before the first token.
 
     Args:
-        prompt_ids: count for the repetition penalty alone.
-        ending_ids: tokens that end the text, banned until there are `min_tokens` new ones.
+        ending_ids: tokens that end the text.
     """
 
-    def __init__(self, params: SamplingParams, prompt_ids: tuple[int, ...], ending_ids: frozenset[int]) -> None:
-        self._params = params
-        self._generated = 0
-        self._ending = np.fromiter(ending_ids, dtype=np.int64)
-        self._bias_ids = np.fromiter(params.logit_bias.keys(), dtype=np.int64)
-        self._bias = np.fromiter(params.logit_bias.values(), dtype=np.float32)
-        self._repeats = params.repetition_penalty != 1
-        self._seen = TokenCounts(np.unique(np.asarray(prompt_ids, dtype=np.int64)) if self._repeats else _NOTHING)
-        self._penalizes = params.presence_penalty != 0 or params.frequency_penalty != 0
-        self._counts = TokenCounts()
+    def __init__(self, prompt_ids: tuple[int, ...], ending_ids: frozenset[int]) -> None:
+        self.generated = 0
+        self.ending = np.fromiter(ending_ids, dtype=np.int64)
+        self._prompt_ids = prompt_ids
+        self._counts: list[TokenCounts] = []
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether the next token's logits stay as they are."""
-        edits = len(self._bias_ids) or self._repeats or self._penalizes
-        return not (edits or self._generated < self._params.min_tokens)
+    def count(self, with_prompt: bool) -> TokenCounts:
+        """The counts of the text's tokens from now on; those of the prompt are there, too, each with a count of 0."""
+        prompt = np.unique(np.asarray(self._prompt_ids, dtype=np.int64)) if with_prompt else _NOTHING
+        self._counts.append(TokenCounts(prompt))
+        return self._counts[-1]
 
     def add(self, token: int) -> None:
         """Enters a new token."""
-        self._generated += 1
-        if self._repeats:
-            self._seen.add(token)
-        if self._penalizes:
-            self._counts.add(token)
-
-    def bias(self) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids `[n]` and what is added to their logits."""
-        return self._bias_ids, self._bias
-
-    def repeated(self) -> np.ndarray:
-        """Each token of prompt and text once, where there is a repetition penalty."""
-        return self._seen.ids
-
-    def penalties(self) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids `[n]` and what presence and frequency take off their logits."""
-        counts = self._counts
-        return counts.ids, self._params.presence_penalty + self._params.frequency_penalty * counts.times
-
-    def banned(self) -> np.ndarray:
-        """Token ids that must not come next."""
-        return self._ending if self._generated < self._params.min_tokens else _NOTHING
+        self.generated += 1
+        for counts in self._counts:
+            counts.add(token)

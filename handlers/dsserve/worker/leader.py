@@ -15,6 +15,7 @@ from dsserve.engine.guarded_engine import EngineThread, LeaderEngine
 from dsserve.engine.observer import Observers
 from dsserve.loading.hf_model import LoadedModel
 from dsserve.loading.load_clock import LoadClock
+from dsserve.loading.sharded_model import ShardedModel
 from dsserve.observability.metrics import Metrics
 from dsserve.observability.metrics_server import MetricsEndpoint
 from dsserve.observability.tracing import spans_from_env
@@ -47,21 +48,21 @@ class Leader:
         self,
         ctx: Any,
         config: HandlerConfig,
-        model: tuple[LoadedModel, Any],
+        model: tuple[LoadedModel, ShardedModel],
         rank: RankInfo,
         device: torch.device,
         clock: LoadClock,
         engine_s: float,
         watchdog: Watchdog,
     ) -> None:
-        loaded, ds_engine = model
+        loaded, sharded = model
         thread = EngineThread(device)
         metrics = Metrics(ctx.model_name, model_version(ctx))
         observer = Observers(metrics, spans_from_env(ctx.model_name))
         engine, limits, grammars = thread.call(
-            lambda: build_engine(ds_engine, loaded, config, rank, device, clock, observer)
+            lambda: build_engine(sharded, loaded, config, rank, device, clock, observer)
         )
-        served = describe_model(ctx.model_name, ds_engine, loaded, limits, grammars, rank.world_size)
+        served = describe_model(ctx.model_name, sharded, loaded, limits, grammars, rank.world_size)
         self._control = ControlFiles.from_env()
         self.engine = LeaderEngine(engine, thread, engine_s, lambda: watchdog.end_in(ANSWER_S))
         steps, length = config.num_scheduler_steps, CallLength(config.max_stream_delay_ms / 1e3)

@@ -1,4 +1,4 @@
-"""A model's way from its folder to DeepSpeed's engine. The handler takes it, and so does whoever shards or measures.
+"""A model's way from its folder to a sharded model. The handler takes it, and so does whoever shards or measures.
 
 The folder is looked at first, so that refusals come before the long load. Makes no engine of requests (`engine.build`).
 """
@@ -20,11 +20,12 @@ from dsserve.config.limits import read_limits
 from dsserve.config.torchserve import TimeLimits, check_server_settings, read_time_limits
 from dsserve.injection.attempt import KernelInjection
 from dsserve.loading import shard_cache
-from dsserve.loading.ds_engine import get_ds_engine, read_settings
+from dsserve.loading.ds_engine import read_settings, shard_model
 from dsserve.loading.hf_model import LoadedModel, load_model, load_outline, locate_model, max_position
 from dsserve.loading.load_clock import LoadClock
 from dsserve.loading.shard_cache import Shards
 from dsserve.loading.shard_manifest import Manifest
+from dsserve.loading.sharded_model import ShardedModel
 from dsserve.modeling.dtype import model_dtype
 from dsserve.parallel.kv_heads import plan_kv_copies
 from dsserve.parallel.rank import RankInfo
@@ -109,8 +110,8 @@ def load_sharded(
     clock: LoadClock,
     max_batch: int | None = None,
     guard: LoadGuard | None = None,
-) -> tuple[LoadedModel, Any]:
-    """The loaded model and DeepSpeed's engine of it, sharded and proven; see `get_ds_engine`.
+) -> tuple[LoadedModel, ShardedModel]:
+    """The loaded model, and what `shard_model` made of it.
 
     Args:
         max_batch: the largest batch of kernel injection; default: `config.most_running`.
@@ -126,9 +127,9 @@ def load_sharded(
         guard.what = type(found.outline).__name__
         loaded, shards = read_model(found, config, rank, device, clock)
     guard.meet("files")
-    ds_engine = get_ds_engine(loaded.model, ctx, shards, clock, max_batch or config.most_running)
+    sharded = shard_model(loaded.model, ctx, shards, clock, max_batch or config.most_running)
     guard.meet("shards")
-    return loaded, ds_engine
+    return loaded, sharded
 
 
 def keep_for_good() -> None:

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ts.context import Context
 
 from dsserve.config.handler import PREFILL_TOKENS_A_STEP, HandlerConfig
 from dsserve.config.limits import read_limits
 from dsserve.core.errors import LoadError
 from dsserve.engine.build import build_engine
 from dsserve.loading.load_clock import LoadClock
+from dsserve.loading.sharded_model import ShardedModel
 from dsserve.modeling.dtype import model_dtype
 from dsserve.runner.kv_memory import plan_kv_rows
 from dsserve.worker.base_handler import BaseDeepSpeedHandler
@@ -29,6 +29,7 @@ from dsserve.worker.load import load_sharded
 from scripts.bench.gpu.device import StepBytes, held_bytes, read_bandwidth
 from scripts.bench.gpu.engine import IDLE_STEPS, Group, Watch, summarise, summarise_admission
 from scripts.bench.gpu.generate import continuous_batching, generate
+from scripts.common.context import make_context
 from scripts.model.random import draw_prompts
 
 SHORT_PROMPT = 128  # of the stream beside which a long prompt is read
@@ -69,7 +70,7 @@ class BenchRank(BaseDeepSpeedHandler):
         if spec.part == "kernels":
             deepspeed |= {"replace_with_kernel_inject": True, "max_out_tokens": spec.prompt + spec.new_tokens}
         yaml_config = {"deviceType": spec.device, "deepspeed": deepspeed}
-        self.initialize(Context("bench", spec.model, None, 1, None, "0.12.0", model_yaml_config=yaml_config))
+        self.initialize(make_context("bench", spec.model, yaml_config))
         self._clock = LoadClock(self.rank.rank, self.device)
         self._note(bandwidth=read_bandwidth(self.device))
         measures = {"engine": self._engine_part, "kernels": self._engine_part, "autotp": self._autotp}
@@ -94,20 +95,18 @@ class BenchRank(BaseDeepSpeedHandler):
     def _prompts(self, batch: int, seed: int = 0) -> list[tuple[int, ...]]:
         return draw_prompts(self._vocabulary, self._spec.prompt, batch, seed)
 
-    def _load(self) -> tuple[Any, Any]:
+    def _load(self) -> tuple[Any, ShardedModel]:
         config = HandlerConfig(model_path=self._spec.model)
         most = max(self._spec.batches)
-        loaded, ds_engine = load_sharded(
-            self.context, config, self.model_dir, self.rank, self.device, self._clock, most
-        )
-        self._vocabulary = ds_engine.module.config.vocab_size
-        self._note(bytes=asdict(StepBytes.of(ds_engine.module, self.rank.world_size)))
-        return loaded, ds_engine
+        loaded, sharded = load_sharded(self.context, config, self.model_dir, self.rank, self.device, self._clock, most)
+        self._vocabulary = sharded.module.config.vocab_size
+        self._note(bytes=asdict(StepBytes.of(sharded.module, self.rank.world_size)))
+        return loaded, sharded
 
     def _engine_part(self) -> None:
-        loaded, ds_engine = self._load()
+        loaded, sharded = self._load()
         spec, watch = self._spec, Watch()
-        engine, rows = self._build(loaded, ds_engine, watch)
+        engine, rows = self._build(loaded, sharded, watch)
         group = Group(engine, self.rank, watch)
         if not self.rank.is_leader:
             group.follow()
@@ -116,14 +115,14 @@ class BenchRank(BaseDeepSpeedHandler):
         for batch in (batch for batch in spec.batches if batch <= rows):
             rounds = [group.together(self._prompts(batch, seed), spec.new_tokens) for seed in range(spec.repeats)]
             self._case(str(batch), summarise(rounds))
-        if ds_engine.workspace is None and rows > 1 and spec.new_tokens > IDLE_STEPS + 2:
+        if sharded.workspace is None and rows > 1 and spec.new_tokens > IDLE_STEPS + 2:
             short = draw_prompts(self._vocabulary, min(SHORT_PROMPT, spec.prompt), spec.repeats + 1, seed=7)
             long, room = self._prompts(spec.repeats + 1, seed=8), spec.prompt + spec.new_tokens - len(short[0])
             rounds = [group.admit_beside(*pair, room) for pair in zip(short, long, strict=True)]
             self._case("admission", summarise_admission(rounds[1:]))
         group.end()
 
-    def _build(self, loaded: Any, ds_engine: Any, watch: Watch) -> tuple[Any, int]:
+    def _build(self, loaded: Any, sharded: ShardedModel, watch: Watch) -> tuple[Any, int]:
         """The engine with as many KV slots as the largest batch has that fits, and their number. What its passes take
         is known only when it is built: a batch that fits without them alone ends the part, with the numbers.
 
@@ -134,12 +133,12 @@ class BenchRank(BaseDeepSpeedHandler):
         for rows in sorted(self._spec.batches, reverse=True):
             config = self._config(rows)
             try:
-                self._check_room(config, loaded, ds_engine)
+                self._check_room(config, loaded, sharded)
             except LoadError as error:
                 refused = str(error)
                 self._skip(str(rows), refused)
                 continue
-            engine, limits, _ = build_engine(ds_engine, loaded, config, self.rank, self.device, self._clock, watch)
+            engine, limits, _ = build_engine(sharded, loaded, config, self.rank, self.device, self._clock, watch)
             return engine, limits.max_running
         raise LoadError(refused)
 
@@ -151,15 +150,15 @@ class BenchRank(BaseDeepSpeedHandler):
             max_num_batched_tokens=spec.prefill_tokens or PREFILL_TOKENS_A_STEP,
         )  # fmt: skip
 
-    def _check_room(self, config: HandlerConfig, loaded: Any, ds_engine: Any) -> None:
-        if ds_engine.workspace is None:
-            module = ds_engine.module
+    def _check_room(self, config: HandlerConfig, loaded: Any, sharded: ShardedModel) -> None:
+        if sharded.workspace is None:
+            module = sharded.module
             limits, dtype = read_limits(config, loaded.max_position, module.config), model_dtype(module)
             plan_kv_rows(module.config, config, limits, dtype, self.rank, self.device)
 
     def _autotp(self) -> None:
-        _, ds_engine = self._load()
-        self._batches(lambda prompts: generate(ds_engine.module, prompts, self._spec.new_tokens, self._spec.repeats))
+        _, sharded = self._load()
+        self._batches(lambda prompts: generate(sharded.module, prompts, self._spec.new_tokens, self._spec.repeats))
 
     def _one_device(self) -> None:
         from transformers import AutoModelForCausalLM

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from dsserve.core.errors import LoadError
-from dsserve.loading.ds_engine import get_ds_engine
+from dsserve.loading.ds_engine import shard_model
 from dsserve.modeling.linear import pack_weights
 from dsserve.runner.autotp import ModelRunner
 from dsserve.runner.warmup import verify_runner
@@ -56,7 +56,7 @@ def make_engine(name: str, folder: Path, **settings: str) -> Any:
         setattr(model.config, key, 256)
         model = type(model)(model.config)
     randomize(model.eval())
-    return get_ds_engine(model, make_context(folder, {"deepspeed": {"dtype": "fp32", **settings}}))
+    return shard_model(model, make_context(folder, {"deepspeed": {"dtype": "fp32", **settings}}))
 
 
 def round_weights(module: torch.nn.Module, mode: str) -> None:

@@ -37,7 +37,7 @@ from deepspeed_handler import DeepSpeedHandler
 from dsserve.core.errors import LoadError
 from dsserve.core.request import GenerationRequest
 from dsserve.engine.engine import Engine
-from dsserve.loading.ds_engine import get_ds_engine
+from dsserve.loading.ds_engine import shard_model
 from dsserve.loading.shard_cache import find_shards, write_shards
 from dsserve.loading.shard_manifest import Manifest
 from dsserve.modeling.linear import pack_weights
@@ -194,7 +194,7 @@ def outcome(make: Callable[[], Any], folder: str, stream: bool) -> dict[str, Any
     if stream:
         found["generated"] = [generate(model, prompt) for prompt in PROMPTS]
     try:
-        engine = get_ds_engine(model, make_context(Path(folder), {"deepspeed": {"dtype": "fp32"}}))
+        engine = shard_model(model, make_context(Path(folder), {"deepspeed": {"dtype": "fp32"}}))
     except LoadError as error:
         return {"refused": str(error)}
     with torch.inference_mode():
@@ -222,7 +222,7 @@ def is_the_same_from_cache(engine: Any, make: Callable[[], Any], folder: Path, t
     with torch.device("meta"):
         outline = make().eval()
     shards = find_shards(manifest, folder, rank)
-    again = get_ds_engine(outline, make_context(folder, {"deepspeed": {"dtype": "fp32"}}), shards)
+    again = shard_model(outline, make_context(folder, {"deepspeed": {"dtype": "fp32"}}), shards)
     with torch.inference_mode():
         return torch.equal(again.module(token_ids).logits, engine.module(token_ids).logits)
 

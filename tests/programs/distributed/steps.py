@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from dsserve.core.step_plan import Admission, Plan
 from dsserve.kernels.ops import load_ops
-from dsserve.loading.ds_engine import get_ds_engine, shard_shapes
+from dsserve.loading.ds_engine import shard_model, shard_shapes
 from dsserve.modeling.fused_ops import use_fused_ops
 from dsserve.modeling.linear import can_pack, pack_weights
 from dsserve.parallel.collectives import count_all_reduces, uses_shared_memory
@@ -27,7 +27,7 @@ from tests.support.contexts import make_context
 def make_engine(path: str, dtype: str, device_type: str = "cpu") -> Any:
     """The real model, sharded; the model is loaded whole first, as a handler does."""
     model = AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval()
-    return get_ds_engine(model, make_context(path, {"deviceType": device_type, "deepspeed": {"dtype": dtype}}))
+    return shard_model(model, make_context(path, {"deviceType": device_type, "deepspeed": {"dtype": dtype}}))
 
 
 def logits_and_shards(path: str) -> dict[str, Any]:
@@ -147,7 +147,7 @@ def load_error(path: str, yaml_config: dict[str, Any], settings: dict[str, Any] 
 
     model = AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval()
     try:
-        get_ds_engine(model, make_context(path, yaml_config))
+        shard_model(model, make_context(path, yaml_config))
     except LoadError as error:
         return str(error)
     return ""
@@ -162,7 +162,7 @@ def meta_checkpoint_error(path: str) -> dict[str, Any]:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     deepspeed = {"dtype": "fp32", "checkpoint": "checkpoints.json"}
-    engine = get_ds_engine(model, make_context(path, {"deepspeed": deepspeed, "handler": {"model_path": "."}}))
+    engine = shard_model(model, make_context(path, {"deepspeed": deepspeed, "handler": {"model_path": "."}}))
     token_ids = torch.arange(40)[None]
     with torch.inference_mode():
         error = (engine.module(token_ids).logits - reference(token_ids).logits).abs().max().item()

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from dsserve.config.handler import HandlerConfig
 from dsserve.core.request import GenerationRequest
 from dsserve.engine.engine import Engine
-from dsserve.loading.ds_engine import get_ds_engine
+from dsserve.loading.ds_engine import shard_model
 from dsserve.modeling.optimize import tune
 from dsserve.parallel.collectives import all_reduce
 from dsserve.parallel.process_group import init_process_group
@@ -60,28 +60,28 @@ def generate(path: str, dtype: str, step: str) -> dict[str, Any]:
     rank = RankInfo.from_env()
     device = select_device("gpu", rank)
     model = AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval()
-    ds_engine = get_ds_engine(model, make_context(path, {"deviceType": "gpu", "deepspeed": {"dtype": dtype}}))
+    sharded = shard_model(model, make_context(path, {"deviceType": "gpu", "deepspeed": {"dtype": dtype}}))
     if step == "fused":
-        said = tune(ds_engine.module, HandlerConfig(model_path=path, max_running=SLOTS), rank, device, MOST_TOKENS)
+        said = tune(sharded.module, HandlerConfig(model_path=path, max_running=SLOTS), rank, device, MOST_TOKENS)
         layers = model.config.num_hidden_layers
         assert f"{3 * layers + 2} fused operations, {layers} fused layers" in said and "split attention" in said
         assert rank.world_size == 1 or "in the ranks' memory" in said
-    runner = ModelRunner(ds_engine.module, SLOTS, CONTEXT, device)
+    runner = ModelRunner(sharded.module, SLOTS, CONTEXT, device)
     if step != "eager":
         runner.capture_graphs(rank.is_leader, MOST_TOKENS if step == "fused" else 0)
-    error = verify_runner(runner, ds_engine.self_check)
+    error = verify_runner(runner, sharded.self_check)
     sampler = DeviceSampler(runner.slots, runner.vocabulary, device)
     ahead: dict[str, Any] = {} if step == "eager" else {"launch": sampler.launch, "launch_ahead": True}
     engine = Engine(runner, rank, lambda _: Numbers(), frozenset(), **ahead)  # type: ignore[arg-type, return-value]
     requests = [
         GenerationRequest(str(index), ids, NEW_TOKENS)
-        for index, ids in enumerate(prompts(ds_engine.module.config.vocab_size))
+        for index, ids in enumerate(prompts(sharded.module.config.vocab_size))
     ]
     alone = [run(engine, rank, [[request]])[request.request_id] for request in requests]
     together = run(engine, rank, [requests[:3], requests[3:4], requests[4:]])
     return {
         "error": error,
-        "device": str(next(ds_engine.module.parameters()).device),
+        "device": str(next(sharded.module.parameters()).device),
         "alone": alone,
         "together": [together[request.request_id] for request in requests],
     }
@@ -93,7 +93,7 @@ def fill_memory(path: str) -> dict[str, Any]:
     rank = RankInfo.from_env()
     device = select_device("gpu", rank)
     model = AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval()
-    module = get_ds_engine(model, make_context(path, {"deviceType": "gpu", "deepspeed": {"dtype": "fp32"}})).module
+    module = shard_model(model, make_context(path, {"deviceType": "gpu", "deepspeed": {"dtype": "fp32"}})).module
     runner = ModelRunner(module, 2, LONG_PROMPT + 64, device)
     engine = Engine(runner, rank, lambda _: Numbers(), frozenset())  # type: ignore[arg-type, return-value]
     lengths = {"short": 9, "long": LONG_PROMPT}

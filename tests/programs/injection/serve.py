@@ -15,7 +15,7 @@ from dsserve.core.errors import LoadError
 from dsserve.core.request import GenerationRequest, SamplingParams
 from dsserve.engine.batch_scheduler import BatchScheduler
 from dsserve.engine.engine import Engine
-from dsserve.loading.ds_engine import get_ds_engine
+from dsserve.loading.ds_engine import shard_model
 from dsserve.modeling.self_check import answers
 from dsserve.parallel.rank import RankInfo, select_device
 from dsserve.runner.kernel_injection import KernelRunner
@@ -30,7 +30,7 @@ PROMPT_LENGTHS = (1, 17, 5, 30, 2, 11, 1, 8, 25)
 
 
 def load(name: str, inject: bool | str, device_type: str = "cpu", dtype: str = "fp32") -> tuple[Any, Any]:
-    """The model as transformers has it, and DeepSpeed's engine of the same."""
+    """The model as transformers has it, and the same, sharded."""
     if device_type == "cpu":
         from tests.programs.injection.kernels import install
 
@@ -42,7 +42,7 @@ def load(name: str, inject: bool | str, device_type: str = "cpu", dtype: str = "
     settings = {"dtype": dtype, "replace_with_kernel_inject": inject, "max_out_tokens": SIZES[size].tokens}
     context = make_context(".", {"deviceType": device_type, "deepspeed": settings})
     model = make_model(name, size, weights, str(device)).to("cpu", weights)
-    engine = get_ds_engine(model, context, max_batch=SIZES[size].rows)
+    engine = shard_model(model, context, max_batch=SIZES[size].rows)
     if device_type == "cpu":
         torch.set_num_threads(1)
     return reference, engine
@@ -59,9 +59,9 @@ def requests(vocabulary: int) -> list[GenerationRequest]:
 def streams(name: str, device_type: str = "cpu", dtype: str = "fp32") -> dict[str, Any]:
     """Tokens of requests that arrive while others run, alone, and as transformers' `generate` has them."""
     rank = RankInfo.from_env()
-    reference, ds_engine = load(name, True, device_type, dtype)
-    size = ds_engine.workspace.size
-    runner = KernelRunner(ds_engine.module, size, size.tokens, next(ds_engine.module.parameters()).device)
+    reference, sharded = load(name, True, device_type, dtype)
+    size = sharded.workspace.size
+    runner = KernelRunner(sharded.module, size, size.tokens, next(sharded.module.parameters()).device)
     warm_up_batches(runner, rank.is_leader)
     scheduler = BatchScheduler(size.rows, size.tokens)
     engine = Engine(runner, rank, lambda _: Numbers(), frozenset(), scheduler=scheduler)  # type: ignore[arg-type, return-value]
@@ -184,7 +184,7 @@ def converted(name: str) -> dict[str, Any]:
     model = make_model(name, "tiny", torch.float32, "cpu")
     embedding = model.get_input_embeddings().weight.detach().clone()
     settings = {"dtype": "bf16", "replace_with_kernel_inject": True, "max_out_tokens": 32, "self_check": False}
-    module = get_ds_engine(model, make_context(".", {"deviceType": "cpu", "deepspeed": settings}), max_batch=2).module
+    module = shard_model(model, make_context(".", {"deviceType": "cpu", "deepspeed": settings}), max_batch=2).module
     return {
         "dtypes": sorted({str(parameter.dtype) for parameter in module.parameters()}),
         "equal": bool((module.get_input_embeddings().weight == embedding.bfloat16()).all()),

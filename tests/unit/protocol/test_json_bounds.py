@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import pytest
@@ -51,8 +52,45 @@ def refusal(body: dict[str, Any], **options: Any) -> RequestError:
 )
 def test_what_is_beyond_a_bound_is_refused_by_the_name_of_its_member(value: Any, words: str) -> None:
     error = refusal({"prompt": "a", "tools": value})
-    assert error.status == 400 and error.param == "tools"
-    assert words in error.message and error.message.startswith("tools")
+    assert error.status == 400 and str(error.param).startswith("tools")
+    assert words in error.message and error.message.startswith(f"{error.param} ")
+
+
+def tool(parameters: Any) -> list[Any]:
+    return [{"type": "function"}, {"type": "function", "function": {"name": "f", "parameters": parameters}}]
+
+
+PARAMETERS = "tools[1].function.parameters"
+
+
+@pytest.mark.parametrize(
+    ("tools", "place"),
+    [
+        ("\ud800", "tools"),
+        ([1, 2, 2**64, 3], "tools[2]"),
+        (tool({"description": "\ud83d"}), f"{PARAMETERS}.description"),
+        (tool({"properties": {"a\udc00": {}}}), f"{PARAMETERS}.properties"),
+        (tool({"a": [0.5, float("nan")]}), f"{PARAMETERS}.a[1]"),
+        (tool({"a b": {"c": 10**400}}), PARAMETERS),  # a name that is not plain ends the place
+        (tool({"é": "\ud800"}), PARAMETERS),
+        (tool({"$defs": {"x-y": 10**400}}), f"{PARAMETERS}.$defs.x-y"),
+        (tool({"a" * 100: 10**400}), PARAMETERS),  # a long one, too
+        (tool({"items": nested(200, dicts=True)}), f"{PARAMETERS}.items" + ".a" * 15),
+        (tool(nested(200)), PARAMETERS + "[0]" * 12),
+        ([{"a": 7}, {"a": 7, "b": -(10**30)}], "tools[1].b"),
+    ],
+)
+def test_an_error_names_the_place_within_the_member(tools: Any, place: str) -> None:
+    error = refusal({"prompt": "a", "tools": tools})
+    assert error.param == place and error.message.startswith(f"{place} ") and len(place) <= 64
+
+
+def test_the_place_of_something_in_a_wide_body_is_found_at_once() -> None:
+    wide = [{"a": [number, str(number)]} for number in range(40_000)]
+    wide[-1]["a"].append(float("inf"))
+    started = time.process_time()
+    assert refusal({"tools": wide}).param == "tools[39999].a[2]"
+    assert time.process_time() - started < 2
 
 
 def test_what_is_at_a_bound_is_taken() -> None:

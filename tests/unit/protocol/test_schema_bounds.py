@@ -12,7 +12,6 @@ from dsserve.protocol.schema_bounds import LIMITS, REACH, Bound, check_schemas
 from tests.support.schemas import GOOD, WRAPS, chain, nested, text
 
 MEMBER = "tools[3].function.parameters"
-BIG = 10**400
 
 
 def refusal(schema: Any) -> str:
@@ -70,15 +69,6 @@ def test_many_references_that_lead_nowhere_far_are_taken() -> None:
 @pytest.mark.parametrize(
     ("schema", "words"),
     [
-        ({"minimum": BIG}, "more than 64 bits"),
-        ({"maximum": -BIG}, "more than 64 bits"),
-        ({"const": BIG}, "more than 64 bits"),
-        ({"enum": [1, {"a": [BIG]}]}, "more than 64 bits"),
-        ({"default": 2**64}, "more than 64 bits"),
-        ({"multipleOf": 10**5000}, "more than 64 bits"),
-        ({"minimum": float("inf")}, "not finite"),
-        ({"maximum": float("nan")}, "not finite"),
-        ({"multipleOf": float("inf")}, "not finite"),
         ({"type": "integer", "multipleOf": 123456789}, "may be 10000"),
         ({"type": "number", "multipleOf": 123.456789}, "may be 10000"),
         ({"type": "number", "multipleOf": 1e308}, "may be 10000"),
@@ -88,16 +78,6 @@ def test_many_references_that_lead_nowhere_far_are_taken() -> None:
         ({"maxLength": 1e30}, "not 0 to 2147483647"),
         ({"items": {"minItems": 2**31}}, "not 0 to 2147483647"),
         ({"minProperties": -1}, "not 0 to 2147483647"),
-        ({"description": "\ud83d"}, "lone surrogate"),
-        ({"properties": {"a\udc00": {}}}, "lone surrogate"),
-        ({"enum": ["x", "\udfff"]}, "lone surrogate"),
-        ({"pattern": "é\ud800"}, "lone surrogate"),
-        ({"patternProperties": {"\ud800": {}}}, "lone surrogate"),
-        ({1: {}}, "name is no string"),
-        ({"properties": {None: {}}}, "name is no string"),
-        ({"enum": [{1}]}, "no JSON"),
-        ({"const": b"x"}, "no JSON"),
-        ({"const": 1j}, "no JSON"),
         (text("a" * 4097), "4097 characters of a `pattern`, at most 4096"),
         ({"patternProperties": {"b" * 4097: {}}}, "at most 4096"),
         ({"properties": {f"p{at}": text(f"a{at}") for at in range(301)}}, "301 `pattern`s of a schema, at most 300"),
@@ -113,7 +93,7 @@ def test_many_references_that_lead_nowhere_far_are_taken() -> None:
         ({"default": [[]] * 25_000}, "at most"),
     ],
 )  # fmt: skip
-def test_what_is_beyond_a_bound_or_no_json_is_refused(schema: Any, words: str) -> None:
+def test_what_is_beyond_a_bound_is_refused(schema: Any, words: str) -> None:
     assert words in refusal(schema)
     assert words in refusal({"type": "object", "properties": {"a": {"anyOf": [{"type": "null"}, schema]}}})
 
@@ -146,5 +126,5 @@ def test_all_schemas_of_a_request_are_bounded_together() -> None:
 
 
 def test_the_table_has_each_bound() -> None:
-    assert len(LIMITS) == 14 and all(isinstance(bound, Bound) and bound.what and bound.most > 0 for bound in LIMITS)
+    assert len(LIMITS) == 13 and all(isinstance(bound, Bound) and bound.what and bound.most > 0 for bound in LIMITS)
     assert {bound.status for bound in LIMITS} == {400}

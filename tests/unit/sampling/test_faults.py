@@ -21,6 +21,7 @@ from dsserve.runner.base import StepLogits
 from dsserve.sampling.faults import Fault, attempt, describe
 from dsserve.sampling.gpu_sampler import DeviceSampler
 from dsserve.sampling.grammar import GrammarCompiler, GrammarError
+from dsserve.sampling.penalties import RowEdits
 from dsserve.sampling.pending import HostChoice, Launch
 from dsserve.sampling.sampler import SamplingState
 from tests.support.sampling import make_logits, states_of
@@ -76,11 +77,12 @@ def break_rules(state: SamplingState) -> None:
     state.numbers = ("a user's text",)  # type: ignore[assignment]
 
 
-def break_history(state: SamplingState) -> None:
-    state.history._params = SamplingParams(presence_penalty="a user's text", min_tokens=9)  # type: ignore[arg-type]
+def break_edits(state: SamplingState) -> None:
+    broken = SamplingParams(presence_penalty="a user's text")  # type: ignore[arg-type]
+    state.edits = RowEdits(broken, (1,), frozenset())
 
 
-BREAKS = [break_grammar, break_numbers, break_rules, break_history]
+BREAKS = [break_grammar, break_numbers, break_rules, break_edits]
 
 
 @each_way

@@ -10,14 +10,13 @@ import pytest
 import torch
 
 from dsserve.core.request import GenerationRequest, SamplingParams
-from dsserve.sampling import filters as candidates
-from dsserve.sampling.filters import Rules, find_candidates
+from dsserve.sampling.filters import find_candidates
 from dsserve.sampling.gpu_draw import row_numbers
 from dsserve.sampling.gpu_sampler import DeviceSampler
-from dsserve.sampling.penalties import edit_logits
+from dsserve.sampling.penalties import RowEdits, edit_logits
 from dsserve.sampling.pending import HostChoice
+from dsserve.sampling.rules import RULES, Likeliest, limits_of
 from dsserve.sampling.sampler import SamplingState, choose, edit
-from dsserve.sampling.token_history import TokenHistory
 
 CPU, OFF = torch.device("cpu"), float("-inf")
 # Probabilities that fp64 holds exactly: 1/2, 1/4, 1/8, 1/8 of tokens 1, 3, 5, 7, in natural logarithms.
@@ -78,8 +77,11 @@ def test_a_token_at_which_top_p_is_reached_exactly_is_the_last_one(top_p: float,
 @pytest.mark.parametrize(("typical_p", "kept"), [(0.25, [1]), (0.2501, [0, 1]), (0.75, [0, 1]), (0.7501, [0, 1, 2, 3])])
 def test_a_token_at_which_typical_p_is_reached_exactly_is_the_last_one(typical_p: float, kept: list[int]) -> None:
     """Of weights that fp64 holds exactly, which logits do not give."""
-    found = candidates._typical(np.array([[0.5, 0.25, 0.125, 0.125]]), np.array([typical_p]))
-    assert np.flatnonzero(found[0]).tolist() == kept
+    weights, nothing = np.array([[0.5, 0.25, 0.125, 0.125]]), np.zeros((1, 1), bool)
+    rows = Likeliest(weights, weights, True, weights.sum, np.ones((1, 4), bool), nothing)
+    (rule,) = (rule for rule in RULES if rule.name == "typical_p")
+    rule.host(rows, np.array([[typical_p]]))
+    assert np.flatnonzero(rows.keep[0]).tolist() == kept
 
 
 @pytest.mark.parametrize("width", [100, 128, 129, 20_000])
@@ -92,7 +94,7 @@ def test_a_top_k_of_the_vocabulary_or_more_keeps_all(width: int, more: int) -> N
     assert len(one_less.ids) == width - 1
 
 
-RULES: list[dict[str, Any]] = [
+WISHES: list[dict[str, Any]] = [
     {"min_p": 1.0}, {"min_p": 0.0}, {"top_p": 1.0}, {"top_p": 5e-324}, {"top_p": 0.5}, {"top_p": 1 - 2**-53},
     {"typical_p": 1.0}, {"typical_p": 0.5}, {"typical_p": 1e-9}, {"top_k": 1}, {"top_k": 127}, {"top_k": 128},
     {"top_k": 10**400}, {"top_k": 2, "min_p": 1.0}, {"temperature": 10**400}, {"temperature": 1e308},
@@ -100,7 +102,7 @@ RULES: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("rules", RULES, ids=str)
+@pytest.mark.parametrize("rules", WISHES, ids=str)
 @pytest.mark.parametrize("logits", [HALVES, EQUAL, EQUAL[:2], [0.0] * 300, list(np.linspace(0, 9, 300))])
 @pytest.mark.parametrize("width", [8, 200])
 def test_both_samplers_draw_the_same_at_a_limit_and_never_what_is_banned(
@@ -126,12 +128,10 @@ def test_a_place_beyond_the_rounded_sum_is_no_banned_token() -> None:
 
 def test_numbers_of_any_size_make_arrays_of_numbers() -> None:
     params = SamplingParams(10**400, 10**400, 10**400, 10**400, 10**400)
-    rules = Rules.of([params, SamplingParams()])
-    for values in (rules.top_k, rules.top_p, rules.min_p, rules.typical_p):
-        assert values.dtype == np.float64
+    assert all(type(limit) is float for limit in (*limits_of(params), *limits_of(SamplingParams())))
     assert all(isinstance(number, float) for number in row_numbers(params))
     low = replace(params, temperature=-1.0, top_k=-5, top_p=-1.0, min_p=-1.0, typical_p=-1.0)
-    assert Rules.of([low]).top_k == [1] and Rules.of([low]).min_p == [0]
+    assert limits_of(low) == (1, 0, 0, 0)
 
 
 # Ids of the row before, of the row behind, of none at all.
@@ -142,14 +142,14 @@ OUTSIDE = (-1, -10, 10, 11, 19, 10**9)
 def test_ids_beyond_the_vocabulary_touch_no_other_row(token: int) -> None:
     """End-of-text and stop tokens under min_tokens, bias, and prompts under a repetition penalty."""
     wishes = SamplingParams(logit_bias={token: 5.0, 4: 1.0}, repetition_penalty=2.0, min_tokens=3)
-    history = TokenHistory(wishes, (token, 6), frozenset({token, 5}))
-    plain = TokenHistory(SamplingParams(), (1,), frozenset())
+    edits = RowEdits(wishes, (token, 6), frozenset({token, 5}))
+    plain = RowEdits(SamplingParams(), (1,), frozenset())
     logits = torch.linspace(1, 2, 30).reshape(3, 10)
     expected = logits.clone()
     expected[1, 4] += 1
     expected[1, 6] /= 2
     expected[1, 5] = OFF
-    edit_logits(logits, [(plain, 1.0), (history, 2.0), (plain, 1.0)])
+    edit_logits(logits, [plain, edits, plain])
     assert torch.equal(logits, expected)
 
 

@@ -15,7 +15,7 @@ from dsserve.protocol.bounds import ECHOED_LOGPROBS
 from dsserve.protocol.job import Job
 from dsserve.protocol.json_bounds import check_json
 from dsserve.protocol.openai.reply import Envelope, StreamReply, WholeReply
-from dsserve.protocol.openai.schema import ChatBody, ChatMessage, CompletionBody, NamedTool, V1Body, parse
+from dsserve.protocol.openai.schema import ChatBody, ChatMessage, CompletionBody, FunctionCall, NamedTool, V1Body, parse
 from dsserve.protocol.openai.shapes import ChatShape, CompletionShape, Shape
 from dsserve.protocol.openai.structured import call_grammar, check_tools, response_grammar
 from dsserve.protocol.openai.tools import CLOSING, OPENING, ToolCallText, check_tool_format
@@ -103,7 +103,7 @@ def chat(request_id: str, body: Any, served: ServedModel) -> Job:
         check_tool_format(_template(served))
         options["tools"] = [tool.model_dump(exclude_none=True) for tool in parsed.tools]
         grammar = _demanded_call(parsed, served, grammar)
-    messages = [render_message(message) for message in parsed.messages]
+    messages = render_messages(parsed.messages)
     ids = encode_messages(messages, served, **options)
     name = "max_tokens" if parsed.max_completion_tokens is None else "max_completion_tokens"
     limit = fit_output(parsed.output_limit, len(ids), served.limits, name)
@@ -154,12 +154,16 @@ def check_model(name: str | None, served: ServedModel) -> None:
         )
 
 
-def render_message(message: ChatMessage) -> dict[str, Any]:
-    """A message as chat templates expect it: text parts joined, arguments of calls as objects.
+def render_messages(messages: list[ChatMessage]) -> list[dict[str, Any]]:
+    """Messages as chat templates expect them: text parts joined, arguments of calls as objects.
 
     Raises:
         RequestError: 400 for arguments that are no JSON.
     """
+    return [_render(message, f"messages[{at}]") for at, message in enumerate(messages)]
+
+
+def _render(message: ChatMessage, where: str) -> dict[str, Any]:
     content = message.content
     rendered: dict[str, Any] = {"role": "system" if message.role == "developer" else message.role}
     rendered["content"] = "\n".join(part.text for part in content) if isinstance(content, list) else content or ""
@@ -169,19 +173,24 @@ def render_message(message: ChatMessage) -> dict[str, Any]:
         rendered["tool_call_id"] = message.tool_call_id
     if message.tool_calls:
         rendered["tool_calls"] = [
-            {"id": call.id, "type": "function", "function": _function(call.function.name, call.function.arguments)}
-            for call in message.tool_calls
+            {
+                "id": call.id,
+                "type": "function",
+                "function": _function(call.function, f"{where}.tool_calls[{at}].function"),
+            }
+            for at, call in enumerate(message.tool_calls)
         ]
     return rendered
 
 
-def _function(name: str, arguments: str) -> dict[str, Any]:
+def _function(call: FunctionCall, where: str) -> dict[str, Any]:
+    where += ".arguments"
     try:
-        value = json.loads(arguments)
+        value = json.loads(call.arguments)
     except (ValueError, RecursionError):
-        raise RequestError("messages: arguments of a tool call must be JSON text", param="messages") from None
-    check_json(value, "messages")
-    return {"name": name, "arguments": value}
+        raise RequestError(f"{where} must be JSON text", param=where) from None
+    check_json(value, where)
+    return {"name": call.name, "arguments": value}
 
 
 def _sequences(

@@ -24,7 +24,7 @@ from dsserve.protocol.bounds import (
     USER_CHARACTERS,
     N,
 )
-from dsserve.protocol.fields import Body, Count, Quick, SamplingBody, Text, TokenId, explain
+from dsserve.protocol.fields import Body, Count, Quick, SamplingBody, TokenId, explain
 
 _REFUSED = {
     "best_of": "not supported; ask for n and choose yourself",
@@ -71,7 +71,7 @@ class TextPart(Body):
     """A part of a message's content."""
 
     type: Literal["text"]
-    text: Text
+    text: str
 
 
 def _check_content(value: Any) -> Any:
@@ -85,18 +85,18 @@ def _check_content(value: Any) -> Any:
     return value
 
 
-Content = Annotated[Text | Quick[TextPart], BeforeValidator(_check_content)]
-Name = Annotated[Text, Field(max_length=NAME_CHARACTERS.most)]
-CallId = Annotated[Text, Field(max_length=ID_CHARACTERS.most)]
-Description = Annotated[Text, Field(max_length=DESCRIPTION_CHARACTERS.most)]
-FunctionName = Annotated[Text, Field(pattern=FUNCTION_NAME)]
+Content = Annotated[str | Quick[TextPart], BeforeValidator(_check_content)]
+Name = Annotated[str, Field(max_length=NAME_CHARACTERS.most)]
+CallId = Annotated[str, Field(max_length=ID_CHARACTERS.most)]
+Description = Annotated[str, Field(max_length=DESCRIPTION_CHARACTERS.most)]
+FunctionName = Annotated[str, Field(pattern=FUNCTION_NAME)]
 
 
 class FunctionCall(Body):
     """A call that the model made in an earlier turn; `arguments` is JSON text."""
 
     name: Name
-    arguments: Text
+    arguments: str
 
 
 class ToolCall(Body):
@@ -217,7 +217,7 @@ class V1Body(SamplingBody):
     response_format: ResponseFormat | None = Field(
         None, description="`text`, `json_object` or `json_schema`: the text matches, and ends where the JSON ends"
     )
-    user: Text | None = Field(
+    user: str | None = Field(
         None, max_length=USER_CHARACTERS.most, description="the caller's own mark; neither used nor logged"
     )
 
@@ -234,7 +234,7 @@ class V1Body(SamplingBody):
 class CompletionBody(V1Body):
     """`POST v1/completions`."""
 
-    prompt: Annotated[Text | Quick[Text] | Quick[TokenId] | Quick[Quick[TokenId]], BeforeValidator(_check_prompt)] = (
+    prompt: Annotated[str | Quick[str] | Quick[TokenId] | Quick[Quick[TokenId]], BeforeValidator(_check_prompt)] = (
         Field(description="text, texts, token ids, or lists of token ids")
     )
     max_tokens: Count = Field(16, ge=0, description="new tokens; 0 only with `echo`")

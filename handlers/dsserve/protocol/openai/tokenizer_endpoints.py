@@ -7,8 +7,8 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from dsserve.core.errors import RequestError
-from dsserve.protocol.fields import Body, Quick, Text, TokenId
-from dsserve.protocol.openai.endpoints import check_model, render_message
+from dsserve.protocol.fields import Body, Quick, TokenId
+from dsserve.protocol.openai.endpoints import check_model, render_messages
 from dsserve.protocol.openai.schema import Messages, Name, parse
 from dsserve.protocol.prompt import check_ids, decode, encode, encode_messages
 from dsserve.protocol.reply import to_json
@@ -20,7 +20,7 @@ class TokenizeBody(Body):
     """`POST v1/tokenize`: `prompt` or `messages`."""
 
     model: Name | None = Field(None, description="the model's name, as in the path")
-    prompt: Text | None = Field(None, description="text; give this or `messages`")
+    prompt: str | None = Field(None, description="text; give this or `messages`")
     messages: Messages | None = Field(None, description="turns, as for chat")
     add_special_tokens: bool = Field(True, description="tokens that the tokenizer puts around a prompt")
     add_generation_prompt: bool = Field(True, description="the template's beginning of an answer, after the messages")
@@ -44,7 +44,7 @@ def tokenize(request_id: str, body: Any, served: ServedModel) -> bytes:
     parsed = parse(TokenizeBody, body)
     check_model(parsed.model, served)
     if parsed.messages is not None:
-        messages = [render_message(message) for message in parsed.messages]
+        messages = render_messages(parsed.messages)
         options = {"add_generation_prompt": parsed.add_generation_prompt}
         ids = encode_messages(messages, served, **options)
     else:

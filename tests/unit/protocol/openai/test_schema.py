@@ -30,7 +30,6 @@ def test_a_prompt_has_four_shapes(prompt: Any) -> None:
         ({"prompt": [-1]}, "prompt", "not mixed"),
         ({"prompt": [True]}, "prompt", "not mixed"),
         ({"prompt": 5}, "prompt", "a list of token ids"),
-        ({"prompt": "\ud800"}, "prompt", "not valid Unicode"),
         ({"prompt": "a", "max_tokens": 0}, None, "echo"),
         ({"prompt": "a", "echo": True, "stream": True}, None, "echo"),
         ({"prompt": "a", "logprobs": 21}, "logprobs", "20"),
