@@ -24,10 +24,14 @@ from prometheus_client import generate_latest
 from dsserve.core.request import GenerationRequest
 from dsserve.engine.detokenizer import TextStream
 from dsserve.engine.engine import Engine
-from dsserve.engine.observer import Observer
+from dsserve.engine.observer import Load, Observer
+from dsserve.engine.scheduler import Scheduler
+from dsserve.engine.token_budget import TokenBudget
+from dsserve.kv.manager import KVManager
 from dsserve.observability.metrics import Metrics
 from dsserve.parallel.rank import RankInfo
-from dsserve.runner.autotp import ModelRunner
+from dsserve.runner.autotp import KVSize, ModelRunner
+from dsserve.runner.step_graphs import MOST_TOKENS
 from scripts.bench.quantization import SHAPES, VOCABULARY, make_model, tune
 from scripts.common.machine import cpu_model
 
@@ -52,8 +56,8 @@ class Switch(Observer):
     def stepped(self, step: Any) -> None:
         self._tell(lambda metrics: metrics.stepped(step))
 
-    def called(self, running: int, waiting: int) -> None:
-        self._tell(lambda metrics: metrics.called(running, waiting))
+    def called(self, load: Load) -> None:
+        self._tell(lambda metrics: metrics.called(load))
 
     def ended(self, sequence: Any, outcome: Any) -> None:
         self._tell(lambda metrics: metrics.ended(sequence, outcome))
@@ -140,13 +144,17 @@ def measure(shape: str, kind: torch.dtype, device: torch.device, counts: Sequenc
     """All numbers of rows in turn, and how long a scrape takes."""
     model = make_model(shape, kind, device)
     tune(model, device)
-    runner = ModelRunner(model, max(counts), 128, device)
+    rank, size = RankInfo(0, 0, 1, 1), KVSize.of_rows(max(counts), 128)
+    runner = ModelRunner(model, size, rank, device)
     if device.type == "cuda":
-        runner.capture_graphs(is_leader=False)
+        runner.capture_graphs(is_leader=False, tokens=MOST_TOKENS)
     clock = time.perf_counter if device.type == "cuda" else time.process_time
     metrics = Metrics("bench", "1.0")
     switch = Switch(metrics)
-    engine = Engine(runner, RankInfo(0, 0, 1, 1), lambda _: NoText(None), frozenset(), None, switch)
+    kv = KVManager(size.pages, size.page_tokens, reuse=False)  # the same prompts come again
+    budget = TokenBudget(max(counts) * PROMPT_TOKENS, max(counts) * PROMPT_TOKENS)  # all of them in one step
+    scheduler = Scheduler(size.rows, kv, budget)
+    engine = Engine(runner, rank, lambda _: NoText(None), frozenset(), scheduler, observer=switch)
     found: dict[str, Any] = {}
     for rows in counts:
         for number in range(2):  # the first calls of a shape are slower

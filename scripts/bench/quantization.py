@@ -1,6 +1,6 @@
 """Quantized weights on one device: error of the logits, size of the weights, milliseconds a decode step.
 
-A Llama of random weights, made on the device; the steps are the engine's own (KV slots, packed or fused matmuls; CUDA
+A Llama of random weights, made on the device; the steps are the engine's own (KV pages, packed or fused matmuls; CUDA
 graphs on a GPU). All modes are held at the same time and take turns, so that a busy machine slows them alike. Random
 weights have no structure that rounding could spoil: use `perplexity` for quality. Prints a table and then one
 JSON line. Modes that the device lacks are named, not measured.
@@ -54,7 +54,6 @@ def make_model(shape: str, dtype: torch.dtype, device: torch.device) -> Any:
 
 def tune(model: Any, device: torch.device) -> None:
     """What the handler replaces after the sharding; see `dsserve.engine.build`."""
-    from dsserve.attention.decode import use_decode_attention
     from dsserve.kernels.ops import load_ops
     from dsserve.modeling.fused_ops import use_fused_ops
     from dsserve.modeling.linear import can_pack, pack_weights
@@ -64,8 +63,6 @@ def tune(model: Any, device: torch.device) -> None:
     ops = load_ops(device)
     if ops is not None:
         use_fused_ops(model, ops)
-        if device.type == "cuda":
-            use_decode_attention(model)
 
 
 def make_runner(mode: str, shape: str, dtype: torch.dtype, rows: int, steps: int, device: torch.device) -> Any:
@@ -80,7 +77,8 @@ def make_runner(mode: str, shape: str, dtype: torch.dtype, rows: int, steps: int
     """
     from dsserve.loading.load_clock import own_bytes
     from dsserve.modeling.quantization import check_device, quantize_layers
-    from dsserve.runner.autotp import ModelRunner
+    from dsserve.parallel.rank import RankInfo
+    from dsserve.runner.autotp import KVSize, ModelRunner
 
     before, is_deepspeeds = own_bytes(device), mode.startswith(deepspeed_weights.PREFIX)
     if mode != "none" and not is_deepspeeds:
@@ -99,29 +97,27 @@ def make_runner(mode: str, shape: str, dtype: torch.dtype, rows: int, steps: int
     tune(model, device)
     gc.collect()
     held = own_bytes(device) - before
-    runner = ModelRunner(model, rows, PROMPT + steps * 2, device)
+    size = KVSize.of_rows(rows, PROMPT + max(steps, TURN) + 1)
+    runner = ModelRunner(model, size, RankInfo(0, 0, 1, 1), device)
     if device.type == "cuda":
-        runner.capture_graphs(is_leader=False)
+        runner.capture_graphs(is_leader=False, tokens=PROMPT)
     return runner, {"mode": mode, "error": error, "mib": layers / 2**20, "held_mib": held / 2**20, "ms": {}}
 
 
 def time_steps(runners: list[Any], rows: int, steps: int) -> list[float]:
     """Median milliseconds of a decode step of `rows` rows, for each runner."""
-    from dsserve.core.step_plan import Admission, Plan
-
     times: list[list[float]] = [[] for _ in runners]
-    for runner in runners:
-        for _ in range(rows):
-            runner.execute(Plan(admit=(Admission((7,) * PROMPT),)))
+    trials = [runner.trial() for runner in runners]
+    for trial in trials:
+        for row in range(rows):
+            trial.step((row, (7,) * PROMPT))
     for _ in range(max(1, steps // TURN)):
-        for runner, found in zip(runners, times, strict=True):
+        for trial, found in zip(trials, times, strict=True):
             for step in range(TURN):
                 started = time.perf_counter()
-                runner.execute(Plan(tokens=(5,) * rows)).next.argmax(dim=-1).tolist()  # waits for the device
+                trial.logits(*((row, (5,)) for row in range(rows))).argmax(dim=-1).tolist()  # waits for the device
                 if step >= WARM_UPS:
                     found.append(time.perf_counter() - started)
-    for runner in runners:
-        runner.execute(Plan(evict=tuple(reversed(range(rows)))))
     return [sorted(found)[len(found) // 2] * 1e3 for found in times]
 
 

@@ -18,7 +18,7 @@ from scripts.capacity.load import Job
 from scripts.capacity.route import Router
 from scripts.capacity.speed import Speed
 
-KEPT_BEGINNINGS = 8  # `prefix_cache_rows`
+KEPT_BEGINNINGS = 8  # of prompts, whose pages a server keeps; a guess: they are as many as there is memory for
 
 
 @dataclass(slots=True)

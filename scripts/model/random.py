@@ -20,13 +20,24 @@ LLAMA_6_7B = {
     "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
     "num_key_value_heads": 32, "vocab_size": 32000,
 }  # fmt: skip
-# SmolLM2-135M, Llama-2-7B, CodeLlama-34B, Llama-2-70B, OPT-6.7B (each with a head of its own); tiny ones for tests.
-SHAPES: dict[str, tuple[str, dict[str, int]]] = {
+# Of Llama-3.1's config.json.
+LLAMA_3_1_ROPE = {
+    "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}  # fmt: skip
+# SmolLM2-135M, Llama-2-7B, Llama-3.1-8B, CodeLlama-34B, Llama-2-70B, OPT-6.7B (each with a head of its own); tiny ones
+# for tests. A shape that names no context has `CONTEXT`.
+SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-135m": ("llama", {
         "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
         "num_key_value_heads": 3, "vocab_size": 49152,
     }),
     "llama-6.7b": ("llama", LLAMA_6_7B),
+    "llama-8b": ("llama", {
+        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5,
+        "rope_parameters": LLAMA_3_1_ROPE,
+    }),
     "llama-34b": ("llama", {
         "hidden_size": 8192, "intermediate_size": 22016, "num_hidden_layers": 48, "num_attention_heads": 64,
         "num_key_value_heads": 8, "vocab_size": 32000,
@@ -61,7 +72,7 @@ def prepare_random(shape: str, dtype: str, folder: Path) -> Path:
         model.mkdir(parents=True)
         config = make_config(shape, TORCH_DTYPES[dtype])
         write_checkpoint(model, config)
-        write_tokenizer(model, config.vocab_size)
+        write_tokenizer(model, config.vocab_size, config.max_position_embeddings)
     return model
 
 
@@ -71,7 +82,7 @@ def make_config(shape: str, dtype: torch.dtype) -> Any:
 
     kind, sizes = SHAPES[shape]
     return AutoConfig.for_model(
-        kind, **sizes, max_position_embeddings=CONTEXT, tie_word_embeddings=False, dtype=dtype,
+        kind, **{"max_position_embeddings": CONTEXT, **sizes}, tie_word_embeddings=False, dtype=dtype,
         bos_token_id=None, eos_token_id=None, pad_token_id=None,
     )  # fmt: skip
 
@@ -120,14 +131,14 @@ def _drawn(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype).normal_(std=0.02, generator=torch.Generator().manual_seed(len(shape)))
 
 
-def write_tokenizer(folder: Path, vocabulary: int) -> None:
+def write_tokenizer(folder: Path, vocabulary: int, context: int = CONTEXT) -> None:
     """Token n is the word `tn`."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     words = Tokenizer(models.WordLevel({f"t{token}": token for token in range(vocabulary)}, unk_token="t0"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="t0", model_max_length=CONTEXT).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="t0", model_max_length=context).save_pretrained(folder)
 
 
 def draw_prompts(vocabulary: int, length: int, count: int, seed: int = 0) -> list[tuple[int, ...]]:

@@ -69,13 +69,13 @@ def rows() -> dict[str, list[Panel]]:
             Panel(
                 "Sequences", "short",
                 [gauge("vllm:num_requests_running", "running"), gauge("vllm:num_requests_waiting", "waiting"),
-                 gauge("dsserve:kv_slots", "slots")],
-                "Texts with and without a KV slot, and how many slots there are.",
+                 gauge("dsserve:kv_slots", "most"), Query(rate("vllm:num_preemptions_total"), "put back a second")],
+                "Texts that run, those that wait for a row or for pages, how many may run, and those that lost pages.",
             ),
             Panel(
                 "KV slots in use", "percentunit",
                 [gauge("vllm:kv_cache_usage_perc", "{{instance}}", "max by (instance)")],
-                "Near 100 % new texts wait: add replicas, or raise max_running where there is memory.",
+                "Pages that texts hold. Near 100 % new texts wait, and running ones are put back: add replicas.",
             ),
             Panel(
                 "Texts that ended", "reqps",

@@ -34,9 +34,9 @@ ENTRY = "deepspeed_handler.py"
 MODEL_CONFIG = "model-config.yaml"
 DS_CONFIG = "ds-config.json"
 STARTUP_KEY = "startupTimeout"
-# What the handler holds where `handler:` does not say it (`dsserve.config.handler.HandlerConfig`).
-DEFAULT_RUNNING, DEFAULT_WAITING = 16, 64
-# Requests of a call beyond those: the handler refuses so many at once, with a 429, a reason and advice.
+# Requests that TorchServe hands over at a time; the handler lets as many wait as that leaves room for.
+BATCH_SIZE = 1024
+# Requests of a call beyond those that `handler:` states: it refuses so many at once, with a 429, a reason and advice.
 SPARE_ROWS = 64
 # Requests that TorchServe holds while a call runs; beyond them it answers 503 by itself, without advice. As many as the
 # balancer lets in; with bodies of 128 KiB, the longest that a balancer can send again, they fill half of Java's memory.
@@ -101,10 +101,9 @@ def read_model_config(config_dir: Path) -> dict[str, Any]:
 
 def room(handler: Mapping[str, Any]) -> dict[str, int]:
     """TorchServe's sizes for what this `handler:` holds: each request reaches the handler, to be served or refused."""
-    running, waiting = handler.get("max_running", AUTO), handler.get("max_waiting", DEFAULT_WAITING)
-    held = [DEFAULT_RUNNING if running == AUTO else running, waiting]
-    # What is no number is for the handler to refuse, in its own words.
-    rows = sum(value for value in held if isinstance(value, int)) + SPARE_ROWS
+    # What is no number is for the handler to read, or to refuse in its own words.
+    stated = sum(value for key in ("max_running", "max_waiting") if isinstance(value := handler.get(key), int))
+    rows = max(BATCH_SIZE, stated + SPARE_ROWS)
     return dict(zip(ROOM_KEYS, (rows, JOB_QUEUE_SIZE), strict=True))
 
 

@@ -84,19 +84,19 @@ def test_a_model_whose_context_is_left_open_is_refused_with_the_length_that_work
 def test_a_pass_of_several_texts_that_reaches_floor_scale_is_refused(tmp_path: Path) -> None:
     case = CASES["llama 4 temperature"]
     folder = tiny.save_model(tmp_path, case.model_type, **case.members)
-    with pytest.raises(LoadError, match=r"floor_scale.*lower handler\.max_batch_prefill_tokens"):
+    with pytest.raises(LoadError, match=r"floor_scale.*lower handler\.max_num_batched_tokens"):
         tiny.load(folder, max_model_len=case.bound, max_num_batched_tokens=128)
 
 
-@pytest.mark.parametrize("slots", [1, 3])
+@pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("name", ["llama 4 chunks", "llama 4 temperature", "a sliding window"])
 def test_members_that_are_not_known_are_found_by_the_longer_self_check(
-    name: str, slots: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(exact_context, "_MEMBERS", ())
     case = CASES[name]
     folder = tiny.save_model(tmp_path, case.model_type, **case.members)
-    settings = {**case.settings, "max_running": slots}
+    settings = {**case.settings, "max_running": rows}
     with pytest.raises(
         LoadError, match=f"self-check failed: .*{case.member} {case.bound}.*max_model_len: {case.bound}"
     ):

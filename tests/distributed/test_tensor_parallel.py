@@ -1,4 +1,4 @@
-"""Two real ranks, the real SmolLM2: DeepSpeed's sharding, our KV slots and the plan channel are exact."""
+"""Two real ranks, the real SmolLM2: DeepSpeed's sharding, our KV pages and the plan channel are exact."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_without_a_compiler_gloo_gives_the_same_logits(smollm2: Path, tmp_path: 
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [("fp32", 1e-5), ("bf16", 3e-2)])
-def test_kv_slots_packing_and_compiled_operations_keep_the_logits(smollm2: Path, dtype: str, limit: float) -> None:
+def test_kv_pages_packing_and_compiled_operations_keep_the_logits(smollm2: Path, dtype: str, limit: float) -> None:
     for rank in run_ranks(f"{STEPS}:engine_errors", path=str(smollm2), dtype=dtype):
         assert rank["plain"] < limit
         assert rank["packed"] < limit

@@ -141,7 +141,7 @@ def parse(events: list[str]) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="session")
 def small(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """One rank, two slots, room for three to wait, and a chat template that knows tools."""
+    """One rank, two rows, room for three to wait, and a chat template that knows tools."""
     folder = tmp_path_factory.mktemp("small")
     model = folder / "model"
     model.mkdir()
@@ -149,7 +149,7 @@ def small(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
         if item.name != "chat_template.jinja":
             (model / item.name).symlink_to(item)
     (model / "chat_template.jinja").write_text(TOOL_TEMPLATE)
-    limits = {"max_running": RUNNING, "max_waiting": WAITING, "max_model_len": 2048, "prefix_cache_rows": 2}
+    limits = {"max_running": RUNNING, "max_waiting": WAITING, "max_model_len": 2048}
     archive = package_with(folder, "small", model, Choice(tp="1", device="cpu", dtype="bf16"), **limits)
     served = serve(folder / "run", "small", archive)
     yield served

@@ -33,6 +33,16 @@ def test_sixteen_at_once_are_each_equal_to_their_run_alone(fp32: Served) -> None
         assert list(pool.map(partial(answer, fp32), bodies)) == alone
 
 
+def test_two_hundred_short_requests_at_once_are_all_answered(fp32: Served) -> None:
+    """By the default settings: more than run at a time, and more than TorchServe's own queue holds by default."""
+    bodies = [{"prompt": f"{WORDS[at % len(WORDS)]} {at}", "max_new_tokens": 4} for at in range(200)]
+    with ThreadPoolExecutor(200) as pool:
+        replies = list(pool.map(fp32.ask, bodies))
+    assert {reply.status_code for reply in replies} == {200}
+    some = random.Random(2).sample(range(200), 12)
+    assert [replies[at].json()["text"] for at in some] == [fp32.text(bodies[at]) for at in some]
+
+
 def answer(server: Served, body: dict) -> dict:
     """The reply without the count of reused tokens: that one depends on what ran before."""
     reply = server.ask(body).json()
@@ -41,7 +51,7 @@ def answer(server: Served, body: dict) -> dict:
 
 
 def test_arrivals_in_mid_stream_change_nothing(fp32: Served) -> None:
-    """Twice as many requests as slots, arriving at random moments, half of them streaming."""
+    """Many requests, arriving at random moments, half of them streaming."""
     bodies = mixed_requests(24)
     alone = [fp32.text(body) for body in bodies]
     dice = random.Random(1)
@@ -57,7 +67,7 @@ def test_arrivals_in_mid_stream_change_nothing(fp32: Served) -> None:
         assert list(pool.map(run, range(len(bodies)))) == alone
 
 
-def test_a_client_that_disconnects_frees_its_slot(fp32: Served) -> None:
+def test_a_client_that_disconnects_frees_its_row(fp32: Served) -> None:
     """As many endless streams as slots, all cut: the next request must not wait for any of them."""
     before = fp32.worker_log().count("client gone, slot freed")
     endless = {"prompt": "Once upon a time", "max_new_tokens": 2000, "stream": True}

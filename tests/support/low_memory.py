@@ -23,8 +23,8 @@ NEW_TOKENS = 4
 
 
 def serve(path: str, device_type: str, dtype: str, free_mib: list[int], prompt: int, count: int) -> dict[str, Any]:
-    """The slots that so much memory beside the weights gives, and what `count` prompts that come at once get: their
-    text, or their error's status.
+    """How many tokens' pages and how many rows so much memory beside the weights gives, and what `count` prompts that
+    come at once get: their text, or their error's status.
 
     Args:
         free_mib: of each rank. On a GPU a tensor takes the rest; on a CPU, whose memory the ranks share, it is what the
@@ -49,4 +49,4 @@ def serve(path: str, device_type: str, dtype: str, free_mib: list[int], prompt: 
     requests = [GenerationRequest(str(number), (number + 1,) * prompt, NEW_TOKENS) for number in range(count)]
     answers = run_or_fail(engine, rank, [requests])
     del hog
-    return {"slots": limits.max_running, "answers": answers}
+    return {"tokens": engine._scheduler.kv.tokens, "rows": limits.max_running, "answers": answers}

@@ -16,7 +16,7 @@ EXAMPLES = {
     "An injected architecture": r"gpt_?j\b|gpt_?neo_?x",
     "A metric": r"kv_cache_usage_perc",
     "An endpoint": r"v1/tokenize|\bTokenizeBody\b|\bCompletionBody\b",
-    "Another attention kernel": r"\bdecode_triton\b|\buse_decode_attention\b|\battend_by_prompt\b",
+    "Another attention kernel": r"\bTritonAttention\b",
     "Another archive format": r"\.mar\b",
 }
 SOURCES = ("handlers", "scripts", "configs")

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from dsserve.config.deepspeed import _OUR_KEYS
-from dsserve.config.handler import AUTO_RUNNING, HandlerConfig
+from dsserve.config.handler import AUTO_RUNNING, AUTO_TOKENS, HandlerConfig
 from dsserve.config.torchserve import _REQUIRED
 from scripts.docs import api_page, settings_page
 from scripts.docs.page_tables import field_table, with_tables
@@ -111,8 +111,8 @@ def test_keys_without_a_model_are_described_too() -> None:
 
 def test_the_defaults_in_readme_are_those_of_the_model() -> None:
     shown = dict(re.findall(r"^\| `handler\.(\w+)` \| (\d+)", read(ROOT / "README.md"), flags=re.MULTILINE))
-    most_running = shown.pop("max_running")
-    assert int(most_running) == AUTO_RUNNING and len(shown) == 3
+    auto = {name: int(shown.pop(name)) for name in ("max_running", "max_num_batched_tokens")}
+    assert list(auto.values()) == [AUTO_RUNNING["cuda"], AUTO_TOKENS["large"]] and len(shown) == 1
     assert {name: int(HandlerConfig.model_fields[name].default) for name in shown} == {
         k: int(v) for k, v in shown.items()
     }
@@ -171,7 +171,7 @@ def test_the_tables_beside_vllm_are_the_measured_figures() -> None:
     def figures(row: dict[str, Any], name: str) -> list[str]:
         return [" / ".join(map(str, item)) if isinstance(item, list) else f"{item}" for item in row[name].values()]
 
-    whole = {load(row): figures(row, "vllm") + figures(row, "ours_a") for row in rows}
+    whole = {load(row): figures(row, "vllm") + figures(row, "ours") for row in rows}
     assert dict(beside_vllm("docs/performance.md", slice(1, 10))) == whole
     for name, shown in beside_vllm("README.md", slice(2, 7)):
         vllm, ours = whole[name][:4], whole[name][4:]

@@ -1,1 +1,1 @@
-"""Attention of our own over the KV cache: of decode steps and of prompts."""
+"""Attention of a step's segments over the pages of the KV cache."""

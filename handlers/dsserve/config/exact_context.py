@@ -100,8 +100,8 @@ def check_pass_tokens(model_config: Any, tokens: int) -> None:
     if most is not None and _FLOOR_SCALE.counts(config) and tokens >= most:
         raise LoadError(
             f"{YAML_FILE}: passes of up to {tokens} tokens of several texts are wrong from {most} on (floor_scale in "
-            "config.json: layers scale their queries by the place in a pass); lower handler.max_batch_prefill_tokens "
-            "and max_num_batched_tokens"
+            "config.json: layers scale their queries by the place in a pass); lower "
+            "handler.max_num_batched_tokens"
         )
 
 

@@ -13,11 +13,17 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from dsserve.core.errors import LoadError
 
 YAML_FILE = "model-config.yaml"
-# New prompts enter a step up to so many tokens, so that neither a burst of arrivals nor a long prompt holds the rows
-# that run, and the first token of the first one, until the last one is read. A GPU prefills so many in CUDA graphs.
-PREFILL_TOKENS_A_STEP = 256
-# Texts that run at the same time where the settings leave it open and memory allows it.
-AUTO_RUNNING = 16
+# Texts that run at the same time where the settings leave it open, by the kind of device. A CPU computes more at a time
+# no faster; the kernels of kernel injection hold a whole context for each.
+AUTO_RUNNING = {"cuda": 256, "cpu": 64}
+AUTO_BATCH = 16
+# Texts that wait where the settings leave it open and nobody says how many requests TorchServe hands over.
+AUTO_WAITING = 768
+# Tokens of a step, and of one in which running texts wait for prompts, where the settings leave them open: on a GPU of
+# so many GiB, on a smaller one, and on a CPU. About 20 ms of an 8 billion parameter model on one H200 are 1024 tokens.
+LARGE_GPU_GIB = 70
+AUTO_TOKENS = {"large": 8192, "cuda": 2048, "cpu": 256}
+AUTO_CHUNK = {"large": 1024, "cuda": 512, "cpu": 256}
 
 # Keys of upstream's DeepSpeed example, and what took their place.
 _UPSTREAM_KEYS = {
@@ -31,6 +37,9 @@ _UPSTREAM_KEYS = {
     "checkpoint": "`deepspeed.checkpoint`",
     "micro_batch_size": "`batchSize`",
     "batch_size": "`batchSize`",
+    "prefix_cache_rows": "`handler.enable_prefix_caching` (true or false)",
+    "max_batch_prefill_tokens": "`handler.max_num_batched_tokens` (a step) and `handler.chunked_prefill_size` (one in "
+    "which running texts wait)",
 }
 
 
@@ -56,17 +65,20 @@ class HandlerConfig(BaseModel):
     )
     max_running: Literal["auto"] | Annotated[int, Field(ge=1, le=1024)] = Field(
         "auto",
-        description="texts that generate at the same time. Each has a KV slot of `max_model_len` tokens. `auto`: 16, "
-        "or fewer where memory is short (a warning at load names the number). A number that does not fit is a load "
-        "error, which names the number and the `max_model_len` that fit",
+        description="texts that generate at the same time, at most; what they hold is a matter of memory alone. "
+        "`auto`: 256 on a GPU, 64 on a CPU, 16 with kernel injection",
     )
-    max_waiting: int = Field(64, ge=0, description="texts that wait for a slot; more are answered with 429")
+    max_waiting: Literal["auto"] | Annotated[int, Field(ge=0)] = Field(
+        "auto",
+        description="texts that wait for a row or for pages; more are answered with 429. `auto`: as many as "
+        "TorchServe's `batchSize` has room for beside those that run",
+    )
     max_n: int = Field(128, ge=1, le=128, description="texts for one prompt (`n`)")
     max_stops: int = Field(4, ge=0, le=64, description="stop strings of one request")
-    prefix_cache_rows: Literal["auto"] | Annotated[int, Field(ge=0)] = Field(
-        "auto",
-        description="KV rows that keep ended requests, for prompts that begin alike. `auto`: up to 8, as memory "
-        "allows. 0: nothing is reused",
+    enable_prefix_caching: bool = Field(
+        True,
+        description="prompts that begin like another text use its pages of the KV cache, while it runs and after its "
+        "end, and compute the rest",
     )
     kv_memory_fraction: float = Field(
         0.9,
@@ -74,26 +86,23 @@ class HandlerConfig(BaseModel):
         le=1,
         description="largest share of the free memory that the KV cache takes (AutoTP). Free is what weights and "
         "passes leave: a GPU measures a pass of prompts at load. The rest is for graphs and libraries. Lower it where "
-        "another program uses the GPU",
+        "another program uses the GPU. On a CPU it takes 4 GiB at most, or what one text needs",
     )
-    max_num_batched_tokens: int = Field(
-        PREFILL_TOKENS_A_STEP,
-        ge=16,
-        description="most tokens of a step: prompt tokens, and one of each running text. Prompts get at least half. A "
-        "longer prompt is read in parts while others go on (chunked prefill). More reads prompts sooner; fewer keep "
-        "streams even",
-    )
-    max_batch_prefill_tokens: Literal["auto"] | int = Field(
+    max_num_batched_tokens: Literal["auto"] | Annotated[int, Field(ge=16)] = Field(
         "auto",
-        ge=16,
-        description="most prompt tokens of a step for which no running text waits, or few do (AutoTP). At least "
-        "`max_num_batched_tokens`. `auto`: 4096 on a GPU, `max_num_batched_tokens` on a CPU. A step that lacks memory "
-        "halves it. A GPU captures passes up to this size: fewer tokens leave more memory for KV rows",
+        description="most tokens of a step, of prompts and one of each running text (AutoTP). `auto`: 8192 on a GPU of "
+        "70 GiB and more, 2048 on a smaller one, 256 on a CPU. Fewer leave more memory for the KV cache",
+    )
+    chunked_prefill_size: Literal["auto"] | Annotated[int, Field(ge=16)] = Field(
+        "auto",
+        description="most tokens of a step in which running texts wait for prompts; prompts get at least half. A "
+        "longer prompt is read in parts (chunked prefill). More reads prompts sooner; fewer keep streams even. "
+        "`auto`: 1024 on a GPU of 70 GiB and more, 512 on a smaller one, 256 on a CPU",
     )
     waiting_served_ratio: float = Field(
         0.3,
         gt=0,
-        description="a step may read `max_batch_prefill_tokens` if at least two requests join free slots, and at least "
+        description="a step may have `max_num_batched_tokens` if at least two requests join free rows, and at least "
         "this many times as many as run. The running texts then wait once for the whole burst. A single prompt "
         "stops nobody. TGI has the same name and value",
     )
@@ -119,8 +128,8 @@ class HandlerConfig(BaseModel):
     )
     cuda_graphs: bool = Field(
         True,
-        description="GPU only: CUDA graphs for decode steps (one for each number of rows and cache length), for passes "
-        "of prompts (up to 4096 tokens in half precision), and for sampling",
+        description="GPU only: CUDA graphs for decode steps (by their number of texts), for steps that read prompts "
+        "(by their tokens, up to 4096), and for sampling",
     )
     launch_ahead: bool = Field(
         True,
@@ -149,17 +158,29 @@ class HandlerConfig(BaseModel):
 
     @property
     def most_running(self) -> int:
-        """`max_running`, or what `auto` gives at most."""
-        return AUTO_RUNNING if self.max_running == "auto" else self.max_running
+        """`max_running`, or what `auto` gives at most on any device."""
+        return max(AUTO_RUNNING.values()) if self.max_running == "auto" else self.max_running
 
-    @model_validator(mode="after")
-    def _idle_steps_not_smaller(self) -> HandlerConfig:
-        most = self.max_batch_prefill_tokens
-        if most != "auto" and most < self.max_num_batched_tokens:
-            raise ValueError(
-                f"max_batch_prefill_tokens {most} is below max_num_batched_tokens {self.max_num_batched_tokens}"
-            )
-        return self
+    def rows(self, device_type: str) -> int:
+        """`max_running`, or what `auto` gives at most on a device of this kind."""
+        return AUTO_RUNNING[device_type] if self.max_running == "auto" else self.max_running
+
+    @property
+    def batch_rows(self) -> int:
+        """The same with kernel injection."""
+        return AUTO_BATCH if self.max_running == "auto" else self.max_running
+
+    @property
+    def stated_texts(self) -> int:
+        """Texts that run or wait at most, as far as the settings say so."""
+        return sum(number for number in (self.max_running, self.max_waiting) if number != "auto")
+
+    def step_tokens(self, device_type: str, gib: float) -> tuple[int, int]:
+        """`max_num_batched_tokens` and `chunked_prefill_size` on a device of this kind with so much memory."""
+        kind = "large" if device_type == "cuda" and gib >= LARGE_GPU_GIB else device_type
+        step = AUTO_TOKENS[kind] if self.max_num_batched_tokens == "auto" else self.max_num_batched_tokens
+        chunk = AUTO_CHUNK[kind] if self.chunked_prefill_size == "auto" else self.chunked_prefill_size
+        return step, min(chunk, step)
 
     @model_validator(mode="after")
     def _default_within_limit(self) -> HandlerConfig:

@@ -5,18 +5,19 @@ Does not plan memory (`runner.kv_memory`) and does not look at requests (`protoc
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from dsserve.config.exact_context import exact_context
-from dsserve.config.handler import YAML_FILE, HandlerConfig
+from dsserve.config.handler import AUTO_WAITING, YAML_FILE, HandlerConfig
 from dsserve.core.errors import LoadError
 from dsserve.core.request import Limits
 
 
-def read_limits(
+def read_context(
     config: HandlerConfig, max_position: int | None, model_config: Any, max_out_tokens: int | None = None
-) -> Limits:
-    """Context and output limits in tokens, from the settings and the model.
+) -> int:
+    """The longest text, prompt and output, in tokens, from the settings and the model.
 
     Args:
         max_position: the model's context, if its config names one.
@@ -47,12 +48,30 @@ def read_limits(
             f"{YAML_FILE}: handler.max_model_len {length} is above deepspeed.max_out_tokens {max_out_tokens}, for "
             "which the kernels' workspace is taken; raise the one, or lower the other"
         )
+    return length
+
+
+def make_limits(config: HandlerConfig, length: int, rows: int) -> Limits:
+    """What requests may ask for.
+
+    Args:
+        length: of a text, see `read_context`.
+        rows: texts that run at a time at most, as memory allows it.
+    """
     limit = min(config.max_new_tokens_limit or length - 1, length - 1)
-    default = min(config.max_new_tokens, limit)
+    waiting = AUTO_WAITING if config.max_waiting == "auto" else config.max_waiting
     return Limits(
-        length, default, limit, config.most_running, config.max_waiting, config.request_timeout,
+        length, min(config.max_new_tokens, limit), limit, rows, waiting, config.request_timeout,
         config.max_n, config.max_stops,
     )  # fmt: skip
+
+
+def fit_waiting(limits: Limits, config: HandlerConfig, batch_size: int) -> Limits:
+    """The limits of a server that hands over so many requests at a time: the handler sees one more than it holds, to
+    refuse it."""
+    if config.max_waiting != "auto":
+        return limits
+    return replace(limits, max_waiting=max(0, batch_size - 1 - limits.max_running))
 
 
 def describe_scaling(model_config: Any) -> str:

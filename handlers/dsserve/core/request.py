@@ -74,6 +74,7 @@ class GenerationRequest:
     """One sequence to generate; a client's request may hold several, told apart by `index`.
 
     `prompt_ids` holds at least one token and leaves room for `max_new_tokens`, which may be 0 with `prompt_logprobs`.
+    Those of less `priority` come first. Texts with different `cache_salt` share no keys and values.
     """
 
     request_id: str
@@ -83,6 +84,8 @@ class GenerationRequest:
     stop: StopConditions = StopConditions()
     index: int = 0
     prompt_logprobs: bool = False
+    priority: int = 0
+    cache_salt: str | None = None
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from dsserve.core.step_plan import Plan
+from dsserve.engine.scheduler import Step
 from dsserve.engine.sequence import Sequence
 from dsserve.runner.base import StepLogits
 from dsserve.sampling.pending import Choice
@@ -15,15 +15,26 @@ class Flight:
     """One step of rank 0's.
 
     Attributes:
-        plan: what it computes; of its admissions only those that fitted into memory.
-        rows: the sequences of its rows when it was launched: those it decodes, then those it admits. Some may have
-            ended since.
-        choice: of the rows whose prompts are complete: all, or all but the last.
+        step: what it computes.
+        rows: the texts that get a token. Some may have ended since it was launched.
+        choice: of these rows.
         started: the plan was made; s of the monotonic clock.
+        void: places of rows that were launched with another token than the host has chosen.
     """
 
-    plan: Plan
+    step: Step
     rows: list[Sequence]
     logits: StepLogits
     choice: Choice
     started: float
+    void: set[int] = field(default_factory=set)
+
+    @property
+    def sources(self) -> dict[Sequence, int]:
+        """The rows that go on, and their places in the choice."""
+        return {text: place for place, text in enumerate(self.rows) if place not in self.void}
+
+    @property
+    def completes(self) -> bool:
+        """Whether a prompt is read to its end, so that a first token should leave."""
+        return any(not text.generated for text in self.rows)

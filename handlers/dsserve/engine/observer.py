@@ -38,14 +38,30 @@ class Step:
     generated: int
 
 
+@dataclass(frozen=True)
+class Load:
+    """What a call of the handler left.
+
+    Attributes:
+        running, waiting: sequences with and without a row.
+        kv_usage: share of the pages that texts hold, 0 to 1.
+        preemptions: texts that lost their pages to others so far.
+    """
+
+    running: int
+    waiting: int
+    kv_usage: float
+    preemptions: int
+
+
 class Observer:
     """Watches nothing; what watches overrides these. Called by rank 0's engine, in turn, never at the same time."""
 
     def stepped(self, step: Step) -> None:
         """A step computed something."""
 
-    def called(self, running: int, waiting: int) -> None:
-        """A call of the handler ended and left so many sequences with and without a KV slot."""
+    def called(self, load: Load) -> None:
+        """A call of the handler ended."""
 
     def ended(self, sequence: Sequence, outcome: Outcome) -> None:
         """A sequence is over; its `timeline` is complete."""
@@ -61,9 +77,9 @@ class Observers(Observer):
         for observer in self._observers:
             observer.stepped(step)
 
-    def called(self, running: int, waiting: int) -> None:
+    def called(self, load: Load) -> None:
         for observer in self._observers:
-            observer.called(running, waiting)
+            observer.called(load)
 
     def ended(self, sequence: Sequence, outcome: Outcome) -> None:
         for observer in self._observers:

@@ -8,10 +8,12 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
 from dsserve.core.request import TokenEvent, TokenLogprob
+from dsserve.core.step_plan import Wanted
 from dsserve.engine.in_flight import Flight
 from dsserve.engine.observer import Observer, Outcome, Step
 from dsserve.engine.scheduler import Scheduler
@@ -37,27 +39,32 @@ class Answers:
         self._step_ended = 0.0
 
     def of(self, flight: Flight) -> list[TokenEvent]:
-        """Waits for a step's tokens and enters them. Rows that have ended since its launch get nothing."""
-        decoded = len(flight.plan.tokens)
-        read = flight.rows[decoded:]
-        for sequence in read:
-            sequence.timeline.admitted = sequence.timeline.admitted or flight.started
-        asking = [sequence for sequence in read if sequence.request.prompt_logprobs]
+        """Waits for a step's tokens and enters them. Rows that ended since its launch, or are void, get nothing."""
+        pairs = list(zip(flight.step.texts, flight.step.plan.segments, strict=True))
+        for text, _ in pairs:
+            text.timeline.admitted = text.timeline.admitted or flight.started
+        decoded = sum(len(segment.tokens) == 1 and text.generated > 0 for text, segment in pairs)
+        asking = [text for text, segment in pairs if segment.wanted & Wanted.ALL]
         prompts = dict(zip(asking, flight.logits.prompts, strict=True))
-        complete = [sequence for sequence in flight.rows if sequence.is_prefilled]
-        going = [(row, sequence) for row, sequence in enumerate(complete) if self._scheduler.is_live(sequence)]
+        going = [
+            (place, text)
+            for place, text in enumerate(flight.rows)
+            if place not in flight.void and self._scheduler.is_live(text)
+        ]
+        read = flight.step.plan.total - decoded
         if not going and not read:
             return []
+        first = [text for _, text in going if not text.generated]
         tokens = flight.choice.read() if going else []
         chosen = time.monotonic()
         logprobs = _logprobs(flight, going, tokens)
         events: list[TokenEvent] = []
-        for row, sequence in going:
-            events += self._take(sequence, tokens[row], logprobs.get(row), prompts.get(sequence))
-        if len(flight.rows) > len(complete) and flight.rows[-1] in prompts:
-            part, logits_of_part = flight.rows[-1], prompts[flight.rows[-1]]  # there is an event only if that fails
-            events += self._enter(part, lambda: part.report_prompt(logits_of_part))
-        self._tell(flight, going, chosen)
+        for place, text in going:
+            events += self._take(text, tokens[place], logprobs.get(place), prompts.pop(text, None))
+        for text, logits in prompts.items():  # of parts; there is an event only if that fails
+            if self._scheduler.is_live(text):
+                events += self._enter(text, partial(text.report_prompt, logits))
+        self._tell(flight, going, first, read, chosen)
         return events
 
     def speak(self) -> list[TokenEvent]:
@@ -71,18 +78,18 @@ class Answers:
         """Tells of a sequence that ends without a token."""
         self._end(sequence, outcome, time.monotonic())
 
-    def _tell(self, flight: Flight, going: list[tuple[int, Sequence]], chosen: float) -> None:
-        """Tells of the step that gave these rows a token each."""
+    def _tell(
+        self, flight: Flight, going: list[tuple[int, Sequence]], first: list[Sequence], read: int, chosen: float
+    ) -> None:
+        """Tells of the step that gave these rows a token each, some of them their first."""
         now = time.monotonic()
-        admitted = [sequence for row, sequence in going if row >= len(flight.plan.tokens)]
-        for sequence in admitted:
+        for sequence in first:
             sequence.timeline.first_token = now
         # One that failed, or wanted no new token, got none.
         without = {sequence for sequence, event in self._ended if event.failed or not event.completion_tokens}
-        read = sum(len(admission.tokens) for admission in flight.plan.admit)
         generated = len({sequence for _, sequence in going} - without)
         started = max(flight.started, self._step_ended)  # one that was launched ahead waited for the one before
-        self._observer.stepped(Step(started, now, len(going) - len(admitted), admitted, read, generated))
+        self._observer.stepped(Step(started, now, len(going) - len(first), first, read, generated))
         self._step_ended = now
         self._tell_ended(chosen, now)
 

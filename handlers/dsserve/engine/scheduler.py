@@ -1,58 +1,61 @@
-"""Rank 0's book of sequences: who waits, who runs in which row, what the next step does.
+"""Rank 0's book of sequences: who waits, who runs in which row, what the next step computes.
 
-A step has a limit of tokens. Longer prompts are read in parts, one a step, and running rows get their tokens between
-(the field's chunked prefill). The limit is larger while no row runs, and while many more texts join than run. At most
-one prompt is read in part at a time. It has the last row, which is not decoded.
-Pure bookkeeping on token ids: no model, no collective, no HTTP, so it is tested in milliseconds.
+Every running text gets its next token in every step. What a step has left goes to prompts, in the order of arrival: any
+number of them may be read in part (the field's chunked prefill). Where pages run out, the text that came last is put
+back and computed again later (preemption by recomputation). Pure bookkeeping on numbers: no model, no collective, no
+HTTP, so it is tested in milliseconds.
 """
 
 from __future__ import annotations
 
-import math
-from collections import deque
+from bisect import insort
+from collections.abc import Mapping
+from dataclasses import dataclass
 
-from dsserve.config.handler import PREFILL_TOKENS_A_STEP
-from dsserve.core.step_plan import Admission, Plan, moves
+from dsserve.core.step_plan import Segment, StepPlan, Wanted
 from dsserve.engine.sequence import Sequence
-from dsserve.kv.prefix_cache import PrefixCache, common_length
+from dsserve.engine.token_budget import TokenBudget
+from dsserve.kv.manager import KVManager
 
-# A prompt that shares so many tokens with one of the same step waits for the next one and takes them over from it.
-WORTH_A_STEP = 128
+# Of a prompt whose every token's logits are wanted: each holds a number for every word of the vocabulary.
+_ALL_LOGITS_AT_ONCE = 512
+
+
+@dataclass(frozen=True)
+class Step:
+    """A plan, and the text of each of its segments."""
+
+    plan: StepPlan
+    texts: tuple[Sequence, ...]
+
+    @property
+    def rows(self) -> list[Sequence]:
+        """The texts whose next token's logits the step gives, in order."""
+        pairs = zip(self.texts, self.plan.segments, strict=True)
+        return [text for text, segment in pairs if segment.wanted & Wanted.NEXT]
 
 
 class Scheduler:
-    """Who runs. Rows are dense: `running[i]` is row i, and an evicted row is filled by the last one.
+    """Who runs, and what is computed next.
 
     Args:
-        slots: most running sequences.
-        prefixes: the rows that a prompt may take its beginning from.
-        prefill_tokens: most tokens of a step, of prompts and one of each row that it decodes; half of them are the
-            prompts' in any case.
-        idle_tokens: most tokens of prompts in a step that few or no rows wait for; default: `prefill_tokens`.
-        waiting_served_ratio: so many times as many as run, and more than one, must wait and find a free row, for those
-            that run to be few. A single prompt is read in parts beside the others, however few they are.
-        by_span: prompts are read by their spans (`attention.prefill`): what they read of the cache needs no mask.
+        rows: most running texts.
+        kv: the pages of all texts.
+        budget: tokens of a step.
     """
 
-    def __init__(
-        self,
-        slots: int,
-        prefixes: PrefixCache,
-        prefill_tokens: int = PREFILL_TOKENS_A_STEP,
-        idle_tokens: int | None = None,
-        waiting_served_ratio: float = math.inf,
-        by_span: bool = False,
-    ) -> None:
-        self._slots = slots
-        self._prefixes = prefixes
-        self._prefill_tokens = prefill_tokens
-        self._idle_tokens = max(prefill_tokens, idle_tokens or 0)
-        self._waiting_served_ratio = waiting_served_ratio
-        self._by_span = by_span
-        self._waiting: deque[Sequence] = deque()
-        self._running: list[Sequence] = []
+    def __init__(self, rows: int, kv: KVManager, budget: TokenBudget) -> None:
+        self.kv = kv
+        self._budget = budget
+        self._free_rows = list(range(rows - 1, -1, -1))
+        self._waiting: list[tuple[int, int, Sequence]] = []  # (priority, number of arrival, text), in this order
+        self._running: list[Sequence] = []  # in the order of admission
         self._leaving: set[Sequence] = set()
-        self._one_by_one = 0
+        self._arrived = 0
+        self._arrivals: dict[Sequence, int] = {}
+        self._refused: tuple[Sequence, int] | None = None  # the first that waits found no pages, before this release
+        self._admitted: list[Sequence] = []  # in the last plan
+        self.preemptions = 0
 
     @property
     def running(self) -> int:
@@ -75,151 +78,227 @@ class Scheduler:
         return [sequence for sequence in self._running if sequence not in self._leaving]
 
     def add(self, sequence: Sequence) -> None:
-        """Queues a sequence for the next free row."""
-        self._waiting.append(sequence)
+        """Queues a sequence behind those of its priority."""
+        self._arrived += 1
+        self._arrivals[sequence] = self._arrived
+        self._queue(sequence)
 
     def is_live(self, sequence: Sequence) -> bool:
-        """Whether a sequence that has a row goes on."""
-        return sequence not in self._leaving
+        """Whether a sequence that had a row when a step began still goes on."""
+        return sequence.row is not None and sequence not in self._leaving
 
     def cancel(self, request_id: str) -> list[Sequence]:
         """Forgets a request's sequences and returns those that had not ended; their rows are freed in the next step.
         Unknown ids are fine: it may have ended already."""
-        waiting = [s for s in self._waiting if s.request.request_id == request_id]
-        self._waiting = deque(s for s in self._waiting if s.request.request_id != request_id)
+        waiting = [entry[-1] for entry in self._waiting if entry[-1].request.request_id == request_id]
+        if waiting:
+            self._waiting = [entry for entry in self._waiting if entry[-1].request.request_id != request_id]
+            for sequence in waiting:
+                del self._arrivals[sequence]
         running = [s for s in self._running if s.request.request_id == request_id and s not in self._leaving]
         self._leaving |= set(running)
         return running + waiting
 
     def end(self, sequence: Sequence) -> None:
-        """Frees a sequence's row in the next step."""
+        """Frees a sequence's row and pages in the next step."""
         self._leaving.add(sequence)
 
-    def plan(self, last: bool) -> Plan:
-        """The next step, already entered in the book; `last` ends the handler's call."""
-        keep = self._keep_prefixes()
-        evict = self._evict()
-        decoded = self._running[:-1] if self._part is not None else self._running
-        tokens = tuple(sequence.last_token for sequence in decoded)
-        return Plan(keep, evict, tokens, self._admit(self._most(len(decoded))), last)
+    def plan(self, last: bool = False) -> Step:
+        """The next step, already entered in the book; no step is in flight. `last` ends the handler's call."""
+        self._leave()
+        step = self._build({}, may_preempt=True, last=last)
+        assert step is not None, "a plan that may preempt has pages"
+        return step
 
-    def plan_ahead(self, last: bool) -> Plan | None:
-        """The step after the one whose tokens are still unknown, with all its rows; None where it has to wait for them.
+    def plan_ahead(self, sources: Mapping[Sequence, int], last: bool = False) -> Step | None:
+        """The step after the one in flight; None where it has to wait for that one's tokens, or has nothing to do.
 
-        A row whose text turns out to have ended is decoded once more: that is worth it while others surely go on, and
-        nobody waits who could take its place. `last` as in `plan`.
+        A row whose text turns out to have ended is decoded once more, for nothing.
+
+        Args:
+            sources: the texts whose tokens are being chosen, and their places in the choice.
         """
-        if self._leaving or self._part is not None:
+        going = [text for text in sources if self.is_live(text)]
+        if not all(text.is_chainable for text in going):
             return None
-        ending = sum(sequence.generated + 1 >= sequence.request.max_new_tokens for sequence in self._running)
-        has_room = ending > 0 or len(self._running) < self._slots
-        if ending == len(self._running) or (self._waiting and has_room):
-            return None
-        if not all(sequence.is_chainable for sequence in self._running):
-            return None
-        return Plan(tokens=(0,) * len(self._running), last=last, ahead=True)
+        self._leave()
+        step = self._build(sources, may_preempt=False, last=last)
+        return step if step is not None and step.texts else None
 
-    @property
-    def _part(self) -> Sequence | None:
-        """The sequence whose prompt has been read in part."""
-        return self._running[-1] if self._running and not self._running[-1].is_prefilled else None
+    def _build(self, sources: Mapping[Sequence, int], may_preempt: bool, last: bool) -> Step | None:
+        """None where a running text finds no page and none may be preempted."""
+        self._admitted, preempted = [], self.preemptions
+        decoded: list[tuple[Sequence, int]] = []
+        parts: list[tuple[Sequence, int]] = []
+        for text in list(self._running):
+            left = text.length - text.planned
+            if text.row is None or (left == 0 and not _goes_on(text)):
+                continue  # preempted in this plan, or its last token is being chosen
+            if left > 1:
+                parts.append((text, 0))
+            elif self._find_page(text, may_preempt):
+                decoded.append((text, 1))
+            elif not may_preempt:
+                return None
+        joining = min(len(self._waiting), len(self._free_rows)) + len(parts)
+        room = self._budget.prompts(len(decoded), joining)
+        read: list[tuple[Sequence, int]] = []
+        for text, _ in parts:
+            if room > 0 and text.row is not None and (count := self._next_part(text, room, may_preempt)):
+                read.append((text, count))
+                self._advance(text, count)
+                room -= count
+        decoded = [pair for pair in decoded if pair[0].row is not None]  # others were put back meanwhile
+        for text, _ in decoded:
+            self._advance(text, 1)
+        chosen = [*decoded, *(pair for pair in read if pair[0].row is not None)]
+        if self.preemptions == preempted:  # whoever was put back should not come again at once
+            chosen += self._admit(room)
+        segments = tuple(self._segment(text, count, sources) for text, count in chosen)
+        return Step(StepPlan(segments, last), tuple(text for text, _ in chosen))
 
-    def _most(self, decoded: int) -> int:
-        """Most tokens of prompts in a step that decodes so many rows."""
-        joining = min(len(self._waiting), self._slots - len(self._running))  # others wait for a row, not for a step
-        if not decoded or (joining > 1 and joining >= self._waiting_served_ratio * decoded):
-            return self._idle_tokens
-        # A captured pass has room for so many tokens, and the decoded rows' are among them.
-        return max(self._prefill_tokens - decoded, self._prefill_tokens // 2, 1)
+    def _segment(self, text: Sequence, count: int, sources: Mapping[Sequence, int]) -> Segment:
+        """The segment of the last `count` tokens that were planned of a text."""
+        end = text.planned
+        start, known = end - count, text.length
+        first_block, blocks = self.kv.tell(text.pages)
+        wanted = Wanted.NEXT if end >= known else Wanted.NOTHING
+        if text.wants_all:
+            wanted |= Wanted.ALL
+        source = sources[text] if start >= known else -1
+        tokens = (0,) if source >= 0 else tuple(text.ids(start, end))
+        assert text.row is not None
+        return Segment(text.row, start, tokens, first_block, blocks, wanted, source)
 
-    def _keep_prefixes(self) -> tuple[tuple[int, int], ...]:
-        pairs = []
-        for row, sequence in enumerate(self._running):
-            if sequence in self._leaving and (copy := self._prefixes.keep(sequence.computed)) is not None:
-                pairs.append((row, copy))
-        return tuple(pairs)
+    def _advance(self, text: Sequence, count: int) -> None:
+        """Enters that the next `count` tokens of a text are computed in this step."""
+        text.planned += count
+        known, size = min(text.planned, text.length), self.kv.page_tokens
+        if known // size > text.pages.named:
+            self.kv.name(text.pages, known)
 
-    def _evict(self) -> tuple[int, ...]:
-        evict = []
-        for row in reversed(range(len(self._running))):
-            if self._running[row] in self._leaving:
-                evict.append(row)
-                for source, target in moves(row, len(self._running), self._part is not None):
-                    self._running[target] = self._running[source]
-                self._running.pop()
-        self._leaving.clear()
-        return tuple(evict)
+    def _find_page(self, text: Sequence, may_preempt: bool) -> bool:
+        """A place for a running text's next token; False where it has none, or was itself put back for it."""
+        while not self.kv.grow(text.pages, text.planned + 1):
+            if not may_preempt or self._preempt() is text:
+                return False
+        return True
 
-    def _admit(self, most: int) -> tuple[Admission, ...]:
-        """The prompts, or parts of them, that the next step reads: `most` tokens, if there are several.
+    def _next_part(self, text: Sequence, room: int, may_preempt: bool) -> int:
+        """How many tokens of a prompt that was read in part come next; 0 where it has to wait for pages."""
+        count = min(text.length - text.planned, room, _ALL_LOGITS_AT_ONCE if text.wants_all else room)
+        while not self.kv.grow(text.pages, text.planned + count):
+            if not may_preempt or self._youngest() is text:
+                return 0
+            self._preempt()
+        return count
 
-        Without spans a step that reads the cache attends under a mask of its tokens by all that they see, which grows
-        with the square of its prompts: together they stay within the limit of a busy step.
-        """
-        may_share = self._prefixes.enabled and self._waiting and len(self._running) < self._slots
-        live = [(row, sequence.computed) for row, sequence in enumerate(self._running)] if may_share else []
-        admitted: list[Admission] = []
-        used, reads_cache = 0, False
-        if (part := self._part) is not None:
-            admitted.append(self._next_part(part, most, continues=True))
-            used, reads_cache = len(admitted[0].tokens), not self._by_span
-        while self._waiting and len(self._running) < self._slots and self._part is None:
-            sequence = self._waiting[0]
-            # The logits of a prompt that is taken over would be missing.
-            hit = None if sequence.request.prompt_logprobs else self._prefixes.find(sequence.prompt, live)
-            shared = 0 if hit is None else hit.length
-            reads_cache = not self._by_span and (reads_cache or shared > 0)
-            used += len(sequence.prompt) - shared
-            if admitted and (
-                used > (min(most, self._prefill_tokens) if reads_cache else most)
-                or self._one_by_one
-                or self._is_worth_waiting(sequence, len(admitted), shared)
-            ):
+    def _admit(self, room: int) -> list[tuple[Sequence, int]]:
+        """The texts that begin in this step, as long as there are rows, pages and tokens for them."""
+        admitted: list[tuple[Sequence, int]] = []
+        while room > 0 and self._waiting and self._free_rows:
+            text = self._waiting[0][-1]
+            if self._refused == (text, self.kv.releases):
                 break
-            self._waiting.popleft()
-            self._running.append(sequence)
-            sequence.cached_tokens = sequence.prefilled = shared
-            admitted.append(self._next_part(sequence, most, source=0 if hit is None else hit.row))
-        self._one_by_one = max(0, self._one_by_one - len(admitted))
-        return tuple(admitted)
+            found = [] if text.wants_all else self.kv.match(text.pages, text.length)
+            # A page for each of the others, so that they go on for a while before somebody is put back.
+            spare = len(self._running)
+            if self._running and self.kv.free_pages < self.kv.new_pages(found, text.length) + spare:
+                self._refused = (text, self.kv.releases)
+                break
+            shared = self.kv.begin(text.pages, found)
+            count = min(text.length - shared, room, _ALL_LOGITS_AT_ONCE if text.wants_all else room)
+            if not self.kv.grow(text.pages, shared + count):
+                self.kv.release(text.pages)
+                break
+            self._waiting.pop(0)
+            text.row, text.planned = self._free_rows.pop(), shared
+            text.cached_tokens = min(shared, len(text.request.prompt_ids)) if not text.generated else text.cached_tokens
+            self._running.append(text)
+            self._admitted.append(text)
+            self._advance(text, count)
+            admitted.append((text, count))
+            room -= count
+        return admitted
 
-    def _next_part(self, sequence: Sequence, most: int, source: int = 0, continues: bool = False) -> Admission:
-        prompt, start = sequence.request.prompt_ids, sequence.prefilled
-        sequence.prefilled = min(start + most, len(prompt))
-        wants_all = sequence.request.prompt_logprobs
-        tokens = prompt[start : sequence.prefilled]
-        return Admission(tokens, source, start, wants_all, continues, sequence.is_prefilled)
+    def undo(self, step: Step) -> None:
+        """Forgets the last plan, which did not fit into memory."""
+        for text, segment in zip(step.texts, step.plan.segments, strict=True):
+            text.planned = segment.start
+            self.kv.unname(text.pages, max(segment.start, 0))
+        for text in reversed(self._admitted):
+            self._put_back(text)
 
-    def take_back(self, plan: Plan) -> Sequence | None:
-        """Undoes the admissions of the last plan, which did not fit into memory. Several prompts are tried again before
-        all others: fewer at a time, and so from now on, if the step was larger than a busy one, else one by one. A
-        single one is given up and returned."""
-        count, size = len(plan.admit), sum(len(admission.tokens) for admission in plan.admit)
-        sequences = self._running[-count:]
-        for sequence, admission in zip(sequences, plan.admit, strict=True):
-            sequence.prefilled = admission.shared
-        new = sequences[1:] if plan.admit[0].continues else sequences
-        self._running = self._running[: len(self._running) - len(new)]
-        if count == 1:
-            self._leaving |= set(sequences) - set(new)  # one that goes on has a row, whose part is evicted
-            return sequences[0]
-        for sequence in new:
-            sequence.prefilled = 0
-        self._waiting.extendleft(reversed(new))
-        if size > self._prefill_tokens:
-            self._idle_tokens = max(self._prefill_tokens, size // 2)
+    def plan_less(self, step: Step) -> None:
+        """After `undo`: from now on steps are smaller."""
+        self._budget.halve(step.plan.total)
+
+    def found_memory(self) -> None:
+        """A step that read a prompt to its end fitted."""
+        self._budget.recover()
+
+    def give_up(self, step: Step) -> Sequence | None:
+        """After `undo`: ends the text of the step that reads a prompt and came last, and returns it; None where all
+        were decoded."""
+        reading = [
+            text
+            for text, segment in zip(step.texts, step.plan.segments, strict=True)
+            if len(segment.tokens) > 1 or not text.generated
+        ]
+        if not reading:
+            return None
+        text = max(reading, key=self._rank)
+        if text.row is None:
+            self._waiting = [entry for entry in self._waiting if entry[-1] is not text]
+            del self._arrivals[text]
         else:
-            self._one_by_one = count
-        return None
+            self._leaving.add(text)
+        return text
 
-    def _is_worth_waiting(self, sequence: Sequence, admitted: int, shared: int) -> bool:
-        """Whether one of the prompts of this very step has much more in common with the sequence than `shared`."""
-        if not self._prefixes.enabled or len(sequence.prompt) <= WORTH_A_STEP:
-            return False
-        others = (other.prompt for other in self._running[-admitted:])
-        return any(common_length(sequence.prompt, other) >= shared + WORTH_A_STEP for other in others)
+    def _youngest(self) -> Sequence:
+        return max(self._running, key=self._rank)
 
-    def rows(self, plan: Plan) -> list[Sequence]:
-        """The sequences whose logits the step gives: those it decodes, then those it admits; the last one's prompt may
-        not be complete."""
-        return self._running[: len(plan.tokens) + len(plan.admit)]
+    def _preempt(self) -> Sequence:
+        """Puts back the text that came last, of those of the highest `priority` number; returns it."""
+        text = self._youngest()
+        self._put_back(text)
+        self.preemptions += 1
+        return text
+
+    def _put_back(self, text: Sequence) -> None:
+        assert text.row is not None
+        self._running.remove(text)
+        self._free_rows.append(text.row)
+        self.kv.release(text.pages)
+        text.put_back()
+        if text in self._leaving:
+            self._leaving.discard(text)
+            del self._arrivals[text]
+        else:
+            self._queue(text)
+
+    def _queue(self, sequence: Sequence) -> None:
+        insort(self._waiting, (*self._rank(sequence), sequence), key=lambda entry: entry[:2])
+
+    def _rank(self, sequence: Sequence) -> tuple[int, int]:
+        return sequence.request.priority, self._arrivals[sequence]
+
+    def _leave(self) -> None:
+        """Frees what those hold that have ended. A step that is in flight may still write there: it does so before any
+        other step reads or writes."""
+        if not self._leaving:
+            return
+        for text in self._leaving:
+            assert text.row is not None
+            self.kv.name(text.pages, min(text.planned, text.length))
+            self._free_rows.append(text.row)
+            self.kv.release(text.pages)
+            text.row = None
+            del self._arrivals[text]
+        self._running = [text for text in self._running if text not in self._leaving]
+        self._leaving.clear()
+
+
+def _goes_on(text: Sequence) -> bool:
+    """Whether a text whose next token is being chosen wants another one."""
+    return text.generated + 1 < text.request.max_new_tokens

@@ -1,20 +1,19 @@
-"""One sequence on its way from prompt to end: its tokens, its text, what was reported of it.
+"""One sequence on its way from prompt to end: its tokens, its text, how far it is computed, what was reported of it.
 
-Does not know rows, steps or other sequences (`scheduler`).
+Does not know steps or other sequences (`scheduler`).
 """
 
 from __future__ import annotations
 
-from functools import cached_property
+from collections.abc import Sequence as Values
 
-import numpy as np
 import torch
 
 from dsserve.core.errors import RequestError
 from dsserve.core.request import FinishReason, GenerationRequest, Origin, TokenEvent, TokenLogprob
 from dsserve.core.timeline import Timeline
-from dsserve.core.token_ids import TokenIds
 from dsserve.engine.detokenizer import TextStream
+from dsserve.kv.manager import TextPages
 from dsserve.sampling.sampler import SamplingState, report_logprobs
 
 # Rows of a prompt's logits that are converted to fp32 together.
@@ -27,6 +26,13 @@ class Sequence:
     Args:
         eos_ids: the model's end-of-text tokens.
         origin: of its request; default: it came just now.
+
+    Attributes:
+        row: of the block tables; None while it waits.
+        pages: of the KV cache.
+        planned: tokens whose keys and values are in the cache after the steps that were planned. One more than are
+            known where the last of them is still being chosen.
+        cached_tokens: of the prompt, which were not computed again.
     """
 
     def __init__(
@@ -41,8 +47,10 @@ class Sequence:
         self.state = state
         self.origin = origin or Origin()
         self.timeline = Timeline(self.origin.arrived)
+        self.row: int | None = None
+        self.pages = TextPages(self.ids, (request.cache_salt or "").encode())
+        self.planned = 0
         self.cached_tokens = 0
-        self.prefilled = 0  # tokens of the prompt whose keys and values are in the cache after the step
         self._text = text
         self._generated: list[int] = []
         self._unsaid: list[int] = []  # the newest of them, whose text is still to be made
@@ -57,34 +65,33 @@ class Sequence:
         return self.origin.name(self.request.request_id)
 
     @property
-    def last_token(self) -> int:
-        return self._generated[-1]
-
-    @property
     def generated(self) -> int:
         """New tokens so far."""
         return len(self._generated)
 
     @property
-    def prompt(self) -> np.ndarray:
-        """The tokens of its prompt, `[T]`, int64; not a copy."""
-        return self._ids.first(len(self.request.prompt_ids))
+    def length(self) -> int:
+        """Tokens that are known, of the prompt and new ones."""
+        return len(self.request.prompt_ids) + len(self._generated)
+
+    def ids(self, begin: int, end: int) -> Values[int]:
+        """The tokens at these positions."""
+        prompt = self.request.prompt_ids
+        if end <= len(prompt):
+            return prompt[begin:end]
+        generated = self._generated[max(0, begin - len(prompt)) : end - len(prompt)]
+        return [*prompt[begin:], *generated] if begin < len(prompt) else generated
 
     @property
-    def computed(self) -> np.ndarray:
-        """The tokens whose keys and values are in the cache, all but the newest: `[T]`, int64; not a copy."""
-        self._ids.extend(self._generated[len(self._ids) - len(self.request.prompt_ids) :])
-        return self._ids.first(self.prefilled + max(0, self.generated - 1))
+    def wants_all(self) -> bool:
+        """Whether the log probabilities of its prompt are still wanted."""
+        return self.request.prompt_logprobs and not self._generated
 
-    @cached_property
-    def _ids(self) -> TokenIds:
-        """The prompt, and the new tokens up to when somebody last asked for them: most steps nobody does."""
-        return TokenIds(self.request.prompt_ids)
-
-    @property
-    def is_prefilled(self) -> bool:
-        """Whether its whole prompt has been read, so that it can be decoded."""
-        return self.prefilled == len(self.request.prompt_ids)
+    def put_back(self) -> None:
+        """Nothing of it is computed any more: it has lost its pages (preempted), and waits again."""
+        self.row, self.planned = None, 0
+        if self.wants_all:
+            self._prompt_logprobs = ()
 
     @property
     def is_chainable(self) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 
 
@@ -15,6 +16,12 @@ def stage(numbers: Any, dtype: torch.dtype, device: torch.device) -> torch.Tenso
     """(Lists of) numbers as a tensor on the host, from where `copy_(..., non_blocking=True)` to the device waits for
     nothing."""
     return torch.tensor(numbers, dtype=dtype, pin_memory=device.type == "cuda")
+
+
+def move(numbers: np.ndarray, device: torch.device) -> torch.Tensor:
+    """Numbers of the host on a device; waits for nothing."""
+    found = torch.from_numpy(np.ascontiguousarray(numbers))
+    return found.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else found
 
 
 class Readback:

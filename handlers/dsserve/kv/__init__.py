@@ -1,1 +1,1 @@
-"""The KV cache: where keys and values of texts and of kept beginnings lie."""
+"""The KV cache: pages of keys and values, which text holds which of them, and what may be found again."""

@@ -1,7 +1,7 @@
-"""Replaces what runs faster otherwise, in a sharded model: matmuls, the operations between them, layers, attention.
+"""Replaces what runs faster otherwise, in a sharded model: matmuls, the operations between them, layers.
 
 Each replacement gives the same numbers, or is not made; the engine's self-check looks at all of them together. Does not
-shard (`ds_engine`) and captures nothing (`runner.decode_graphs`).
+shard (`ds_engine`) and captures nothing (`runner.step_graphs`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from dsserve.attention.decode import use_decode_attention
 from dsserve.config.handler import YAML_FILE, HandlerConfig
 from dsserve.core.errors import LoadError
 from dsserve.kernels.ops import load_ops
@@ -27,7 +26,7 @@ def tune(module: Any, config: HandlerConfig, rank: RankInfo, device: torch.devic
     """Replaces in place what can be; returns what, for the log. All ranks must call it.
 
     Args:
-        most_tokens: of prompts that a captured pass reads.
+        most_tokens: of a captured pass.
 
     Raises:
         LoadError: an option that is set to true is not possible here.
@@ -42,13 +41,12 @@ def tune(module: Any, config: HandlerConfig, rank: RankInfo, device: torch.devic
     fused = _apply("compiled_ops", config.compiled_ops, ops is not None, lambda: use_fused_ops(module, ops), lacks)
     said = f"{packed} packed matmuls, {fused} fused operations"
     if device.type != "cuda":
-        return f"{said}, plain attention"
+        return said
     can_fuse = ops is not None and can_fuse_layers(module, rank.world_size)
     if agree_on_least(int(can_fuse), rank):
         sums = make_rank_sums(module, rank, max(config.most_running, most_tokens))
         said += f", {use_fused_layers(module, sums)} fused layers that sum {sums[0].way}"
-    is_split = ops is not None and use_decode_attention(module)
-    return f"{said}, {'split' if is_split else 'plain'} attention"
+    return said
 
 
 def _apply(key: str, wanted: bool | str, possible: bool, apply: Callable[[], int], lacks: str) -> int:

@@ -22,7 +22,7 @@ from prometheus_client.registry import Collector
 
 from dsserve import __version__
 from dsserve.core.errors import RequestError
-from dsserve.engine.observer import Observer, Outcome, Step
+from dsserve.engine.observer import Load, Observer, Outcome, Step
 from dsserve.engine.sequence import Sequence
 
 LABELS = ("model_name", "model_version")
@@ -83,16 +83,16 @@ class Metrics(Observer):
         disable_created_metrics()
         self.registry = CollectorRegistry()
         self._labels = dict(zip(LABELS, (model_name, model_version), strict=True))
-        self._slots = 1  # until the model is loaded
+        self._preempted = 0  # as the engine told last
         self._last_step = 0.0
         self._make_gauges()
         self._make_counters()
         self._make_histograms()
 
     def _make_gauges(self) -> None:
-        self._running = self._gauge("vllm:num_requests_running", "Sequences that hold a KV slot.")
-        self._waiting = self._gauge("vllm:num_requests_waiting", "Sequences that wait for a KV slot.")
-        self._kv_usage = self._gauge("vllm:kv_cache_usage_perc", "Share of the KV slots in use, 0 to 1.")
+        self._running = self._gauge("vllm:num_requests_running", "Sequences that run.")
+        self._waiting = self._gauge("vllm:num_requests_waiting", "Sequences that wait for a row or for pages.")
+        self._kv_usage = self._gauge("vllm:kv_cache_usage_perc", "Share of the KV pages that texts hold, 0 to 1.")
 
     def _make_counters(self) -> None:
         self._prompt_tokens = self._counter(
@@ -100,9 +100,12 @@ class Metrics(Observer):
         )
         self._generation_tokens = self._counter("vllm:generation_tokens_total", "New tokens.")
         self._prefix_queries = self._counter(
-            "vllm:prefix_cache_queries_total", "Tokens of prompts that were looked up in the kept and live rows."
+            "vllm:prefix_cache_queries_total", "Tokens of prompts that were looked up in the pages of other texts."
         )
-        self._prefix_hits = self._counter("vllm:prefix_cache_hits_total", "Tokens of prompts that were taken over.")
+        self._prefix_hits = self._counter("vllm:prefix_cache_hits_total", "Tokens of prompts that were found.")
+        self._preemptions = self._counter(
+            "vllm:num_preemptions_total", "Sequences that lost their pages to others and are computed again."
+        )
         success = Counter(
             "vllm:request_success_total",
             "Sequences that are over: stop, length, abort (client gone, timeout), error (a fault of the server).",
@@ -144,12 +147,11 @@ class Metrics(Observer):
         self._batch = self._of_steps("dsserve:step_batch_size", "Rows of a step, new prompts included.", _ROWS)
         self._step = self._of_steps("dsserve:step_seconds", "One step, from its plan to the text.", _STEP_S)
 
-    def loaded(self, load_s: float, engine: Mapping[str, Any], slots: int) -> None:
-        """The model is ready: how long that took, what it is (`ServedModel.engine`), and its KV slots."""
-        self._slots = slots
+    def loaded(self, load_s: float, engine: Mapping[str, Any], rows: int) -> None:
+        """The model is ready: how long that took, what it is (`ServedModel.engine`), and how many texts may run."""
         self._gauge("dsserve:load_seconds", "Time from the worker's first line to the ready model.").set(load_s)
         self._gauge("dsserve:start_time_seconds", "When the model was ready, Unix time.").set(time.time())
-        self._gauge("dsserve:kv_slots", "Most sequences that run at the same time.").set(slots)
+        self._gauge("dsserve:kv_slots", "Most sequences that run at the same time.").set(rows)
         build = {"version": __version__, **{key: str(value) for key, value in engine.items()}}
         names = (*LABELS, *build)
         info = Gauge("dsserve:build_info", "Always 1; the labels say what serves.", names, registry=self.registry)
@@ -201,11 +203,13 @@ class Metrics(Observer):
             self._prefill.observe(timeline.first_token - timeline.admitted)
             self._first_token.observe(timeline.first_token - timeline.arrived)
 
-    def called(self, running: int, waiting: int) -> None:
+    def called(self, load: Load) -> None:
         """See `Observer`."""
-        self._running.set(running)
-        self._waiting.set(waiting)
-        self._kv_usage.set(running / self._slots)
+        self._running.set(load.running)
+        self._waiting.set(load.waiting)
+        self._kv_usage.set(load.kv_usage)
+        self._preemptions.inc(load.preemptions - self._preempted)
+        self._preempted = load.preemptions
 
     def ended(self, sequence: Sequence, outcome: Outcome) -> None:
         """See `Observer`."""

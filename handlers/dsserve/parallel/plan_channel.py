@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from dsserve.core.step_plan import Plan
+from dsserve.core.step_plan import StepPlan
 from dsserve.parallel import collectives
 
 # One frame of the shared-memory all-reduce: 64 fp32 values take about 2 us (gloo's broadcast takes 120).
@@ -29,7 +29,7 @@ class PlanChannel:
         self._shared = not self._alone and collectives.uses_shared_memory()
         self.is_open = True
 
-    def send(self, plan: Plan) -> None:
+    def send(self, plan: StepPlan) -> None:
         """Rank 0: hands `plan` to all ranks."""
         self.is_open = not plan.last
         if self._alone:
@@ -43,17 +43,17 @@ class PlanChannel:
     def end_call(self) -> None:
         """Rank 0: ends the call for all ranks, unless its last plan did; the next plan begins another one."""
         if self.is_open:
-            self.send(Plan(last=True))
+            self.send(StepPlan(last=True))
         self.is_open = True
 
-    def receive(self) -> Plan:
+    def receive(self) -> StepPlan:
         """Other ranks: waits for the next plan."""
         head = self._exchange([0] * FRAME)
         length = head[0]
         numbers = head[1 : length + 1]
         if length >= FRAME:
             numbers += self._exchange([0] * (length - FRAME + 1))
-        return Plan.decode(numbers)
+        return StepPlan.decode(numbers)
 
     def _exchange(self, numbers: list[int]) -> list[int]:
         if self._shared:

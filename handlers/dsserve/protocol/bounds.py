@@ -89,6 +89,7 @@ TOOLS = Bound("`tools`", 128)
 NAME_CHARACTERS = Bound("characters of `model`, of a message's `name`, of a called function's name", 256)
 ID_CHARACTERS = Bound("characters of a call's `id` and of `tool_call_id`", 1024)
 USER_CHARACTERS = Bound("characters of `user`", 1024)
+SALT_CHARACTERS = Bound("characters of `cache_salt`", 1024)
 DESCRIPTION_CHARACTERS = Bound("characters of a `description` of a tool or schema", 65_536)
 FUNCTION_NAME = r"^[A-Za-z0-9_-]{1,64}$"
 FUNCTION_NAMES = Rule("names of tools and of schemas", f"`{FUNCTION_NAME[1:-1]}`")

@@ -12,9 +12,9 @@ from collections.abc import Callable
 
 import torch
 
+from dsserve.core.step_input import padded_length
 from dsserve.parallel.collectives import agree_on_least
 from dsserve.parallel.rank import RankInfo
-from dsserve.runner.prefill_batch import prefill_bucket
 
 
 class PrefillMemory:
@@ -75,7 +75,7 @@ class PrefillMemory:
 
         A short pass needs more for each token, because expanded weights and the like do not grow with the tokens.
         """
-        size = prefill_bucket(tokens)
+        size = padded_length(tokens)
         if size >= self._longest:
             return self._longest_bytes * size // self._longest
         return min(int(size * self._token_bytes), self._longest_bytes)
@@ -97,7 +97,7 @@ class PrefillMemory:
         lay there before and went meanwhile: garbage that Python found. A pass of few tokens is padded, and takes what
         its padding takes."""
         others = max(self._before, torch.cuda.memory_allocated(self.device))
-        taken, size = torch.cuda.max_memory_allocated(self.device) - others, prefill_bucket(tokens)
+        taken, size = torch.cuda.max_memory_allocated(self.device) - others, padded_length(tokens)
         self._token_bytes = max(self._token_bytes, taken / size)
         if size == self._longest:
             self._longest_bytes = max(self._longest_bytes, taken)

@@ -1,7 +1,7 @@
-"""One forward pass of the sharded model over the KV slots: a decode step of the first rows, or the prefill of prompts.
+"""One forward pass of the sharded model over the KV cache: all segments of a step, one behind the other.
 
-Takes tensors and says nothing to the host, so that CUDA graphs can hold it. Knows no rows' lengths and no plans
-(`autotp`).
+Takes tensors and says nothing to the host, so that CUDA graphs can hold it. Knows no plans (`autotp`). Models that do
+not hand a step on to attention are `masked_pass`'s.
 """
 
 from __future__ import annotations
@@ -9,123 +9,149 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import numpy as np
 import torch
 
-from dsserve.attention.decode import uses_decode_attention
-from dsserve.attention.prefill import PROMPT_SPANS, PromptSpans, has_flash
-from dsserve.kv.cache import SlotCache
-from dsserve.modeling.dtype import model_dtype
-from dsserve.parallel.collectives import agree_on_least
-from dsserve.parallel.kv_heads import head_size
-from dsserve.parallel.rank import RankInfo
-from dsserve.runner.prefill_batch import PackedPrompts
+from dsserve.attention.backend import STEP, PagedStep, use_paged_attention, use_torch_attention
+from dsserve.attention.gather import GatherAttention
+from dsserve.attention.triton_pages import TritonAttention, has_triton
+from dsserve.core.step_input import StepInput, decode_length, padded_length
+from dsserve.core.step_plan import Segment, StepPlan
+from dsserve.kernels.host_copy import move
+from dsserve.kernels.ops import loaded_ops
+from dsserve.kv.block_tables import BlockTables
+from dsserve.kv.store import PagedCache
+from dsserve.modeling.self_check import TOLERANCE
 
 
-class ForwardPass:
+class PackedPass:
     """The model with its cache.
 
     Args:
         module: see `ModelRunner`.
-        rows: of the cache.
-        capacity: of a row, in tokens.
+        cells: of the cache, those of page 0 among them.
+        tables: of the rows' pages.
     """
 
-    def __init__(self, module: Any, rows: int, capacity: int, device: torch.device) -> None:
+    def __init__(self, module: Any, cache: PagedCache, tables: BlockTables, device: torch.device) -> None:
         self._module = module
         self._device = device
-        self._dtype = model_dtype(module)
-        self._capacity = capacity
-        config = module.config.get_text_config()
-        self._num_layers = config.num_hidden_layers
-        self.cache = SlotCache(self._num_layers, rows, capacity)
-        self._has_flash = has_flash(self._dtype, head_size(config), device)
-        if device.type == "cuda":  # ranks of one step must pad alike
-            self._has_flash = bool(agree_on_least(int(self._has_flash), RankInfo.from_env()))
-        # Whether each prompt of a pass attends to itself alone; None before a pass has shown that the model hands
-        # the spans on.
-        self._by_prompt = None if _takes_keywords(module) else False
-        self._first_cells = torch.arange(rows, device=device) * capacity
-        self._columns = torch.arange(capacity, device=device)
+        self.cache = cache
+        self.tables = tables
+        # The kernels need the fused writes to the cache, which skip nothing: padding goes to page 0.
+        self._triton = None
+        if device.type == "cuda" and has_triton() and loaded_ops(device) is not None:
+            self._triton = TritonAttention(tables, device)
+        self._gather = GatherAttention(tables, device)
 
     @property
-    def reads_by_span(self) -> bool:
-        """Whether prompts find their keys in the cache by their spans, and need no mask."""
-        return self._has_flash and bool(self._by_prompt)
+    def triton(self) -> TritonAttention | None:
+        """The attention that graphs can hold; None where there is none."""
+        return self._triton
 
-    def decode(self, tokens: torch.Tensor, positions: torch.Tensor, kv_len: int) -> torch.Tensor:
-        """One step of the first n rows: tokens and positions `[n]` on the device -> logits `[n, V]`."""
-        live = tokens.shape[0]
-        window = self.cache.window
-        window.cells, window.kv_len = self._first_cells[:live] + positions, kv_len
-        hidden = self._columns[:kv_len] > positions[:, None]
-        mask = torch.zeros(live, kv_len, dtype=self._dtype, device=self._device).masked_fill_(hidden, float("-inf"))
-        output = self._module(
-            input_ids=tokens[:, None],  # [n, 1]
-            position_ids=positions[:, None],  # [n, 1]
-            attention_mask=mask[:, None, None, :],  # [n, 1, 1, kv_len], additive
-            past_key_values=self.cache,
-            use_cache=True,
-        )
-        return output.logits[:, -1]
+    def run(self, step: StepInput, known: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits `[W, V]` of a step that is not captured.
 
-    def prefill(
-        self, inputs: torch.Tensor, wanted: torch.Tensor, read: torch.Tensor | None, spans: PromptSpans | None
-    ) -> torch.Tensor:
-        """One pass on device tensors, see `prefill_graphs.Forward`."""
-        tokens, positions, cells, prompts = inputs
-        window = self.cache.window
-        window.cells, window.kv_len, window.whole = cells, None, spans is not None
-        window.read, seen, whose = (None, positions, prompts) if read is None else read
-        mask = None
-        if spans is None:
-            hidden = (prompts[:, None] != whose) | (positions[:, None] < seen)
-            mask = torch.zeros(hidden.shape, dtype=self._dtype, device=self._device)
-            mask = mask.masked_fill_(hidden, float("-inf"))[None, None]  # [1, 1, T, T or S], additive
-        return self._read(tokens, positions, mask, wanted, spans)
+        Args:
+            known: `[n]`, the tokens of `step.sources`' second column are among them.
+        """
+        total = step.total
+        length = padded_length(total) if step.decoded < len(step.rows) else decode_length(total)
+        numbers = np.zeros((3, length), dtype=np.int64)
+        numbers[2] = self.tables.padding
+        numbers[:, :total] = step.tokens, step.positions, step.token_rows
+        tokens, positions, rows = move(numbers, self._device)
+        fill_sources(tokens, step, known)
+        backend: GatherAttention | TritonAttention = self._gather if self._triton is None else self._triton
+        cells = self.tables.cells(rows, positions)
+        fresh = backend is self._gather and step.fresh
+        return self.forward(
+            tokens, positions, cells, move(step.wanted, self._device),
+            PagedStep(backend, backend.describe(step)), None if fresh else backend.read,
+        )  # fmt: skip
 
-    def prefill_packed(self, packed: PackedPrompts) -> torch.Tensor:
-        """Logits `[n, V]` of the wanted tokens of a pass that was not captured."""
-        window = self.cache.window
-        window.cells, window.kv_len = packed.cells.to(self._device), None
-        spans = self._spans(packed)
-        window.whole = spans is not None and spans.table is not None
-        window.read = None if window.whole or packed.read is None else packed.read[0].to(self._device)
-        mask = None if spans is not None and self._by_prompt else packed.mask(self._dtype, self._device)
-        inputs = (packed.tokens.to(self._device), packed.positions.to(self._device))
-        logits = self._read(*inputs, mask, packed.wanted.to(self._device), spans)
-        if spans is not None and self._by_prompt is None:
-            self._by_prompt = spans.seen == self._num_layers
-        return logits
-
-    def _spans(self, packed: PackedPrompts) -> PromptSpans | None:
-        """What lets attention look at each prompt alone instead of all tokens under a mask; None where it cannot."""
-        if self._by_prompt is False or not uses_decode_attention(self._module):
-            return None
-        if not self.reads_by_span:
-            return PromptSpans(packed.lengths) if packed.read is None else None
-        table = packed.spans(len(packed.lengths) + 2, len(packed.tokens)).to(self._device)
-        return PromptSpans(packed.lengths, table, max(packed.lengths), self._capacity)
-
-    def _read(
+    def forward(
         self,
         tokens: torch.Tensor,
         positions: torch.Tensor,
-        mask: torch.Tensor | None,
-        wanted: torch.Tensor,
-        spans: PromptSpans | None,
+        cells: torch.Tensor,
+        wanted: torch.Tensor | int,
+        step: PagedStep,
+        read: Any,
     ) -> torch.Tensor:
+        """One pass on device tensors: tokens, positions and cells `[T]`, wanted `[W]` -> logits `[W, V]`.
+
+        Args:
+            wanted: 0 = all.
+        """
+        window = self.cache.window
+        window.cells, window.read = cells, read
         output = self._module(
             input_ids=tokens[None],  # [1, T]
             position_ids=positions[None],  # [1, T]
-            attention_mask=mask,
+            attention_mask=None,
             past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=wanted,
-            **({} if spans is None else {PROMPT_SPANS: spans}),
+            **{STEP: step},
         )
         return output.logits[0]
 
 
-def _takes_keywords(module: Any) -> bool:
-    """Whether the model's forward takes keywords that it does not name, as those take which hand them on."""
-    return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(module.forward).parameters.values())
+def fill_sources(tokens: torch.Tensor, step: StepInput, known: torch.Tensor | None) -> None:
+    """Enters the tokens that the step before chose."""
+    if known is None or not len(step.sources):
+        return
+    count, in_order = len(step.sources), np.arange(len(step.sources))
+    if (step.sources == in_order[:, None]).all():
+        tokens[:count].copy_(known[:count])
+    else:
+        here, there = move(step.sources, tokens.device).unbind(1)
+        tokens[here] = known[there]
+
+
+@torch.inference_mode()
+def can_pack(module: Any) -> bool:
+    """Switches a model to attention over pages where all of its layers go through it; all ranks must call it.
+
+    Tried on three tokens: the last one's logits are the same when the others lie in the cache.
+    """
+    parameters = inspect.signature(module.forward).parameters.values()
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters) or not use_paged_attention(module):
+        return False
+    try:
+        whole, parts = _try_tokens(module, 3), _try_tokens(module, 2, 1)
+        can = whole is not None and parts is not None and _are_close(whole, parts)
+    except torch.OutOfMemoryError:
+        raise
+    except (TypeError, ValueError, RuntimeError):  # a forward that refuses keywords further down, or other lengths
+        can = False
+    if not can:
+        use_torch_attention(module)
+    return can
+
+
+def _try_tokens(module: Any, *sizes: int) -> torch.Tensor | None:
+    """The logits of the last token of a text that is read in parts of these sizes, `[1, V]`; None where some layer does
+    not attend as the others do."""
+    device = next(module.parameters()).device
+    tables = BlockTables(1, 16, 16, device)
+    cache = PagedCache(module.config.get_text_config().num_hidden_layers, 32)
+    packed, backend = PackedPass(module, cache, tables, device), GatherAttention(tables, device)
+    start, logits = 0, None
+    for size in sizes:
+        plan = StepPlan((Segment(0, start, (0,) * size, 0, () if start else (1,)),))
+        tables.update(plan)
+        taken = StepInput.of(plan)
+        step = PagedStep(backend, backend.describe(taken))
+        positions = torch.arange(start, start + size, device=device)
+        read = None if taken.fresh else backend.read
+        logits = packed.forward(positions * 0, positions, positions + 16, positions[-1:] - start, step, read)
+        if step.refused or step.seen != len(cache.layers):
+            return None
+        start += size
+    return logits
+
+
+def _are_close(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return bool((one - other).float().norm() <= TOLERANCE[one.dtype] * one.float().norm())

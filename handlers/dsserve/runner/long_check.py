@@ -14,10 +14,8 @@ from typing import Any
 import torch
 
 from dsserve.core.errors import LoadError
-from dsserve.core.step_plan import Admission, Plan
 from dsserve.modeling.self_check import LENGTH, SelfCheck
 from dsserve.runner.autotp import ModelRunner
-from dsserve.runner.base import prefill_at_load
 
 logger = logging.getLogger(__name__)
 
@@ -86,26 +84,22 @@ class LongCheck:
         return error
 
     def _teacher_force(self, runner: ModelRunner) -> list[torch.Tensor]:
-        """Logits of the short text and of the long one, or of the long one alone where there is one slot, `[n, V]`."""
-        long, short = self.long.token_ids.tolist(), iter(self.short.token_ids[_SHORT:].tolist())
-        beside: list[torch.Tensor] = []
-        if runner.slots > 1:
-            first = prefill_at_load(runner, Plan(admit=(Admission(tuple(long[:_SHORT])),)))
-            beside += [first.next] if first is not None else []
+        """Logits of the short text and of the long one, or of the long one alone where there is one row, `[n, V]`."""
+        long, short = self.long.token_ids.tolist(), self.short.token_ids.tolist()
+        trial, has_short = runner.trial(), runner.rows > 1
+        beside: list[torch.Tensor] = [trial.logits((0, short[:_SHORT]))] if has_short else []
+        next_short = iter(short[_SHORT:])
 
-        def step(admit: tuple[Admission, ...] = (), token: tuple[int, ...] = ()) -> torch.Tensor:
-            decoded = (next(short),) if runner.slots > 1 else ()
-            found = prefill_at_load(runner, Plan(tokens=(*decoded, *token), admit=admit))
-            assert found is not None
-            beside.extend([found.next[:1]] if decoded else [])
-            return found.next[-1:]
+        def step(tokens: list[int]) -> torch.Tensor:
+            parts = [(0, [next(next_short)])] if has_short else []
+            found = trial.logits(*parts, (1 if has_short else 0, tokens))
+            beside.extend([found[:1]] if has_short else [])
+            return found[-1:]
 
         read = len(long) - _DECODED
-        half = read // 2
-        step((Admission(tuple(long[:half]), complete=False),))
-        last = [step((Admission(tuple(long[half:read]), shared=half, continues=True),))]
-        last += [step(token=(token,)) for token in long[read:]]
-        runner.execute(Plan(evict=tuple(reversed(range(runner.live)))))
+        step(long[: read // 2])
+        last = [step(long[read // 2 : read])]
+        last += [step([token]) for token in long[read:]]
         return [torch.cat(rows) for rows in (beside, last) if rows]
 
 

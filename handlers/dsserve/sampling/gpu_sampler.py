@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -53,7 +54,7 @@ class DeviceChoice:
         faults: dict[int, Fault],
     ) -> None:
         self.tokens = found.clamp(min=0)  # a copy: the next replay of the graph overwrites what it found
-        self.revised = False
+        self.revised: list[int] = []
         self._found = Readback(found)
         self._raw = raw
         self._edited = edited
@@ -67,8 +68,8 @@ class DeviceChoice:
         tokens = self._found.read()
         note(self._faults, self._states)
         left = [row for row, token in enumerate(tokens) if token < 0 and row not in self._faults]
+        self.revised = left
         if left:
-            self.revised = True
             self._choose_on_host(left, tokens)
         return tokens
 
@@ -85,11 +86,11 @@ class DeviceChoice:
 
         note(attempt(range(len(left)), choose_some), [self._states[row] for row in left])
 
-    def take_back(self) -> None:
+    def take_back(self, rows: Sequence[int]) -> None:
         """See `Choice`."""
-        for row, uniform in self._uniforms.items():
-            if not self._states[row].is_greedy:
-                self._states[row].uniforms.put_back(uniform)
+        for row in rows:
+            if row in self._uniforms and not self._states[row].is_greedy:
+                self._states[row].uniforms.put_back(self._uniforms[row])
 
 
 class DeviceSampler:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from dsserve.config.handler import HandlerConfig
+from dsserve.config.limits import fit_waiting
 from dsserve.engine.build import build_engine
 from dsserve.engine.guarded_engine import EngineThread, LeaderEngine
 from dsserve.engine.observer import Observers
@@ -62,6 +63,7 @@ class Leader:
         engine, limits, grammars = thread.call(
             lambda: build_engine(sharded, loaded, config, rank, device, clock, observer)
         )
+        limits = fit_waiting(limits, config, ctx.system_properties["batch_size"])
         served = describe_model(ctx.model_name, sharded, loaded, limits, grammars, rank.world_size)
         self._control = ControlFiles.from_env()
         self.engine = LeaderEngine(engine, thread, engine_s, lambda: watchdog.end_in(ANSWER_S))

@@ -16,7 +16,7 @@ from ts.context import Context
 
 from dsserve.config.deepspeed import DeepSpeedSettings
 from dsserve.config.handler import HandlerConfig, read_handler_config
-from dsserve.config.limits import read_limits
+from dsserve.config.limits import read_context
 from dsserve.config.torchserve import TimeLimits, check_server_settings, read_time_limits
 from dsserve.injection.attempt import KernelInjection
 from dsserve.loading import shard_cache
@@ -61,7 +61,7 @@ def read_sections(ctx: Context) -> tuple[HandlerConfig, TimeLimits]:
     """
     yaml_config = ctx.model_yaml_config or {}
     config = read_handler_config(yaml_config)
-    check_server_settings(yaml_config, ctx.system_properties["batch_size"], config.most_running + config.max_waiting)
+    check_server_settings(yaml_config, ctx.system_properties["batch_size"], config.stated_texts)
     return config, read_time_limits(yaml_config, config.collective_timeout)
 
 
@@ -94,7 +94,7 @@ def read_model(
     injects = settings.kernel_inject and KernelInjection(settings, rank, device).is_possible(outline)
     if not injects:
         plan_kv_copies(outline, rank.world_size)
-        read_limits(config, max_position(outline.config), outline.config)
+        read_context(config, max_position(outline.config), outline.config)
     numbers = sum(parameter.numel() for parameter in outline.parameters())
     clock.share_bytes = numbers * settings.dtype.itemsize // settings.tp_size
     shards = None if injects else shard_cache.find_shards(found.manifest, found.cache, rank)
@@ -114,7 +114,7 @@ def load_sharded(
     """The loaded model, and what `shard_model` made of it.
 
     Args:
-        max_batch: the largest batch of kernel injection; default: `config.most_running`.
+        max_batch: the largest batch of kernel injection; default: `config.batch_rows`.
         guard: hears of the architecture and of each stage; default: one that meets nobody.
 
     Raises:
@@ -127,7 +127,7 @@ def load_sharded(
         guard.what = type(found.outline).__name__
         loaded, shards = read_model(found, config, rank, device, clock)
     guard.meet("files")
-    sharded = shard_model(loaded.model, ctx, shards, clock, max_batch or config.most_running)
+    sharded = shard_model(loaded.model, ctx, shards, clock, max_batch or config.batch_rows)
     guard.meet("shards")
     return loaded, sharded
 

@@ -56,7 +56,7 @@ def measure_http(
     """
     handler = {
         "max_running": max(2, *batches), "max_waiting": 8, "max_model_len": prompt + new_tokens,
-        "max_new_tokens": new_tokens, "prefix_cache_rows": 0,
+        "max_new_tokens": new_tokens, "enable_prefix_caching": False,
     }  # fmt: skip
     cases: dict[str, Any] = {}
     skipped: dict[str, str] = {}

@@ -15,14 +15,10 @@ from typing import Any
 
 import torch
 
-from dsserve.config.handler import PREFILL_TOKENS_A_STEP, HandlerConfig
-from dsserve.config.limits import read_limits
-from dsserve.core.errors import LoadError
+from dsserve.config.handler import HandlerConfig
 from dsserve.engine.build import build_engine
 from dsserve.loading.load_clock import LoadClock
 from dsserve.loading.sharded_model import ShardedModel
-from dsserve.modeling.dtype import model_dtype
-from dsserve.runner.kv_memory import plan_kv_rows
 from dsserve.worker.base_handler import BaseDeepSpeedHandler
 from dsserve.worker.exit import finish_rank
 from dsserve.worker.load import load_sharded
@@ -48,6 +44,7 @@ class Spec:
     new_tokens: int
     repeats: int
     prefill_tokens: int | None = None
+    chunk_tokens: int | None = None
 
 
 class BenchRank(BaseDeepSpeedHandler):
@@ -123,38 +120,28 @@ class BenchRank(BaseDeepSpeedHandler):
         group.end()
 
     def _build(self, loaded: Any, sharded: ShardedModel, watch: Watch) -> tuple[Any, int]:
-        """The engine with as many KV slots as the largest batch has that fits, and their number. What its passes take
-        is known only when it is built: a batch that fits without them alone ends the part, with the numbers.
-
-        Raises:
-            LoadError: not even the smallest batch fits, or that.
-        """
-        refused = ""
-        for rows in sorted(self._spec.batches, reverse=True):
-            config = self._config(rows)
-            try:
-                self._check_room(config, loaded, sharded)
-            except LoadError as error:
-                refused = str(error)
-                self._skip(str(rows), refused)
-                continue
-            engine, limits, _ = build_engine(sharded, loaded, config, self.rank, self.device, self._clock, watch)
+        """The engine for the largest batch, and how many texts of the whole length its pages hold: larger batches are
+        skipped, since texts that wait, or are computed again, are no measure of a step."""
+        spec = self._spec
+        config = self._config(max(spec.batches))
+        engine, limits, _ = build_engine(sharded, loaded, config, self.rank, self.device, self._clock, watch)
+        if sharded.workspace is not None:
             return engine, limits.max_running
-        raise LoadError(refused)
+        kv = engine._scheduler.kv
+        rows = kv.tokens // (kv.pages_for(limits.max_model_len) * kv.page_tokens)
+        for batch in (batch for batch in spec.batches if batch > rows):
+            self._skip(
+                str(batch), f"the KV cache holds {kv.tokens} tokens: {rows} texts of {limits.max_model_len} at a time"
+            )
+        return engine, min(rows, limits.max_running)
 
     def _config(self, rows: int) -> HandlerConfig:
         spec = self._spec
         return HandlerConfig(
             model_path=spec.model, max_running=max(rows, 2), max_model_len=spec.prompt + spec.new_tokens,
-            max_new_tokens=spec.new_tokens, prefix_cache_rows=0,
-            max_num_batched_tokens=spec.prefill_tokens or PREFILL_TOKENS_A_STEP,
+            max_new_tokens=spec.new_tokens, enable_prefix_caching=False,
+            max_num_batched_tokens=spec.prefill_tokens or "auto", chunked_prefill_size=spec.chunk_tokens or "auto",
         )  # fmt: skip
-
-    def _check_room(self, config: HandlerConfig, loaded: Any, sharded: ShardedModel) -> None:
-        if sharded.workspace is None:
-            module = sharded.module
-            limits, dtype = read_limits(config, loaded.max_position, module.config), model_dtype(module)
-            plan_kv_rows(module.config, config, limits, dtype, self.rank, self.device)
 
     def _autotp(self) -> None:
         _, sharded = self._load()

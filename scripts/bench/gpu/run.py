@@ -88,12 +88,21 @@ class Bench:
         vocabulary = SHAPES[setting["shape"]][1]["vocab_size"]
         deadline = time.monotonic() + seconds - HTTP_END_S
         numbers = (setting["new_tokens"], setting["repeats"])
-        return bench_gpu_http.measure_http(self._model, choice, vocabulary, prompt, batches, *numbers, deadline)
+        # A batch for which the engine has not the pages would wait in the server, too, which does not say so.
+        refused = self.report["parts"].get("engine", {}).get(str(prompt), {}).get("skipped", {})
+        skipped = {str(batch): refused[str(batch)] for batch in batches if str(batch) in refused}
+        batches = [batch for batch in batches if str(batch) not in skipped]
+        if not batches:
+            return {"cases": {}, "skipped": skipped}
+        part = bench_gpu_http.measure_http(self._model, choice, vocabulary, prompt, batches, *numbers, deadline)
+        return part | {"skipped": skipped | part["skipped"]}
 
     def _ranks(self, way: str, prompt: int, batches: list[int], seconds: float) -> dict[str, Any]:
         """One part in processes of its own, ended with what it has when its time is over."""
         setting = self._setting
-        spec = {key: setting[key] for key in ("device", "dtype", "new_tokens", "repeats", "prefill_tokens")}
+        spec = {
+            key: setting[key] for key in ("device", "dtype", "new_tokens", "repeats", "prefill_tokens", "chunk_tokens")
+        }
         spec |= {"part": way, "model": str(self._model), "prompt": prompt, "batches": batches}
         ranks = 1 if way in ONE_DEVICE else setting["tp"]
         with tempfile.TemporaryDirectory(prefix="dsserve-bench-") as scratch:
@@ -185,6 +194,7 @@ def main(
     new_tokens: int = typer.Option(128, min=2, help="new tokens of each text"),
     repeats: int = typer.Option(3, min=1, help="rounds that are counted"),
     prefill_tokens: int | None = typer.Option(None, help="max_num_batched_tokens at engine level; default: its own"),
+    chunk_tokens: int | None = typer.Option(None, help="chunked_prefill_size at engine level; default: its own"),
     part_s: float = typer.Option(PART_S, help="longest time of a part, in seconds"),
     models: Path = typer.Option(ROOT / "models" / "random", help="where the weights lie, and are found again"),
     out: Path | None = typer.Option(None, help="JSON file that parts are merged into; default: run/bench-gpu/..."),
@@ -195,7 +205,7 @@ def main(
         kind = resolve_device(device)
         setting: dict[str, Any] = {"shape": shape, "tp": resolve_tp(tp, kind, 2), "device": kind}
         setting |= {"dtype": resolve_dtype(dtype, kind, "bf16"), "new_tokens": new_tokens, "repeats": repeats}
-        setting["prefill_tokens"] = prefill_tokens
+        setting |= {"prefill_tokens": prefill_tokens, "chunk_tokens": chunk_tokens}
         unknown = set(parts.split(",")) - set(WAYS)
         if shape not in SHAPES or unknown:
             raise BenchError(

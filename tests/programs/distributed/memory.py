@@ -11,12 +11,13 @@ from dsserve.core.request import GenerationRequest
 from dsserve.engine.engine import Engine
 from dsserve.parallel.rank import RankInfo
 from dsserve.runner.activation_memory import PrefillMemory
-from dsserve.runner.autotp import ModelRunner
+from dsserve.runner.autotp import KVSize, ModelRunner
 from dsserve.runner.warmup import warm_up
-from tests.programs.distributed.steps import make_engine
+from tests.programs.distributed.steps import make_sharded
+from tests.support.paged import make_engine, make_scheduler
 from tests.support.streams import Numbers, run_or_fail
 
-SLOTS, CONTEXT, NEW_TOKENS = 4, 128, 8
+ROWS, CONTEXT, NEW_TOKENS = 4, 128, 8
 LONGEST = 40  # tokens of a pass
 
 
@@ -35,7 +36,7 @@ class Scarce(PrefillMemory):
 def answers(path: str) -> dict[str, Any]:
     """Each request's text, or its error's status: alone with memory enough, then all with scarce memory."""
     rank = RankInfo.from_env()
-    module = make_engine(path, "fp32").module
+    module = make_sharded(path, "fp32").module
     generator = torch.Generator().manual_seed(3)
 
     def request(name: str, length: int) -> GenerationRequest:
@@ -54,7 +55,7 @@ def answers(path: str) -> dict[str, Any]:
 def give_up(path: str) -> str:
     """How the engine ends when one prompt after the other fails that had room at load: rank 0's words."""
     rank = RankInfo.from_env()
-    engine = make(make_engine(path, "fp32").module, rank, Scarce)
+    engine = make(make_sharded(path, "fp32").module, rank, Scarce)
     wanted = [GenerationRequest(str(index), (1,) * (LONGEST + 5), NEW_TOKENS) for index in range(3)]
     try:
         found = run_or_fail(engine, rank, [[one] for one in wanted])
@@ -66,9 +67,9 @@ def give_up(path: str) -> str:
 def load(path: str) -> str:
     """What a load says whose first passes do not fit."""
     rank = RankInfo.from_env()
-    runner = make_runner(make_engine(path, "fp32").module, rank, Scarce)
+    runner = make_runner(make_sharded(path, "fp32").module, rank, Scarce)
     try:
-        warm_up(runner, rank.is_leader, runner.slots)
+        warm_up(runner, rank.is_leader, runner.rows)
     except LoadError as error:
         return str(error)
     return ""
@@ -76,9 +77,10 @@ def load(path: str) -> str:
 
 def make(module: Any, rank: RankInfo, memory: type[PrefillMemory]) -> Engine:
     runner = make_runner(module, rank, memory)
-    return Engine(runner, rank, lambda _: Numbers(), frozenset())  # type: ignore[arg-type, return-value]
+    return make_engine(runner, make_scheduler(runner.size), lambda _: Numbers(), rank)
 
 
 def make_runner(module: Any, rank: RankInfo, memory: type[PrefillMemory]) -> ModelRunner:
     device = torch.device("cpu")
-    return ModelRunner(module, SLOTS, CONTEXT, device, memory=memory(device, rank, module.config.vocab_size))
+    size = KVSize.of_rows(ROWS, CONTEXT)
+    return ModelRunner(module, size, rank, device, memory(device, rank, module.config.vocab_size))

@@ -6,20 +6,18 @@ from typing import Any
 
 import torch
 
-from dsserve.attention.decode import use_decode_attention
 from dsserve.core.request import GenerationRequest, SamplingParams, TokenEvent
 from dsserve.engine.engine import Engine
-from dsserve.engine.scheduler import Scheduler
 from dsserve.kernels.ops import load_ops
-from dsserve.kv.prefix_cache import PrefixCache
 from dsserve.modeling.fused_ops import use_fused_ops
 from dsserve.modeling.linear import pack_weights
 from dsserve.parallel.rank import RankInfo, select_device
-from dsserve.runner.autotp import ModelRunner
-from tests.programs.distributed.steps import make_engine
+from dsserve.runner.autotp import KVSize, ModelRunner
+from tests.programs.distributed.steps import make_sharded
+from tests.support.paged import make_engine, make_scheduler
 from tests.support.streams import Numbers, more
 
-SLOTS, CONTEXT, PART = 4, 320, 32
+ROWS, CONTEXT, PART = 4, 320, 32
 LONG = 150  # tokens: five parts
 # Name -> prompt tokens, new tokens, the call before which it comes. `short` and `gone` leave while `long` is read; the
 # second half of `again` and all of `echo` are read in parts too.
@@ -53,14 +51,14 @@ def texts(path: str, device_type: str = "cpu") -> dict[str, Any]:
     the prompt's log probabilities both ways; how many tokens were reused."""
     rank = RankInfo.from_env()
     device = select_device(device_type, rank)
-    module = make_engine(path, "fp32", device_type).module
+    module = make_sharded(path, "fp32", device_type).module
     pack_weights(module)
-    if device.type == "cuda":  # prefill graphs need the fused writes to the cache
-        assert use_decode_attention(module) and use_fused_ops(module, load_ops(device))
+    if device.type == "cuda":  # graphs need the fused writes to the cache
+        assert use_fused_ops(module, load_ops(device))
     wanted = requests(module.config.vocab_size)
-    whole = make(module, rank, device, kept=0, prefill_tokens=CONTEXT)
+    whole = make(module, rank, device, reuse=False, step=CONTEXT)
     alone = {name: run(whole, rank, {name: request}, {}) for name, request in wanted.items()}
-    together = run(make(module, rank, device, kept=2, prefill_tokens=PART), rank, wanted, CANCELLED)
+    together = run(make(module, rank, device, reuse=True, step=PART), rank, wanted, CANCELLED)
     events = [event for call in together for event in call]
     return {
         "alone": {name: tokens(calls, name) for name, calls in alone.items()},
@@ -71,12 +69,11 @@ def texts(path: str, device_type: str = "cpu") -> dict[str, Any]:
     }
 
 
-def make(module: Any, rank: RankInfo, device: torch.device, kept: int, prefill_tokens: int) -> Engine:
-    runner = ModelRunner(module, SLOTS, CONTEXT, device, kept)
+def make(module: Any, rank: RankInfo, device: torch.device, reuse: bool, step: int) -> Engine:
+    runner = ModelRunner(module, KVSize.of_rows(ROWS, CONTEXT), rank, device)
     if device.type == "cuda":
-        runner.capture_graphs(rank.is_leader, prefill_tokens=CONTEXT)
-    scheduler = Scheduler(SLOTS, PrefixCache(SLOTS, kept), prefill_tokens)
-    return Engine(runner, rank, lambda _: Numbers(), frozenset(), scheduler=scheduler)  # type: ignore[arg-type, return-value]
+        runner.capture_graphs(rank.is_leader, CONTEXT)
+    return make_engine(runner, make_scheduler(runner.size, step, reuse=reuse), lambda _: Numbers(), rank)
 
 
 def run(

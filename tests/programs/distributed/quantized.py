@@ -10,7 +10,8 @@ import torch
 from dsserve.core.errors import LoadError
 from dsserve.loading.ds_engine import shard_model
 from dsserve.modeling.linear import pack_weights
-from dsserve.runner.autotp import ModelRunner
+from dsserve.parallel.rank import RankInfo
+from dsserve.runner.autotp import KVSize, ModelRunner
 from dsserve.runner.warmup import verify_runner
 from tests.programs.distributed.shapes import SHAPES, VOCABULARY, randomize
 from tests.support.contexts import make_context
@@ -22,7 +23,7 @@ def outcomes(folder: str, names: list[str], modes: list[str]) -> dict[str, dict[
     """`<shape> <mode>` -> errors of the logits `[2, 40, V]`; where two ranks cannot hold the shape, the refusal.
 
     `rounded`: largest difference from the reference; `largest`: its largest logit; `change`: relative difference of
-    the reference from the exact weights; `engine`: relative, through KV slots and packed heads.
+    the reference from the exact weights; `engine`: relative, through KV pages and packed heads.
     """
     return {f"{name} {mode}": outcome(name, mode, Path(folder)) for name in names for mode in modes}
 
@@ -39,11 +40,12 @@ def outcome(name: str, mode: str, folder: Path) -> dict[str, Any]:
         round_weights(plain, mode)
         expected, found = plain(token_ids).logits, engine.module(token_ids).logits
     pack_weights(engine.module)
+    runner = ModelRunner(engine.module, KVSize.of_rows(3, 64), RankInfo.from_env(), CPU)
     return {
         "rounded": (found - expected).abs().max().item(),
         "largest": expected.abs().max().item(),
         "change": ((expected - exact).norm() / exact.norm()).item(),
-        "engine": verify_runner(ModelRunner(engine.module, 3, 64, CPU), engine.self_check),
+        "engine": verify_runner(runner, engine.self_check),
     }
 
 

@@ -1,4 +1,4 @@
-"""What the ranks do for `test_reuse`: the same requests with and without kept rows, alone and together."""
+"""What the ranks do for `test_reuse`: the same requests with and without pages of others, alone and together."""
 
 from __future__ import annotations
 
@@ -8,19 +8,23 @@ import torch
 
 from dsserve.core.request import GenerationRequest, SamplingParams
 from dsserve.engine.engine import Engine
+from dsserve.kernels.ops import load_ops
 from dsserve.parallel.rank import RankInfo, select_device
-from dsserve.runner.autotp import ModelRunner
+from dsserve.runner.autotp import KVSize, ModelRunner
 from dsserve.sampling.gpu_sampler import DeviceSampler
 from dsserve.sampling.pending import HostChoice
-from tests.programs.distributed.steps import make_engine
+from tests.programs.distributed.steps import make_sharded
+from tests.support.paged import make_engine, make_scheduler
 from tests.support.streams import Numbers, more
 
-SLOTS, CONTEXT, NEW_TOKENS = 3, 128, 12
+ROWS, CONTEXT, NEW_TOKENS = 3, 128, 12
 # A seed's number may fall between two sums of probabilities that differ in their rounding (4e-7 of all numbers,
 # measured with seed 7): not with these.
 SEED = 100
-# Beginnings of a common text, so that later prompts find live and kept rows; the last two share nothing.
+# Beginnings of a common text, so that later prompts find pages of texts that run and of ended ones; the last two
+# share nothing.
 SHARED_LENGTHS = (40, 60, 60, 61, 30, 17, 0, 0)
+CACHED = 2 * (32 + 48 + 48 + 16 + 16)  # tokens of the whole pages that a text before has, greedy and sampled
 
 
 def requests(sampled: bool, vocabulary: int) -> list[GenerationRequest]:
@@ -41,10 +45,12 @@ def texts(path: str, device_type: str = "cpu") -> dict[str, Any]:
     reuse, chosen on the device and launched ahead. GPUs use graphs."""
     rank = RankInfo.from_env()
     device = select_device(device_type, rank)
-    module = make_engine(path, "fp32", device_type).module
+    module = make_sharded(path, "fp32", device_type).module
+    if device.type == "cuda":  # graphs need the fused writes to the cache
+        assert load_ops(device) is not None
     found: dict[str, Any] = {"cached": 0}
     for sampled in (False, True):
-        plain, reusing = (make_engine_of(module, rank, device, kept) for kept in (0, 2))
+        plain, reusing = (make(module, rank, device, reuse) for reuse in (False, True))
         wanted = requests(sampled, module.config.vocab_size)
         alone = [run(plain, rank, [request])[0][request.request_id] for request in wanted]
         together, cached = run(reusing, rank, wanted)
@@ -54,16 +60,15 @@ def texts(path: str, device_type: str = "cpu") -> dict[str, Any]:
     return found
 
 
-def make_engine_of(module: Any, rank: RankInfo, device: torch.device, kept: int) -> Engine:
-    runner = ModelRunner(module, SLOTS, CONTEXT, device, kept)
-    sampler = DeviceSampler(runner.slots, runner.vocabulary, device)
+def make(module: Any, rank: RankInfo, device: torch.device, reuse: bool) -> Engine:
+    runner = ModelRunner(module, KVSize.of_rows(ROWS, CONTEXT), rank, device)
+    sampler = DeviceSampler(runner.rows, runner.vocabulary, device)
     if device.type == "cuda":
-        runner.capture_graphs(rank.is_leader)
+        runner.capture_graphs(rank.is_leader, CONTEXT)
         sampler.capture(runner.graph_pool)
-    launch = sampler.launch if kept else HostChoice
-    return Engine(  # type: ignore[arg-type, return-value]
-        runner, rank, lambda _: Numbers(), frozenset(), launch=launch, launch_ahead=bool(kept)
-    )
+    launch = sampler.launch if reuse else HostChoice
+    scheduler = make_scheduler(runner.size, reuse=reuse)
+    return make_engine(runner, scheduler, lambda _: Numbers(), rank, launch=launch, launch_ahead=reuse)
 
 
 def run(engine: Engine, rank: RankInfo, arrivals: list[GenerationRequest]) -> tuple[dict[str, str], int]:

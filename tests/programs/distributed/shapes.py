@@ -36,21 +36,21 @@ from transformers import (
 from deepspeed_handler import DeepSpeedHandler
 from dsserve.core.errors import LoadError
 from dsserve.core.request import GenerationRequest
-from dsserve.engine.engine import Engine
 from dsserve.loading.ds_engine import shard_model
 from dsserve.loading.shard_cache import find_shards, write_shards
 from dsserve.loading.shard_manifest import Manifest
 from dsserve.modeling.linear import pack_weights
 from dsserve.modeling.self_check import SelfCheck
 from dsserve.parallel.rank import RankInfo
-from dsserve.runner.autotp import ModelRunner
+from dsserve.runner.autotp import KVSize, ModelRunner
 from dsserve.runner.warmup import verify_runner
 from tests.support.contexts import make_context
+from tests.support.paged import make_engine, make_scheduler
 from tests.support.streams import Numbers, run
 
 VOCABULARY, LAYERS = 199, 2
 UNREAD = "the handler"
-SLOTS, NEW_TOKENS, CHECKED = 3, 10, 15
+ROWS, NEW_TOKENS, CHECKED = 3, 10, 15
 PROMPTS = tuple(
     tuple(torch.randint(VOCABULARY, (length,), generator=torch.Generator().manual_seed(length)).tolist())
     for length in (1, 17, 5, 33, 2, 9)
@@ -164,7 +164,7 @@ SHAPES: dict[str, Callable[[], Any]] = {
 def outcomes(folder: str, streams: list[str]) -> dict[str, dict[str, Any]]:
     """For each shape the largest logit error of the sharded module against transformers, the relative errors of the
     engine, as sharded and packed, and the rank's KV heads; or the refusal. For those in `streams` also the tokens of
-    requests that share too few slots, and those of transformers' `generate`."""
+    requests that share too few rows, and those of transformers' `generate`."""
     found = {name: outcome(make, folder, name in streams) for name, make in SHAPES.items()}
     return {**found, UNREAD: {"refused": load_unreadable(Path(folder))}}
 
@@ -202,14 +202,18 @@ def outcome(make: Callable[[], Any], folder: str, stream: bool) -> dict[str, Any
     found["largest"] = expected.abs().max().item()
     found["cached"] = is_the_same_from_cache(engine, make, Path(folder, "cache"), token_ids)
     check = shorten(engine.self_check)
-    runner = ModelRunner(engine.module, SLOTS, 64, torch.device("cpu"))
+    runner = make_runner(engine.module)
     found["engine"] = verify_runner(runner, check)
-    found["kv_heads"] = runner.cache.layers[0].keys.shape[2]
+    found["kv_heads"] = runner.cache.layers[0].keys.shape[1]
     if stream:
         found["streamed"] = stream_tokens(runner)
     found["packed_layers"] = pack_weights(engine.module)
-    found["packed"] = verify_runner(ModelRunner(engine.module, SLOTS, 64, torch.device("cpu")), check)
+    found["packed"] = verify_runner(make_runner(engine.module), check)
     return found
+
+
+def make_runner(module: Any) -> ModelRunner:
+    return ModelRunner(module, KVSize.of_rows(ROWS, 64), RankInfo.from_env(), torch.device("cpu"))
 
 
 def is_the_same_from_cache(engine: Any, make: Callable[[], Any], folder: Path, token_ids: torch.Tensor) -> bool:
@@ -252,9 +256,9 @@ def generate(model: Any, prompt: tuple[int, ...]) -> list[int]:
 
 
 def stream_tokens(runner: ModelRunner) -> list[list[int]]:
-    """The same prompts through the engine, more than it has slots, which arrive while others run. On rank 0."""
+    """The same prompts through the engine, more than it has rows, which arrive while others run. On rank 0."""
     rank = RankInfo.from_env()
-    engine = Engine(runner, rank, lambda _: Numbers(), frozenset())  # type: ignore[arg-type, return-value]
+    engine = make_engine(runner, make_scheduler(runner.size), lambda _: Numbers(), rank)
     requests = [GenerationRequest(str(index), prompt, NEW_TOKENS) for index, prompt in enumerate(PROMPTS)]
     texts = run(engine, rank, [requests[:2], requests[2:3], requests[3:]])
     return [texts[request.request_id] for request in requests]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from dsserve.core.step_plan import Admission, Plan
+from dsserve.core.step_plan import Segment, StepPlan, Wanted
 from dsserve.kernels.ops import load_ops
 from dsserve.loading.ds_engine import shard_model, shard_shapes
 from dsserve.modeling.fused_ops import use_fused_ops
@@ -19,12 +19,12 @@ from dsserve.modeling.linear import can_pack, pack_weights
 from dsserve.parallel.collectives import count_all_reduces, uses_shared_memory
 from dsserve.parallel.plan_channel import PlanChannel
 from dsserve.parallel.rank import RankInfo
-from dsserve.runner.autotp import ModelRunner
+from dsserve.runner.autotp import KVSize, ModelRunner
 from dsserve.runner.warmup import verify_runner
 from tests.support.contexts import make_context
 
 
-def make_engine(path: str, dtype: str, device_type: str = "cpu") -> Any:
+def make_sharded(path: str, dtype: str, device_type: str = "cpu") -> Any:
     """The real model, sharded; the model is loaded whole first, as a handler does."""
     model = AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval()
     return shard_model(model, make_context(path, {"deviceType": device_type, "deepspeed": {"dtype": dtype}}))
@@ -36,7 +36,7 @@ def logits_and_shards(path: str) -> dict[str, Any]:
     reference = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     with torch.inference_mode():
         expected = reference(token_ids).logits
-        module = make_engine(path, "fp32").module
+        module = make_sharded(path, "fp32").module
         with count_all_reduces() as count:
             found = module(token_ids).logits
     return {
@@ -60,7 +60,7 @@ def errors_at_long_positions(path: str, length: int) -> dict[str, Any]:
 
     expected = logits(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval())
     theirs = logits(AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval())
-    module = make_engine(path, "bf16").module
+    module = make_sharded(path, "bf16").module
     ours = logits(module)
     return {
         "ours": ((ours - expected).norm() / expected.norm()).item(),
@@ -70,10 +70,9 @@ def errors_at_long_positions(path: str, length: int) -> dict[str, Any]:
 
 
 def engine_errors(path: str, dtype: str) -> dict[str, Any]:
-    """Relative error of the logits through ragged KV slots: as sharded, then with packed weights, then with compiled
-    operations too."""
-    engine = make_engine(path, dtype)
-    plain = verify_runner(ModelRunner(engine.module, 4, 256, torch.device("cpu")), engine.self_check)
+    """Relative error of the logits through KV pages: as sharded, with packed weights, with compiled operations too."""
+    engine = make_sharded(path, dtype)
+    plain = engine_error(engine)
     gc.collect()
     gc.disable()
     sharded = [weakref.ref(layer.weight) for layer in engine.module.modules() if hasattr(layer, "tp_index")]
@@ -82,10 +81,10 @@ def engine_errors(path: str, dtype: str) -> dict[str, Any]:
         pack_weights(engine.module)
     left = sum(weight() is not None for weight in sharded)
     gc.enable()
-    packed = verify_runner(ModelRunner(engine.module, 4, 256, torch.device("cpu")), engine.self_check)
+    packed = engine_error(engine)
     ops = load_ops(torch.device("cpu"))
     compiled = ops is not None and use_fused_ops(engine.module, ops) > 60
-    fused = verify_runner(ModelRunner(engine.module, 4, 256, torch.device("cpu")), engine.self_check)
+    fused = engine_error(engine)
     return {
         "plain": plain,
         "sharded": len(sharded),
@@ -99,45 +98,45 @@ def engine_errors(path: str, dtype: str) -> dict[str, Any]:
     }
 
 
+def engine_error(engine: Any) -> float:
+    rank, size = RankInfo.from_env(), KVSize.of_rows(4, 256)
+    return verify_runner(ModelRunner(engine.module, size, rank, torch.device("cpu")), engine.self_check)
+
+
 def packed_prefill_error(path: str) -> float:
     """Largest difference of logits, fp32, between prompts that are read in one pass and each alone, and likewise of the
     token after: every number of prompts, beside rows that live already."""
-    runner = ModelRunner(make_engine(path, "fp32").module, 8, 64, torch.device("cpu"))
+    rank, size = RankInfo.from_env(), KVSize.of_rows(8, 65)
+    runner = ModelRunner(make_sharded(path, "fp32").module, size, rank, torch.device("cpu"))
     generator = torch.Generator().manual_seed(3)
     lengths = (1, 16, 7, 33, 2, 40, 5, 63)
-    prompts = tuple(Admission(tuple(torch.randint(49152, (n,), generator=generator).tolist())) for n in lengths)
-
-    def run(**plan: Any) -> torch.Tensor:
-        logits = runner.execute(Plan(**plan))
-        assert logits is not None
-        return logits.next
-
-    alone = []
-    for prompt in prompts:
-        alone.append((run(admit=(prompt,))[0], run(tokens=(9,))[0]))
-        runner.execute(Plan(evict=(0,)))
+    prompts = [(row, torch.randint(49152, (n,), generator=generator).tolist()) for row, n in enumerate(lengths)]
+    trial = runner.trial()
+    alone = torch.stack([torch.cat([trial.logits(prompt), trial.logits((prompt[0], (9,)))]) for prompt in prompts])
+    trial.clear()
     worst = 0.0
     for split in range(1, len(prompts)):
-        first = torch.cat([run(admit=prompts[:split]), run(admit=prompts[split:])])
-        second = run(tokens=(9,) * len(prompts))
-        for row, (one, two) in enumerate(alone):
-            worst = max(worst, (first[row] - one).abs().max().item(), (second[row] - two).abs().max().item())
-        runner.execute(Plan(evict=tuple(reversed(range(len(prompts))))))
+        first = torch.cat([trial.logits(*prompts[:split]), trial.logits(*prompts[split:])])
+        second = trial.logits(*((row, (9,)) for row, _ in prompts))
+        worst = max(worst, (torch.stack([first, second], dim=1) - alone).abs().max().item())
+        trial.clear()
     return worst
 
 
 def carry_plans(path: str) -> list[list[int]]:
     """Rank 0 sends plans of several lengths; every rank returns what it holds."""
-    make_engine(path, "fp32")
+    make_sharded(path, "fp32")
     rank = RankInfo.from_env()
     channel = PlanChannel(rank.rank, rank.world_size)
-    admit = (Admission((7,) * 300, 3, 17, True), Admission((1, 2)))
-    plans = [Plan(last=True), Plan(((1, 9),), (1, 0), (5, 6, 49151), admit, False), Plan(tokens=(3,) * 55)]
+    text = Segment(2, 17, (49151,) * 300, first_block=1, blocks=(9, 8, 2**20), wanted=Wanted.NEXT | Wanted.ALL)
+    mixed = (Segment(0, 5, (0,), source=3), Segment(7, 100_000, (6,), wanted=Wanted.NOTHING), text)
+    plans = [StepPlan(last=True), StepPlan(mixed), StepPlan(tuple(Segment(row, 1, (3,)) for row in range(55)), True)]
     carried = []
     for plan in plans:
         if rank.is_leader:
             channel.send(plan)
         carried.append((plan if rank.is_leader else channel.receive()).encode())
+        assert StepPlan.decode(carried[-1]) == plan
     return carried
 
 

@@ -13,23 +13,28 @@ from transformers import AutoModelForCausalLM
 
 from dsserve.config.handler import HandlerConfig
 from dsserve.core.request import GenerationRequest
-from dsserve.engine.engine import Engine
+from dsserve.core.step_plan import StepPlan
+from dsserve.kernels.ops import load_ops
 from dsserve.loading.ds_engine import shard_model
+from dsserve.modeling.fused_ops import use_fused_ops
 from dsserve.modeling.optimize import tune
 from dsserve.parallel.collectives import all_reduce
 from dsserve.parallel.process_group import init_process_group
 from dsserve.parallel.rank import RankInfo, select_device
 from dsserve.parallel.rank_sum import RankSum
 from dsserve.parallel.symmetric_memory import share_memory
-from dsserve.runner.autotp import ModelRunner
-from dsserve.runner.prefill_graphs import MOST_TOKENS
+from dsserve.runner.autotp import KVSize, ModelRunner
+from dsserve.runner.base import StepLogits
+from dsserve.runner.step_graphs import MOST_TOKENS
 from dsserve.runner.warmup import verify_runner
 from dsserve.sampling.gpu_sampler import DeviceSampler
 from tests.support.contexts import make_context
+from tests.support.paged import make_engine, make_scheduler
 from tests.support.streams import Numbers, run, run_or_fail
 
-SLOTS, CONTEXT, NEW_TOKENS = 4, 256, 24
+ROWS, CONTEXT, NEW_TOKENS = 4, 256, 24
 LONG_PROMPT = 12_000  # tokens, whose activations take about 300 MB
+LONG_TEXT, SHORT_TEXTS, SHORT_PROMPT = 20_000, 50, 120  # tokens, texts, tokens at most
 PROMPT_LENGTHS = (1, 17, 5, 73, 40, 2, 33, 9)
 
 
@@ -50,29 +55,34 @@ def generate_in(dtypes: list[str], path: str, step: str) -> dict[str, Any]:
 
 
 def generate(path: str, dtype: str, step: str) -> dict[str, Any]:
-    """Tokens of each prompt alone and of all together (twice as many as slots, admitted at different steps), and the
+    """Tokens of each prompt alone and of all together (twice as many as rows, admitted at different steps), and the
     engine's error against the unsharded model.
 
     Args:
-        step: `eager`, `graphs`, or `fused`: graphs with fused matmuls and operations and our own attention. With
-            graphs steps are launched ahead.
+        step: `eager`: torch's attention over copies; `paged`: our own over pages; `graphs`: that in graphs, of steps
+            that decode alone; `fused`: all steps in graphs, with fused matmuls and operations. The last two are
+            launched ahead.
     """
     rank = RankInfo.from_env()
     device = select_device("gpu", rank)
     model = AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval()
     sharded = shard_model(model, make_context(path, {"deviceType": "gpu", "deepspeed": {"dtype": dtype}}))
     if step == "fused":
-        said = tune(sharded.module, HandlerConfig(model_path=path, max_running=SLOTS), rank, device, MOST_TOKENS)
+        said = tune(sharded.module, HandlerConfig(model_path=path, max_running=ROWS), rank, device, MOST_TOKENS)
         layers = model.config.num_hidden_layers
-        assert f"{3 * layers + 2} fused operations, {layers} fused layers" in said and "split attention" in said
+        assert f"{3 * layers + 2} fused operations, {layers} fused layers" in said
         assert rank.world_size == 1 or "in the ranks' memory" in said
-    runner = ModelRunner(sharded.module, SLOTS, CONTEXT, device)
-    if step != "eager":
+    elif step != "eager":  # attention over pages needs the fused writes to the cache
+        assert load_ops(device) is not None
+    runner = ModelRunner(sharded.module, KVSize.of_rows(ROWS, CONTEXT), rank, device)
+    assert runner.is_packed or step == "eager"
+    if step in ("graphs", "fused"):
         runner.capture_graphs(rank.is_leader, MOST_TOKENS if step == "fused" else 0)
+        assert runner.graph_pool is not None
     error = verify_runner(runner, sharded.self_check)
-    sampler = DeviceSampler(runner.slots, runner.vocabulary, device)
-    ahead: dict[str, Any] = {} if step == "eager" else {"launch": sampler.launch, "launch_ahead": True}
-    engine = Engine(runner, rank, lambda _: Numbers(), frozenset(), **ahead)  # type: ignore[arg-type, return-value]
+    sampler = DeviceSampler(runner.rows, runner.vocabulary, device)
+    ahead = {"launch": sampler.launch, "launch_ahead": True} if runner.graph_pool else {}
+    engine = make_engine(runner, make_scheduler(runner.size), lambda _: Numbers(), rank, **ahead)
     requests = [
         GenerationRequest(str(index), ids, NEW_TOKENS)
         for index, ids in enumerate(prompts(sharded.module.config.vocab_size))
@@ -94,8 +104,10 @@ def fill_memory(path: str) -> dict[str, Any]:
     device = select_device("gpu", rank)
     model = AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval()
     module = shard_model(model, make_context(path, {"deviceType": "gpu", "deepspeed": {"dtype": "fp32"}})).module
-    runner = ModelRunner(module, 2, LONG_PROMPT + 64, device)
-    engine = Engine(runner, rank, lambda _: Numbers(), frozenset())  # type: ignore[arg-type, return-value]
+    assert load_ops(device) is not None
+    runner = ModelRunner(module, KVSize.of_rows(2, LONG_PROMPT + 64), rank, device)
+    scheduler = make_scheduler(runner.size, LONG_PROMPT, reuse=False)
+    engine = make_engine(runner, scheduler, lambda _: Numbers(), rank)
     lengths = {"short": 9, "long": LONG_PROMPT}
 
     def answers() -> dict[str, Any]:
@@ -112,6 +124,58 @@ def fill_memory(path: str) -> dict[str, Any]:
     torch.cuda.empty_cache()
     found["after"] = answers()
     return found
+
+
+def long_beside_short(path: str) -> dict[str, Any]:
+    """fp32 tokens of a long text and of `SHORT_TEXTS` short ones: each alone, its prompt read whole without graphs, and
+    all together, in parts and in graphs, launched ahead; how many parts the long prompt had."""
+    rank = RankInfo.from_env()
+    device = select_device("gpu", rank)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval()
+    module = shard_model(model, make_context(path, {"deviceType": "gpu", "deepspeed": {"dtype": "fp32"}})).module
+    assert use_fused_ops(module, load_ops(device))
+    requests = long_and_short(module.config.vocab_size)
+    size = KVSize(SHORT_TEXTS + 1, LONG_TEXT, 2 * -(-LONG_TEXT // 16))
+    one = ModelRunner(module, KVSize.of_rows(1, LONG_TEXT), rank, device)
+    alone = make_engine(one, make_scheduler(one.size, LONG_TEXT, reuse=False), lambda _: Numbers(), rank)
+    runner = CountingParts(module, size, rank, device)
+    runner.capture_graphs(rank.is_leader, MOST_TOKENS)
+    sampler = DeviceSampler(runner.rows, runner.vocabulary, device)
+    sampler.capture(runner.graph_pool)
+    runner.parts = 0
+    scheduler = make_scheduler(size, 8192, 1024)
+    engine = make_engine(
+        runner, scheduler, lambda _: Numbers(), rank, launch=sampler.launch, launch_ahead=True
+    )  # fmt: skip
+    half = 1 + SHORT_TEXTS // 2
+    return {
+        "alone": {request.request_id: run(alone, rank, [[request]])[request.request_id] for request in requests},
+        "together": run(engine, rank, [requests[1:half], requests[:1], requests[half:]]),
+        "parts": runner.parts,
+    }
+
+
+class CountingParts(ModelRunner):
+    """Counts segments of more tokens than any short prompt has."""
+
+    parts = 0
+
+    def execute(self, plan: StepPlan, chosen: torch.Tensor | None = None) -> StepLogits | None:
+        """See `ModelRunner`."""
+        self.parts += sum(len(segment.tokens) > SHORT_PROMPT for segment in plan.segments)
+        return super().execute(plan, chosen)
+
+
+def long_and_short(vocabulary: int) -> list[GenerationRequest]:
+    """The long one first, to the model's last position."""
+    generator = torch.Generator().manual_seed(6)
+    lengths = [LONG_TEXT - NEW_TOKENS, *(1 + 7 * number % SHORT_PROMPT for number in range(SHORT_TEXTS))]
+    return [
+        GenerationRequest(
+            str(at), tuple(torch.randint(vocabulary, (length,), generator=generator).tolist()), NEW_TOKENS
+        )
+        for at, length in enumerate(lengths)
+    ]
 
 
 def sum_parts(cases: list[tuple[list[int], int, str, int]]) -> list[dict[str, Any]]:

@@ -23,6 +23,7 @@ from dsserve.runner.warmup import warm_up_batches
 from tests.programs.injection.cell import forget_kernels
 from tests.programs.injection.models import SIZES, make_model
 from tests.support.contexts import make_context
+from tests.support.paged import make_engine
 from tests.support.streams import Numbers, more, run
 
 NEW_TOKENS = 9
@@ -61,10 +62,10 @@ def streams(name: str, device_type: str = "cpu", dtype: str = "fp32") -> dict[st
     rank = RankInfo.from_env()
     reference, sharded = load(name, True, device_type, dtype)
     size = sharded.workspace.size
-    runner = KernelRunner(sharded.module, size, size.tokens, next(sharded.module.parameters()).device)
+    runner = KernelRunner(sharded.module, size, size.tokens, rank, next(sharded.module.parameters()).device)
     warm_up_batches(runner, rank.is_leader)
     scheduler = BatchScheduler(size.rows, size.tokens)
-    engine = Engine(runner, rank, lambda _: Numbers(), frozenset(), scheduler=scheduler)  # type: ignore[arg-type, return-value]
+    engine = make_engine(runner, scheduler, lambda _: Numbers(), rank)
     wanted = requests(reference.config.vocab_size)
     together = run(engine, rank, [wanted[:2], wanted[2:3], wanted[3:7], [], wanted[7:]])
     alone = [run(engine, rank, [[request]])[request.request_id] for request in wanted]

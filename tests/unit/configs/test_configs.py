@@ -12,7 +12,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import psutil
 import pytest
 import torch
 from transformers import (
@@ -29,13 +28,13 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 from dsserve.config.deepspeed import read_deepspeed_settings
 from dsserve.config.handler import read_handler_config
-from dsserve.config.limits import read_limits
+from dsserve.config.limits import read_context
 from dsserve.config.torchserve import check_server_settings, read_time_limits
 from dsserve.injection.families import check_model
 from dsserve.injection.workspace import WorkspaceSize
 from dsserve.parallel.kv_heads import plan_kv_copies
 from dsserve.parallel.rank import RankInfo
-from dsserve.runner.kv_memory import plan_kv_rows
+from dsserve.runner.kv_memory import plan_kv
 from scripts.pack.archive import CONFIGS, Choice, PackageError, render
 
 GPU_BYTES = 80 * 10**9
@@ -101,7 +100,7 @@ def test_it_is_accepted(outline: tuple[str, Any], tp: int, tmp_path: Path, monke
     yaml_config, ds_config = rendered(name, tp, monkeypatch)
     (tmp_path / "ds-config.json").write_text(json.dumps(ds_config))
     handler = read_handler_config(yaml_config)
-    check_server_settings(yaml_config, yaml_config["batchSize"], handler.most_running + handler.max_waiting)
+    check_server_settings(yaml_config, yaml_config["batchSize"], handler.stated_texts)
     read_time_limits(yaml_config, handler.collective_timeout)
     monkeypatch.setattr(
         "deepspeed.accelerator.cpu_accelerator.CPU_Accelerator.supported_dtypes",
@@ -111,13 +110,13 @@ def test_it_is_accepted(outline: tuple[str, Any], tp: int, tmp_path: Path, monke
     assert settings.tp_size == tp
     assert settings.kernel_inject == (name in KERNEL_INJECTION)
     assert settings.dtype is (torch.float16 if settings.kernel_inject else torch.bfloat16)
-    limits = read_limits(handler, model.config.max_position_embeddings, model.config)
-    assert settings.init.get("max_out_tokens", limits.max_model_len) == limits.max_model_len
+    length = read_context(handler, model.config.max_position_embeddings, model.config)
+    assert settings.init.get("max_out_tokens", length) == length
 
 
 @pytest.mark.parametrize("tp", TP)
 def test_its_heads_divide_and_it_fits(outline: tuple[str, Any], tp: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On GPUs of 80 GB: the weights of a rank, 2 GiB for passes, and rows of KV cache for all slots beside them."""
+    """On GPUs of 80 GB: the weights of a rank, 2 GiB for passes, and pages for several of the longest texts."""
     name, model = outline
     if name == "smollm2":
         plan_kv_copies(model, tp)  # nine heads divide by none of the sizes and are served all the same
@@ -127,15 +126,14 @@ def test_its_heads_divide_and_it_fits(outline: tuple[str, Any], tp: int, monkeyp
     assert plan_kv_copies(model, tp) == 1
     yaml_config, _ = rendered(name, tp, monkeypatch)
     handler = read_handler_config(yaml_config)
-    limits = read_limits(handler, model.config.max_position_embeddings, model.config)
+    length = read_context(handler, model.config.max_position_embeddings, model.config)
     weights = sum(parameter.numel() for parameter in model.parameters()) * 2 // tp
-    memory = type("Memory", (), {"available": (GPU_BYTES - weights) * tp})
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (GPU_BYTES - weights, GPU_BYTES))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr("dsserve.runner.kv_memory.agree_on_least", lambda value, rank: value)
     rank = RankInfo(0, 0, tp, tp)
-    passes = tp * 2 * 2**30
-    plan = plan_kv_rows(model.config, handler, limits, torch.bfloat16, rank, torch.device("cpu"), passes)
-    assert plan.slots == handler.most_running
+    plan = plan_kv(model.config, handler, length, torch.bfloat16, rank, torch.device("cuda"), 2 * 2**30)
+    assert plan.size.rows == handler.rows("cuda") and plan.tokens > 12 * length
 
 
 @pytest.mark.parametrize("tp", TP)
@@ -145,7 +143,7 @@ def test_the_kernels_serve_it(outline: tuple[str, Any], tp: int, monkeypatch: py
     if name not in KERNEL_INJECTION:
         return
     yaml_config, ds_config = rendered(name, tp, monkeypatch)
-    rows, tokens = read_handler_config(yaml_config).most_running, ds_config["max_out_tokens"]
+    rows, tokens = read_handler_config(yaml_config).batch_rows, ds_config["max_out_tokens"]
     check_model(model.config, tp, torch.float16, tokens)
     heads, hidden = model.config.num_attention_heads, model.config.hidden_size
     wide = getattr(model.config, "intermediate_size", 4 * hidden)

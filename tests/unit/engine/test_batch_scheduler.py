@@ -6,11 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsserve.core.request import GenerationRequest
-from dsserve.core.step_plan import Plan
 from dsserve.engine.batch_scheduler import BatchScheduler
+from dsserve.engine.scheduler import Step
 from dsserve.engine.sequence import Sequence
 from dsserve.sampling.sampler import SamplingState
-from tests.unit.engine.test_scheduler import EOS, Letters
+from tests.unit.engine.test_scheduler import EOS, Letters, names
 
 TOKENS = 20
 
@@ -20,27 +20,32 @@ def put(book: BatchScheduler, name: str, prompt: int = 3, new: int = 2) -> None:
     book.add(Sequence(request, Letters(), SamplingState(request), frozenset({EOS})))  # type: ignore[arg-type]
 
 
-def step(book: BatchScheduler, plan: Plan | None = None) -> list[str]:
+def play(book: BatchScheduler, step: Step | None = None) -> list[str]:
     """Names of the sequences that got a token; those at their length leave."""
-    names = []
-    for sequence in book.rows(plan or book.plan(last=False)):
-        names.append(sequence.request.request_id)
-        if sequence.accept(65, None).is_last:
+    rows = (step or book.plan()).rows
+    for sequence in rows:
+        event = sequence.accept(65, None)
+        if event is not None and event.is_last:
             book.end(sequence)
-    return names
+    return names(rows)
+
+
+def begins(step: Step) -> list[bool]:
+    return [segment.start == 0 for segment in step.plan.segments]
 
 
 def test_what_waits_forms_the_next_batch_when_the_last_has_ended() -> None:
     book = BatchScheduler(2, TOKENS)
     for name in "abc":
         put(book, name)
-    assert step(book) == ["a", "b"]
+    assert play(book) == ["a", "b"]
     put(book, "d")
-    assert step(book) == ["a", "b"]  # their second and last token
+    assert play(book) == ["a", "b"]  # their second and last token
     assert book.running == 0 and book.waiting == 2
     plan = book.plan(last=True)
-    assert len(plan.evict) == 2 and len(plan.admit) == 2 and not plan.tokens and not plan.keep
-    assert step(book, plan) == ["c", "d"]
+    assert begins(plan) == [True, True] and plan.plan.last
+    assert [len(segment.tokens) for segment in plan.plan.segments] == [3, 3]
+    assert play(book, plan) == ["c", "d"]
 
 
 def test_prompts_and_outputs_that_do_not_fit_beside_each_other_take_turns() -> None:
@@ -48,33 +53,36 @@ def test_prompts_and_outputs_that_do_not_fit_beside_each_other_take_turns() -> N
     put(book, "long prompt", prompt=17, new=2)
     put(book, "long output", prompt=2, new=17)
     put(book, "short", prompt=2, new=2)
-    assert step(book) == ["long prompt", "short"]
-    step(book)
-    assert step(book) == ["long output"]
+    assert play(book) == ["long prompt", "short"]
+    play(book)
+    assert play(book) == ["long output"]
 
 
 def test_a_client_that_left_frees_its_place_in_the_book_at_once() -> None:
     book = BatchScheduler(2, TOKENS)
     put(book, "a", new=5)
     put(book, "b", new=5)
-    step(book)
+    play(book)
     assert [s.request.request_id for s in book.cancel("a")] == ["a"] and book.running == 1
     put(book, "c")
-    plan = book.plan(last=False)
-    assert plan.evict == (0,) and len(plan.tokens) == 1 and not plan.admit
-    assert step(book, plan) == ["b"]
+    plan = book.plan()
+    assert begins(plan) == [False] and plan.plan.total == 1
+    assert play(book, plan) == ["b"]
     book.cancel("b")
-    assert step(book) == ["c"]
+    assert play(book) == ["c"]
 
 
 def test_a_batch_that_memory_refused_is_tried_one_by_one() -> None:
     book = BatchScheduler(3, TOKENS)
     for name in "abc":
         put(book, name)
-    assert book.take_back(book.plan(last=False)) is None
+    refused = book.plan()
+    book.undo(refused)
+    book.plan_less(refused)
+    assert book.running == 0 and book.waiting == 3
     order = []
     while book.has_work:
-        order.append(step(book))
+        order.append(play(book))
     assert order == [["a"], ["a"], ["b"], ["b"], ["c"], ["c"]]
 
 
@@ -86,11 +94,29 @@ def test_every_batch_fits_and_every_sequence_gets_its_tokens(sizes: list[tuple[i
         put(book, str(index), prompt, new)
     counts = dict.fromkeys(map(str, range(len(sizes))), 0)
     while book.has_work:
-        plan = book.plan(last=False)
-        batch = [sizes[int(sequence.request.request_id)] for sequence in book.rows(plan)]
-        if plan.admit:
+        plan = book.plan()
+        batch = [sizes[int(sequence.request.request_id)] for sequence in plan.rows]
+        if any(begins(plan)):
+            assert all(begins(plan))
             assert len(batch) <= slots
             assert max(prompt for prompt, _ in batch) + max(new for _, new in batch) <= TOKENS
-        for name in step(book, plan):
+        for name in play(book, plan):
             counts[name] += 1
     assert counts == {str(index): new for index, (_, new) in enumerate(sizes)}
+
+
+def test_a_prompt_that_has_no_memory_alone_is_given_up() -> None:
+    book = BatchScheduler(2, TOKENS)
+    put(book, "a")
+    plan = book.plan()
+    book.undo(plan)
+    failed = book.give_up(plan)
+    assert failed is not None and names([failed]) == ["a"] and not book.has_work
+
+
+def test_the_kernels_get_no_step_ahead_and_no_pages() -> None:
+    book = BatchScheduler(2, TOKENS)
+    put(book, "a")
+    plan = book.plan()
+    assert book.plan_ahead({text: place for place, text in enumerate(plan.rows)}) is None
+    assert book.kv.usage == 0.5, "a page is a row"

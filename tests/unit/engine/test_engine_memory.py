@@ -6,12 +6,11 @@ import pytest
 import torch
 
 from dsserve.core.request import GenerationRequest, TokenEvent
-from dsserve.core.step_plan import Plan
+from dsserve.core.step_plan import StepPlan
 from dsserve.engine.engine import MOST_MEMORY_FAILURES, Engine
-from dsserve.engine.scheduler import Scheduler
-from dsserve.kv.prefix_cache import PrefixCache
 from dsserve.parallel.rank import RankInfo
 from dsserve.runner.base import StepLogits
+from tests.support.paged import make_scheduler
 from tests.unit.observability.test_metrics import FakeRunner, Letters
 
 PART = 20
@@ -22,9 +21,9 @@ class Scarce(FakeRunner):
 
     longest = 0
 
-    def execute(self, plan: Plan) -> StepLogits | None:
-        self.fits = sum(admission.shared + len(admission.tokens) for admission in plan.admit) <= self.longest
-        return super().execute(plan)
+    def execute(self, plan: StepPlan, chosen: torch.Tensor | None = None) -> StepLogits | None:
+        self.fits = sum(segment.end for segment in plan.segments if len(segment.tokens) > 1) <= self.longest
+        return super().execute(plan, chosen)
 
 
 @pytest.fixture
@@ -34,8 +33,8 @@ def runner() -> Scarce:
 
 @pytest.fixture
 def engine(runner: Scarce) -> Engine:
-    scheduler = Scheduler(runner.slots, PrefixCache(runner.slots, runner.kept), PART)
-    return Engine(runner, RankInfo(0, 0, 1, 1), lambda _: Letters(), frozenset({7}), scheduler=scheduler)  # type: ignore[arg-type, return-value]
+    scheduler = make_scheduler(runner.size, PART)
+    return Engine(runner, RankInfo(0, 0, 1, 1), lambda _: Letters(), frozenset({7}), scheduler)  # type: ignore[arg-type, return-value]
 
 
 def finish(engine: Engine) -> list[TokenEvent]:
@@ -59,6 +58,19 @@ def test_a_prompt_that_fails_in_a_later_part_fails_alone(engine: Engine, runner:
     assert statuses(events) == [507]
     ended = {event.request_id: event.completion_tokens for event in events if event.finish_reason}
     assert ended == {"runs": 12, "next": 2}
+
+
+def test_a_large_step_is_tried_in_halves_before_anybody_fails(runner: Scarce) -> None:
+    scheduler = make_scheduler(runner.size, 2048)
+    engine = Engine(runner, RankInfo(0, 0, 1, 1), lambda _: Letters(), frozenset({7}), scheduler)  # type: ignore[arg-type, return-value]
+    runner.longest = 1100
+    for name in "abc":
+        engine.admit(GenerationRequest(name, (*((5, 6) * 200), int(name, 16) % 3, *((5, 6) * 49), 5), 3))
+    events = finish(engine)
+    assert {event.request_id: event.completion_tokens for event in events if event.finish_reason} == dict.fromkeys(
+        "abc", 3
+    )
+    assert not any(event.failed for event in events)
 
 
 @pytest.mark.parametrize("prompt_logprobs", [True, False])

@@ -8,31 +8,26 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
 from transformers import LlamaForCausalLM
 
 from dsserve.core.request import GenerationRequest, SamplingParams, StopConditions
-from dsserve.core.step_plan import Admission, Plan
+from dsserve.core.step_plan import StepPlan
 from dsserve.engine.engine import Engine
 from dsserve.engine.observer import Observer, Step
-from dsserve.engine.scheduler import Scheduler
-from dsserve.kv.prefix_cache import PrefixCache
 from dsserve.parallel.plan_channel import PlanChannel
-from dsserve.parallel.rank import RankInfo
-from dsserve.runner import decode_graphs
-from dsserve.runner.autotp import ModelRunner
+from dsserve.runner.autotp import KVSize, ModelRunner
 from dsserve.runner.base import StepLogits
-from dsserve.runner.decode_graphs import DecodeGraphs
 from dsserve.sampling import gpu_sampler
 from dsserve.sampling.gpu_sampler import DeviceSampler
 from dsserve.sampling.pending import HostChoice
+from tests.support.paged import ALONE, make_engine, make_scheduler
 from tests.support.schedules import (
     CONTEXT,
     EOS,
-    KEPT,
     PART,
     SLOTS,
     VOCABULARY,
@@ -43,8 +38,9 @@ from tests.support.schedules import (
     make_text,
     play,
 )
+from tests.support.torch_pages import fake_capture, use_graphs
 
-CPU, ALONE = torch.device("cpu"), RankInfo(0, 0, 1, 1)
+CPU, PAGE = torch.device("cpu"), 4
 
 
 class Channel(PlanChannel):
@@ -52,9 +48,9 @@ class Channel(PlanChannel):
 
     def __init__(self) -> None:
         super().__init__(0, 1)
-        self.calls: list[list[Plan]] = [[]]
+        self.calls: list[list[StepPlan]] = [[]]
 
-    def send(self, plan: Plan) -> None:
+    def send(self, plan: StepPlan) -> None:
         super().send(plan)
         self.calls[-1].append(plan)
 
@@ -64,54 +60,26 @@ class Channel(PlanChannel):
 
 
 class Runner(ModelRunner):
-    """Checks that no cell is written outside of a row."""
+    """Checks that no cell is written outside of a row, and keeps what was computed."""
 
-    def execute(self, plan: Plan, chosen: torch.Tensor | None = None) -> StepLogits | None:
-        assert plan.ahead == (chosen is not None)
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.done: list[tuple[StepPlan, torch.Tensor | None, StepLogits]] = []
+
+    def execute(self, plan: StepPlan, chosen: torch.Tensor | None = None) -> StepLogits | None:
+        assert chosen is not None or not plan.is_ahead
+        assert all(segment.end <= self.max_model_len for segment in plan.segments)
         found = super().execute(plan, chosen)
-        assert all(length <= self.max_model_len for length in self._lengths)
+        if found is not None:
+            self.done.append((plan, None if chosen is None else chosen.clone(), found))
         return found
-
-
-class Graph:
-    """In a CUDA graph's place: computes the same on the same tensors. The graphs share memory: after one's replay the
-    others' outputs hold anything."""
-
-    captured: ClassVar[list[Graph]] = []
-
-    def __init__(self, run: Callable[[], torch.Tensor]) -> None:
-        self._run = run
-        self.out = run()
-        Graph.captured.append(self)
-
-    def replay(self) -> None:
-        found = self._run()
-        for graph in Graph.captured:
-            graph.out.fill_(VOCABULARY - 1)
-        self.out.copy_(found)
 
 
 @pytest.fixture(params=["eager", "graphs"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """How steps and choices run."""
-
-    def capture(run: Callable[[], torch.Tensor], *_: Any) -> tuple[Graph, torch.Tensor]:
-        graph = Graph(run)
-        return graph, graph.out
-
-    Graph.captured.clear()
-    for module in (decode_graphs, gpu_sampler):
-        monkeypatch.setattr(module, "capture", capture)
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda *_: 0)
+    fake_capture(monkeypatch)
     return request.param
-
-
-def use_graphs(runner: ModelRunner, sampler: DeviceSampler) -> None:
-    runner.execute(Plan(admit=(Admission((0,)),)))  # makes the cache's tensors
-    runner.execute(Plan(evict=(0,)))
-    runner._graphs = DecodeGraphs(runner.forward.decode, SLOTS, CONTEXT, CPU)
-    runner._graphs.capture(False, None)
-    sampler.capture(None)
 
 
 class Counter(Observer):
@@ -140,21 +108,26 @@ Make = Callable[..., Engine]
 
 @pytest.fixture
 def make(model: LlamaForCausalLM, way: str) -> Make:
-    def make_one(ahead: bool, observer: Observer | None = None) -> Engine:
-        runner = Runner(model, SLOTS, CONTEXT, CPU, KEPT)
-        scheduler = Scheduler(SLOTS, PrefixCache(SLOTS, KEPT), PART)
-        sampler, eos = DeviceSampler(SLOTS, VOCABULARY, CPU), frozenset({EOS})
+    def make_one(ahead: bool, observer: Observer | None = None, pages: int = SLOTS * CONTEXT // PAGE) -> Engine:
+        size = KVSize(SLOTS, CONTEXT, pages, PAGE)
+        runner = Runner(model, size, ALONE, CPU)
+        sampler = DeviceSampler(SLOTS, VOCABULARY, CPU)
         if ahead and way == "graphs":
-            use_graphs(runner, sampler)
+            use_graphs(runner, 2 * PART)
+            sampler.capture(None)
+            runner.done.clear()
         launch = sampler.launch if ahead else HostChoice
-        engine = Engine(runner, ALONE, make_text, eos, None, observer, scheduler, launch, ahead)
+        scheduler = make_scheduler(size, 2 * PART, PART)
+        engine = make_engine(
+            runner, scheduler, make_text, eos=EOS, observer=observer, launch=launch, launch_ahead=ahead
+        )
         engine._channel = Channel()
         return engine
 
     return make_one
 
 
-def calls_of(engine: Engine) -> list[list[Plan]]:
+def calls_of(engine: Engine) -> list[list[StepPlan]]:
     """The plans of each call so far. The others leave a call with the last one of its plans."""
     *calls, rest = engine._channel.calls  # type: ignore[attr-defined]
     assert not rest
@@ -162,11 +135,11 @@ def calls_of(engine: Engine) -> list[list[Plan]]:
     return calls
 
 
-def plans_of(engine: Engine) -> list[Plan]:
+def plans_of(engine: Engine) -> list[StepPlan]:
     return [plan for call in calls_of(engine) for plan in call]
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(24))
 def test_the_texts_are_those_without(make: Make, seed: int) -> None:
     schedule, counter = Schedule.draw(seed), Counter()
     engine = make(True, counter)
@@ -178,18 +151,47 @@ def test_the_texts_are_those_without(make: Make, seed: int) -> None:
     calls_of(engine)
 
 
+@pytest.mark.parametrize("pages", [13, SLOTS * CONTEXT // PAGE])
+@pytest.mark.parametrize("seed", range(300, 304))
+def test_plans_are_all_that_other_ranks_need(make: Make, model: LlamaForCausalLM, seed: int, pages: int) -> None:
+    """They have no graphs here, so that they compute in another way, and get each plan as the channel carries it."""
+    engine = make(True, pages=pages)
+    play(engine, ALONE, Schedule.draw(seed))
+    other = ModelRunner(model, engine._runner.size, ALONE, CPU)  # type: ignore[attr-defined]
+    done = engine._runner.done  # type: ignore[attr-defined]
+    assert [plan for plan, *_ in done] == [plan for plan in plans_of(engine) if plan.segments]
+    for plan, chosen, expected in done:
+        found = other.execute(StepPlan.decode(plan.encode()), chosen)
+        assert found is not None
+        torch.testing.assert_close(found.next, expected.next, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found.prompts, expected.prompts, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("share", [0.1, 0.4, 1.0])
 @pytest.mark.parametrize("seed", range(100, 105))
 def test_rows_that_are_left_to_the_host_change_no_text(
     make: Make, monkeypatch: pytest.MonkeyPatch, seed: int, share: float
 ) -> None:
-    monkeypatch.setattr("dsserve.engine.engine.STEPS_AFTER_VOID", 2)
     schedule = Schedule.draw(seed)
     expected = play(make(False), ALONE, schedule, cancel=False)
     monkeypatch.setattr(gpu_sampler, "draw", draw_less(share))
     engine = make(True)
+    void = count_void(engine)
     assert differences(schedule, expected, play(engine, ALONE, schedule)) == []
-    assert any(plan.rewind for plan in plans_of(engine))
+    assert sum(void) > 0
+
+
+def count_void(engine: Engine) -> list[int]:
+    """How many rows of each step were launched with a token that was not chosen."""
+    void, take_back = [], engine._take_back_rows
+
+    def note(texts: Any, flight: Any) -> None:
+        before = len(flight.void)
+        take_back(texts, flight)
+        void.append(len(flight.void) - before)
+
+    engine._take_back_rows = note  # type: ignore[method-assign]
+    return void
 
 
 class Panic(BaseException):
@@ -242,7 +244,7 @@ def break_some(engine: Engine, kind: str, every: int) -> set[str]:
 
     def admit_one(request: GenerationRequest, origin: Any = None) -> None:
         admit(request, origin)
-        number, sequence = next(seen), engine._scheduler._waiting[-1]
+        number, sequence = next(seen), engine._scheduler._waiting[-1][-1]
         if number % every or request.max_new_tokens == 0:
             return
         broken.add(request.request_id)
@@ -263,7 +265,6 @@ def test_rows_that_panic_change_no_other_text(
     make: Make, seed: int, kind: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if seed % 2:  # and some steps are void
-        monkeypatch.setattr("dsserve.engine.engine.STEPS_AFTER_VOID", 2)
         monkeypatch.setattr(gpu_sampler, "draw", draw_less(0.4))
     schedule, counter = Schedule.draw(seed), Counter()
     engine = make(True, counter)
@@ -275,7 +276,7 @@ def test_rows_that_panic_change_no_other_text(
     assert failed or not wrong
     assert all(expected.text(name).startswith(found.text(name)) for name in broken)
     assert len(counter.outcomes) == len(schedule.requests) and counter.outcomes.count("error") == len(failed)
-    assert engine.run(4) == [] and not engine._flights and engine._runner.live == 0
+    assert engine.run(4) == [] and not engine._flights and engine._scheduler.kv.usage == 0
     calls_of(engine)
     assert "a user's text" not in caplog.text and caplog.text.count("Panic at test_launch_ahead.py") == len(failed)
 
@@ -285,14 +286,13 @@ def test_a_row_that_panics_in_a_step_launched_ahead_keeps_the_token_before(make:
     for name in "ab":
         sampling = SamplingParams(1.0, seed=3)
         engine.admit(GenerationRequest(name, (7, 8, 9), 12, sampling, StopConditions(ignore_eos=True)))
-    sequence = engine._scheduler._waiting[0]
+    sequence = engine._scheduler._waiting[0][-1]
     sequence.state.uniforms = Fails(sequence.state.uniforms, 4)  # type: ignore[assignment]
     events = [event for _ in range(16) for event in engine.run(1)]
     texts = {name: "".join(event.text for event in events if event.request_id == name) for name in "ab"}
     assert len(texts["b"].split()) == 12 and texts["a"].split() == texts["b"].split()[:4]
     assert [event.failed for event in events if event.is_last] == [True, False]
-    assert [plan.evict for plan in plans_of(engine) if plan.evict] == [(0,), (0,)]
-    assert any(plan.ahead for plan in plans_of(engine)[:4])
+    assert any(plan.is_ahead for plan in plans_of(engine)[:4])
 
 
 def test_most_steps_are_launched_ahead_and_tokens_are_counted_once(make: Make) -> None:
@@ -304,8 +304,8 @@ def test_most_steps_are_launched_ahead_and_tokens_are_counted_once(make: Make) -
         )
     events = [event for _ in range(30) for event in engine.run(2)]
     assert [event.completion_tokens for event in events if event.is_last] == [20, 20, 20]
-    plans = [plan for plan in plans_of(engine) if plan.tokens or plan.admit]
-    assert [plan.ahead for plan in plans] == [False] + [True] * 19
+    plans = [plan for plan in plans_of(engine) if plan.segments]
+    assert [plan.is_ahead for plan in plans] == [False] + [True] * 19
     assert sum(step.generated for step in counter.steps) == 60 and len(counter.steps) == 20
     assert [step.decoded for step in counter.steps] == [0] + [3] * 19
     assert all(one.ended <= other.started for one, other in zip(counter.steps, counter.steps[1:], strict=False))
@@ -322,11 +322,12 @@ def test_the_device_works_between_calls(make: Make) -> None:
     assert [len(call) for call in calls_of(engine)] == [2, 1, 1, 1, 1, 1]
 
 
-def test_one_that_comes_while_a_step_is_in_flight_joins_in_the_next_call(make: Make) -> None:
+def test_one_that_comes_while_a_step_is_in_flight_joins_in_the_step_after_it(make: Make) -> None:
     engine = make(True)
     engine.admit(GenerationRequest("a", (7, 8, 9), 20, stop=StopConditions(ignore_eos=True)))
     engine.run(1)
     engine.admit(GenerationRequest("b", (9, 8), 20, stop=StopConditions(ignore_eos=True)))
+    assert [(event.request_id, event.completion_tokens) for event in engine.run(1)] == [("a", 2)]
     assert {(event.request_id, event.completion_tokens) for event in engine.run(1)} == {("a", 3), ("b", 1)}
 
 
@@ -337,8 +338,8 @@ def test_a_call_that_finds_nothing_but_a_step_of_rows_that_left(make: Make) -> N
     engine.evict("a")
     assert engine.running == 0 and engine._flights
     assert engine.run(4) == [] and not engine._flights
-    assert engine._runner.live == 0
-    assert calls_of(engine)[-1] == [Plan(evict=(0,), last=True)]
+    assert engine._scheduler.kv.usage == 0
+    assert not any(plan.segments for plan in calls_of(engine)[-1])
 
 
 @pytest.mark.parametrize(
@@ -358,22 +359,29 @@ def test_no_step_meets_rows_that_need_the_host(make: Make, more: dict[str, Any])
     engine.admit(GenerationRequest("other", (7, 8), 6, stop=StopConditions(ignore_eos=True), **more))
     while engine.running or engine.waiting:
         engine.run(1)
-    plans = [plan for plan in plans_of(engine) if plan.tokens or plan.admit]
-    assert [plan.ahead for plan in plans] == [False] * 7 + [True]
+    plans = [plan for plan in plans_of(engine) if plan.segments]
+    assert [plan.is_ahead for plan in plans] == [False] * 7 + [True]
 
 
-def test_a_void_step_is_taken_back_on_all_ranks(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And none is launched ahead for a while."""
+def test_a_void_row_is_computed_again_and_the_others_go_on(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host chooses for the sampled row: each of its steps that was launched ahead is void."""
     monkeypatch.setattr(gpu_sampler, "draw", draw_less(1.0))
-    engine = make(True)
-    sampling = SamplingParams(1.0, seed=3)
-    engine.admit(GenerationRequest("a", (7, 8, 9), 40, sampling, StopConditions(ignore_eos=True)))
+    counter = Counter()
+    engine = make(True, counter)
+    void, ignore = count_void(engine), StopConditions(ignore_eos=True)
+    engine.admit(GenerationRequest("host", (7, 8, 9), 10, SamplingParams(1.0, seed=3), ignore))
+    engine.admit(GenerationRequest("device", (7, 8), 10, stop=ignore))
+    events = []
     while engine.running or engine.waiting:
-        engine.run(1)
-    plans = [plan for plan in plans_of(engine) if plan.tokens or plan.admit]
-    void = [at for at, plan in enumerate(plans) if plan.ahead]
-    assert [at for at, plan in enumerate(plans) if plan.rewind] == [at + 1 for at in void]
-    assert void[:2] == [1, 18] and len(plans) == 40 + len(void)
+        events += engine.run(1)
+    assert {event.request_id: event.completion_tokens for event in events if event.is_last} == {
+        "host": 10,
+        "device": 10,
+    }
+    assert 0 < sum(void) <= 10 and all(count <= 1 for count in void)
+    assert sum(step.generated for step in counter.steps) == 20
+    starts = [segment.start for plan in plans_of(engine) for segment in plan.segments if segment.row == 1]
+    assert starts == sorted(set(starts)), "no token of the other one is computed twice"
 
 
 def test_a_text_that_ends_while_another_one_waits_leaves_at_once(make: Make) -> None:
@@ -382,15 +390,17 @@ def test_a_text_that_ends_while_another_one_waits_leaves_at_once(make: Make) -> 
     engine.admit(GenerationRequest("b", (7, 8), 9, stop=StopConditions(ignore_eos=True)))
     engine.run(1)
     engine.run(1)
-    engine.admit(GenerationRequest("c", (7,), 9))
+    engine.admit(GenerationRequest("c", (7, 6), 9))
     assert [(event.request_id, event.finish_reason) for event in engine.run(9)] == [("a", "length"), ("b", None)]
-    assert calls_of(engine)[-1] == [Plan(last=True)]
+    (ahead, _) = calls_of(engine)[-1]
+    assert [(segment.source, len(segment.tokens)) for segment in ahead.segments] == [(1, 1), (-1, 2)]
 
 
 def test_prompts_without_memory_are_tried_again_with_no_step_behind_them(make: Make) -> None:
     engine = make(True)
     full = iter([False, True])
     engine._runner._memory.run = lambda prefill, *_, **__: None if next(full, False) else prefill()  # type: ignore[attr-defined]
+    engine._runner._graphs = None  # type: ignore[attr-defined]  # what is captured has its memory
     engine.admit(GenerationRequest("runs", (7, 8, 9), 9, stop=StopConditions(ignore_eos=True)))
     events = engine.run(1)
     for name in "ab":
@@ -398,8 +408,8 @@ def test_prompts_without_memory_are_tried_again_with_no_step_behind_them(make: M
     events += [event for _ in range(15) for event in engine.run(2)]
     ends = {event.request_id: event.completion_tokens for event in events if event.is_last}
     assert ends == {"runs": 9, "a": 4, "b": 4}
-    plans = [(len(plan.tokens), len(plan.admit), plan.ahead) for plan in plans_of(engine)]
-    assert plans[:4] == [(0, 1, False), (1, 0, True), (1, 2, False), (1, 1, False)]
+    plans = [[len(segment.tokens) for segment in plan.segments] for plan in plans_of(engine)]
+    assert plans[:5] == [[3], [1], [1, 3, 3], [1, 3, 3], [1, 1, 1]]
 
 
 def test_without_the_setting_every_step_waits(make: Make) -> None:
@@ -408,4 +418,4 @@ def test_without_the_setting_every_step_waits(make: Make) -> None:
     engine.admit(GenerationRequest("a", (7, 8, 9), 8))
     while engine.running or engine.waiting:
         engine.run(1)
-    assert not any(plan.ahead for plan in plans_of(engine))
+    assert not any(plan.is_ahead for plan in plans_of(engine))

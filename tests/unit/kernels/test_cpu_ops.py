@@ -15,7 +15,7 @@ from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from dsserve.kernels.cpu_ops import is_loaded, load_cpu_ops
-from dsserve.kv.cache import SlotLayer, Window
+from dsserve.kv.store import PagedLayer, Window
 from dsserve.modeling.fused_ops import FusedRMSNorm, FusedRotary, use_fused_ops
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -131,11 +131,11 @@ def test_tokens_reach_the_cells_that_torch_would_write(
     written = []
     for loaded in (True, False):
         monkeypatch.setattr("dsserve.kernels.cpu_ops.is_loaded", lambda loaded=loaded: loaded)
-        layer = SlotLayer(3, 20, Window(cells, None if prefill else 16))
+        layer = PagedLayer(60, Window(cells))
         layer.update(keys, values)
         written.append(layer)
     assert torch.equal(written[0].keys, written[1].keys) and torch.equal(written[0].values, written[1].values)
-    assert written[0].keys.flatten(0, 1).abs().sum((1, 2)).nonzero().flatten().tolist() == cells.tolist()
+    assert written[0].keys.abs().sum((1, 2)).nonzero().flatten().tolist() == cells.tolist()
 
 
 @needs_compiler
@@ -154,3 +154,47 @@ def test_without_a_compiler_nothing_is_replaced(monkeypatch: pytest.MonkeyPatch)
 @needs_compiler
 def test_they_are_loaded() -> None:
     assert is_loaded()
+
+
+@needs_compiler
+@each_dtype
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim", "value_dim"), [(4, 4, 64, 64), (6, 2, 20, 20), (5, 1, 33, 17), (9, 3, 7, 12)]
+)
+def test_attention_over_pages_is_torchs(
+    dtype: torch.dtype, heads: int, kv_heads: int, dim: int, value_dim: int
+) -> None:
+    page, pages, texts = 5, 40, [1, 5, 6, 31, 100, 17]
+    keys = (random(pages * page, kv_heads, dim) / 3).to(dtype)
+    values = random(pages * page, kv_heads, value_dim, dtype=dtype)
+    order = torch.randperm(pages, generator=torch.Generator().manual_seed(0)).tolist()
+    table = torch.zeros(8, 20, dtype=torch.int32)
+    rows = torch.tensor([3, 0, 7, 1, 2, 5])
+    for row, length in zip(rows, texts, strict=True):
+        count = -(-length // page)
+        table[row, :count] = torch.tensor([order.pop() for _ in range(count)])
+    fused = (random(heads, len(texts), dim) / 3).to(dtype)  # heads first, as models have them
+    query = fused.transpose(0, 1)
+    found = torch.ops.dsserve_cpu.paged_attention(
+        query, keys, values, table, rows, torch.tensor(texts), page, dim**-0.5
+    )
+    assert found.shape == (len(texts), heads, value_dim) and found.dtype == dtype
+    for number, length in enumerate(texts):
+        at = torch.arange(length)
+        cells = table[rows[number]].long()[at // page] * page + at % page
+        own = (tensor[cells].transpose(0, 1)[None].double() for tensor in (keys, values))
+        expected = torch.nn.functional.scaled_dot_product_attention(
+            query[number][None, :, None].double(), *own, enable_gqa=True
+        )[0, :, 0]
+        assert_close(found[number], expected.to(dtype))
+
+
+@needs_compiler
+def test_attention_over_pages_refuses_what_is_not_there() -> None:
+    query, stored, table = torch.zeros(1, 2, 4), torch.zeros(8, 2, 4), torch.zeros(1, 2, dtype=torch.int32)
+    attend = torch.ops.dsserve_cpu.paged_attention
+    for row, length in ((1, 1), (-1, 1), (0, 0), (0, 9)):
+        with pytest.raises(RuntimeError):
+            attend(query, stored, stored, table, torch.tensor([row]), torch.tensor([length]), 4, 1.0)
+    with pytest.raises(RuntimeError):
+        attend(query, stored[:, :, :3].contiguous(), stored, table, torch.tensor([0]), torch.tensor([1]), 4, 1.0)

@@ -13,13 +13,15 @@ from prometheus_client import CollectorRegistry, Histogram, generate_latest
 
 from dsserve.core.errors import RequestError
 from dsserve.core.request import GenerationRequest, Origin
-from dsserve.core.step_plan import Plan
+from dsserve.core.step_plan import StepPlan, Wanted
 from dsserve.engine.engine import Engine
 from dsserve.engine.observer import Observer, Step
 from dsserve.observability.metrics import Metrics, WeightedHistogram
 from dsserve.parallel.rank import RankInfo
+from dsserve.runner.autotp import KVSize
 from dsserve.runner.base import StepLogits
 from tests.conftest import ROOT
+from tests.support.paged import make_scheduler
 from tests.support.scrape import Scrape
 
 PAGE = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
@@ -32,20 +34,24 @@ VLLM_STYLE = ("metric names should not contain ':'", 'non-counter metrics should
 class FakeRunner:
     """Gives every row the token that follows its last one, 6 after 5 and 5 after 6, and end-of-text after 4."""
 
-    slots, kept = SLOTS, 2
+    rows, max_model_len, vocabulary, graph_pool = SLOTS, 1024, VOCABULARY, None
+    size = KVSize(SLOTS, 1024, 256, 8)
 
     def __init__(self) -> None:
         self.fits = True
 
-    def execute(self, plan: Plan) -> StepLogits | None:
-        last = [*plan.tokens, *(admission.tokens[-1] for admission in plan.admit if self.fits)]
+    def execute(self, plan: StepPlan, chosen: torch.Tensor | None = None) -> StepLogits | None:
+        if not plan.segments:
+            return None
+        last = [segment.tokens[-1] for segment in plan.segments if segment.wanted & Wanted.NEXT]
         follows = {4: EOS, 6: 5}
         logits = torch.zeros(len(last), VOCABULARY)
         for row, token in enumerate(last):
             logits[row, follows.get(token, token + 1)] = 1.0
-        if not plan.tokens and not plan.admit:
-            return None
-        return StepLogits(logits, admitted=self.fits or not plan.admit)
+        reads = any(segment.start == 0 or len(segment.tokens) > 1 for segment in plan.segments)
+        every = [segment for segment in plan.segments if segment.wanted & Wanted.ALL]
+        prompts = tuple(torch.zeros(len(segment.tokens), VOCABULARY) for segment in every)
+        return StepLogits(logits, prompts, fitted=self.fits or not reads)
 
 
 class Letters:
@@ -79,7 +85,8 @@ def metrics() -> Metrics:
 
 
 def make_engine(runner: FakeRunner, observer: Observer, text: Any = Letters) -> Engine:
-    return Engine(runner, RankInfo(0, 0, 1, 1), lambda _: text(), frozenset({EOS}), None, observer)  # type: ignore[arg-type]
+    scheduler = make_scheduler(runner.size)
+    return Engine(runner, RankInfo(0, 0, 1, 1), lambda _: text(), frozenset({EOS}), scheduler, observer=observer)  # type: ignore[arg-type, return-value]
 
 
 def scrape(metrics: Metrics) -> Scrape:
@@ -100,11 +107,12 @@ def test_counts_are_those_of_the_requests(runner: FakeRunner, metrics: Metrics) 
     engine.run(1)
     now = scrape(metrics)
     assert now.sum("vllm:num_requests_running") == 2 and now.sum("vllm:num_requests_waiting") == 1
-    assert now.sum("vllm:kv_cache_usage_perc") == 1.0
+    assert now.sum("vllm:kv_cache_usage_perc") == pytest.approx(2 / 256), "two pages of 256"
     finish(engine)
     now = scrape(metrics)
     assert now.sum("vllm:num_requests_running") == now.sum("vllm:num_requests_waiting") == 0
-    assert now.sum("vllm:kv_cache_usage_perc") == 0.0
+    engine.run(1)  # whoever ended holds pages until the next step
+    assert scrape(metrics).sum("vllm:kv_cache_usage_perc") == 0.0
     assert now.sum("vllm:prompt_tokens_total") == 2 + 3 + 1
     assert now.sum("vllm:generation_tokens_total") == 6 + 2 + 1
     assert now.sum("vllm:request_success_total", finished_reason="length") == 2
@@ -146,9 +154,25 @@ def test_a_reused_prefix_is_a_hit_in_tokens(runner: FakeRunner, metrics: Metrics
         engine.run(1)
     now = scrape(metrics)
     assert now.sum("vllm:prefix_cache_queries_total") == 48
-    assert now.sum("vllm:prefix_cache_hits_total") == 23
+    assert now.sum("vllm:prefix_cache_hits_total") == 16, "whole pages"
     assert now.sum("vllm:prompt_tokens_total") == 48
-    assert now.sum("vllm:iteration_tokens_total_sum") == 24 + 1 + 1 + 1
+    assert now.sum("vllm:iteration_tokens_total_sum") == 24 + 1 + 8 + 1
+
+
+def test_texts_that_lose_their_pages_are_counted(runner: FakeRunner, metrics: Metrics) -> None:
+    runner.size = KVSize(SLOTS, 24, 3, 8)
+    engine = make_engine(runner, metrics)
+    metrics.loaded(1.0, {}, SLOTS)
+    for name in ("old", "young"):
+        engine.admit(GenerationRequest(name, (5,), 20))
+        engine.run(1)
+    assert scrape(metrics).sum("vllm:num_preemptions_total") == 0
+    finish(engine)
+    now = scrape(metrics)
+    assert now.sum("vllm:num_preemptions_total") == engine._scheduler.preemptions > 0
+    assert now.sum("vllm:generation_tokens_total") == 40, "what is computed again is no new token"
+    finish(engine)
+    assert scrape(metrics).sum("vllm:num_preemptions_total") == engine._scheduler.preemptions
 
 
 def test_clients_that_go_and_sequences_that_fail(runner: FakeRunner, metrics: Metrics) -> None:

@@ -20,6 +20,7 @@ from dsserve.observability import tracing
 from dsserve.observability.tracing import Spans, phases, spans_from_env
 from dsserve.parallel.rank import RankInfo
 from dsserve.protocol.rows import row_origin
+from tests.support.paged import make_scheduler
 from tests.unit.observability.test_metrics import FakeRunner, Letters
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
@@ -29,9 +30,9 @@ def spans_of(requests: list[GenerationRequest], origin: Origin, evict: str | Non
     """What is exported when these requests have run on an engine without a model."""
     exporter, provider = InMemorySpanExporter(), TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
-    engine = Engine(
-        FakeRunner(), RankInfo(0, 0, 1, 1), lambda _: Letters(), frozenset({7}), observer=Spans(provider, "m")
-    )  # type: ignore[arg-type, return-value]  # fmt: skip
+    runner, rank = FakeRunner(), RankInfo(0, 0, 1, 1)
+    scheduler = make_scheduler(runner.size)
+    engine = Engine(runner, rank, lambda _: Letters(), frozenset({7}), scheduler, observer=Spans(provider, "m"))  # type: ignore[arg-type, return-value]
     for request in requests:
         engine.admit(request, origin)
     if evict:

@@ -25,11 +25,12 @@ from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 
 from dsserve.config.handler import HandlerConfig
 from dsserve.core.errors import LoadError
-from dsserve.core.step_plan import Admission, Plan
 from dsserve.loading.hf_model import load_outline
 from dsserve.parallel.alibi import RankAlibi, key_positions, use_rank_alibi
 from dsserve.parallel.kv_heads import plan_kv_copies, repeat_kv_heads
-from dsserve.runner.autotp import ModelRunner
+from dsserve.parallel.rank import RankInfo
+from dsserve.runner.autotp import KVSize, ModelRunner
+from dsserve.runner.masked_pass import MaskedPass
 
 SIZES = {"hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 50, "pad_token_id": 0}
 
@@ -126,9 +127,9 @@ def test_key_positions() -> None:
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-def test_bloom_through_kv_slots(dtype: torch.dtype, limit: float) -> None:
+def test_bloom_through_pages(dtype: torch.dtype, limit: float) -> None:
     """The second prompt lies 300 columns to the right, where bf16 knows even numbers only. Then again with the second
-    one's beginning taken from another row."""
+    one's beginning read in a step of its own."""
     torch.manual_seed(0)
     config = BloomConfig(hidden_size=96, n_layer=2, n_head=6, vocab_size=90, initializer_range=0.2)
     model = BloomForCausalLM(config).eval().to(dtype)
@@ -136,15 +137,14 @@ def test_bloom_through_kv_slots(dtype: torch.dtype, limit: float) -> None:
     with torch.inference_mode():
         texts = [model(torch.tensor([[*prompt, 7]])).logits[0, -2:] for prompt in prompts]
     use_rank_alibi(model, 0, 1)
-    runner = ModelRunner(model, 3, 320, torch.device("cpu"))
-    whole = tuple(Admission(prompt) for prompt in prompts)
-    runner.execute(Plan(admit=(Admission(prompts[1][:30]),)))
-    for first_row, admit in ((1, whole), (0, (whole[0], Admission(prompts[1][30:], source=2, shared=30)))):
-        first = runner.execute(Plan(admit=admit))
-        tokens = (7,) * runner.live
-        second = runner.execute(Plan(tokens=tokens))
-        assert first is not None and second is not None
+    for begun in (0, 30):
+        runner = ModelRunner(model, KVSize.of_rows(2, 320), RankInfo(0, 0, 1, 1), torch.device("cpu"))
+        assert not runner.is_packed and isinstance(runner._forward, MaskedPass)
+        trial = runner.trial()
+        if begun:
+            trial.step((1, prompts[1][:begun]))
+        first = trial.logits((0, prompts[0]), (1, prompts[1][begun:]))
+        second = trial.logits((0, (7,)), (1, (7,)))
         for row, expected in enumerate(texts):
-            found = torch.stack([first.next[row], second.next[first_row + row]])
+            found = torch.stack([first[row], second[row]])
             assert (found - expected).norm() / expected.norm() < limit
-        runner.execute(Plan(evict=tuple(reversed(range(runner.live)))))

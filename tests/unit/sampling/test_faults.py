@@ -14,7 +14,7 @@ import torch
 
 from dsserve.core.errors import RequestError
 from dsserve.core.request import GenerationRequest, SamplingParams, TokenEvent
-from dsserve.core.step_plan import Plan
+from dsserve.core.step_plan import StepPlan
 from dsserve.engine.engine import Engine
 from dsserve.parallel.rank import RankInfo
 from dsserve.runner.base import StepLogits
@@ -24,6 +24,7 @@ from dsserve.sampling.grammar import GrammarCompiler, GrammarError
 from dsserve.sampling.penalties import RowEdits
 from dsserve.sampling.pending import HostChoice, Launch
 from dsserve.sampling.sampler import SamplingState
+from tests.support.paged import make_scheduler
 from tests.support.sampling import make_logits, states_of
 from tests.unit.engine.test_detokenizer import byte_level
 from tests.unit.observability.test_metrics import EOS, SLOTS, VOCABULARY, FakeRunner, Letters
@@ -116,7 +117,7 @@ def test_a_row_fails_when_its_tokens_are_read_and_not_when_they_are_launched() -
     choice = DeviceSampler(2, WIDTH, CPU).launch(logits, states)
     assert states[0].fault is None and choice.tokens is not None and (choice.tokens >= 0).all()
     before = list(states[1].uniforms._ready)
-    choice.take_back()
+    choice.take_back([0, 1])
     assert states[0].fault is None and len(states[1].uniforms._ready) == len(before) + 1
     choice = DeviceSampler(2, WIDTH, CPU).launch(logits, states)
     choice.read()
@@ -229,9 +230,9 @@ def test_a_fault_says_type_and_place_and_never_a_value() -> None:
 class Poisoned(FakeRunner):
     """The row whose last token is 3 has no numbers."""
 
-    def execute(self, plan: Plan, chosen: torch.Tensor | None = None) -> StepLogits | None:
+    def execute(self, plan: StepPlan, chosen: torch.Tensor | None = None) -> StepLogits | None:
         found = super().execute(plan)
-        last = [*plan.tokens, *(admission.tokens[-1] for admission in plan.admit)]
+        last = [segment.tokens[-1] for segment in plan.segments]
         for row, token in enumerate(last):
             if found is not None and token == 3:
                 found.next[row] = float("nan")
@@ -254,7 +255,9 @@ def test_the_engine_answers_a_broken_row_once_and_serves_the_others(way: str, ca
     def make_text(request: GenerationRequest) -> Letters:
         return Mute() if request.request_id == "mute" else Letters()
 
-    engine = Engine(Poisoned(), RankInfo(0, 0, 1, 1), make_text, frozenset({EOS}), launch=launch)  # type: ignore[arg-type]
+    engine = Engine(
+        Poisoned(), RankInfo(0, 0, 1, 1), make_text, frozenset({EOS}), make_scheduler(FakeRunner.size), launch=launch
+    )  # type: ignore[arg-type]
     for name, prompt in {"sane": (5,), "poisoned": (1,), "mute": (5,), "also sane": (5,)}.items():
         engine.admit(GenerationRequest(name, prompt, 6))
     events = finish(engine)
@@ -278,8 +281,8 @@ class First(FakeRunner):
 
     width = 0
 
-    def execute(self, plan: Plan, chosen: torch.Tensor | None = None) -> StepLogits | None:
-        count = len(plan.tokens) + len(plan.admit)
+    def execute(self, plan: StepPlan, chosen: torch.Tensor | None = None) -> StepLogits | None:
+        count = len(plan.segments)
         return StepLogits(torch.zeros(count, self.width)) if count else None
 
 
@@ -299,7 +302,9 @@ def test_a_schema_that_leads_to_a_dead_end_says_so_with_its_status(way: str, cap
     eos = frozenset({tokenizer.eos_token_id})
     grammars = GrammarCompiler(tokenizer, runner.width, eos)
     launch = launch_of(way, SLOTS, runner.width)
-    engine = Engine(runner, RankInfo(0, 0, 1, 1), lambda _: Letters(), eos, grammars, launch=launch)  # type: ignore[arg-type, return-value]
+    engine = Engine(
+        runner, RankInfo(0, 0, 1, 1), lambda _: Letters(), eos, make_scheduler(runner.size), grammars, launch=launch
+    )  # type: ignore[arg-type, return-value]
     wanted = SamplingParams(grammar=LLMatcher.grammar_from_json_schema(json.dumps(schema)))
     engine.admit(GenerationRequest("dead end", (5,), 60, wanted))
     engine.admit(GenerationRequest("sane", (5,), 60, SamplingParams(logit_bias={5: 9.0})))
@@ -322,7 +327,8 @@ def test_log_probabilities_that_cannot_be_made_fail_their_row_alone(monkeypatch:
         return report(logits, tokens, counts)
 
     monkeypatch.setattr(output, "report_logprobs", report_some)
-    engine = Engine(FakeRunner(), RankInfo(0, 0, 1, 1), lambda _: Letters(), frozenset({EOS}))  # type: ignore[arg-type, return-value]
+    scheduler = make_scheduler(FakeRunner.size)
+    engine = Engine(FakeRunner(), RankInfo(0, 0, 1, 1), lambda _: Letters(), frozenset({EOS}), scheduler)  # type: ignore[arg-type, return-value]
     for name, count in {"sane": 2, "broken": 3}.items():
         engine.admit(GenerationRequest(name, (5,), 4, SamplingParams(logprobs=count)))
     events = finish(engine)

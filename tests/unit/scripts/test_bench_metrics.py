@@ -9,14 +9,16 @@ import time
 import pytest
 import torch
 
-from dsserve.core.step_plan import Plan
+from dsserve.core.step_plan import StepPlan
 from dsserve.engine.engine import Engine
 from dsserve.observability.metrics import Metrics
 from dsserve.parallel.rank import RankInfo
+from dsserve.runner.autotp import KVSize
 from dsserve.runner.base import StepLogits
 from scripts.bench import metrics as bench_metrics
 from scripts.bench.metrics import NEW_TOKENS, Calls, NoText, Switch, compare, count_alone, table, turn
 from tests.conftest import ROOT
+from tests.support.paged import make_scheduler
 
 ROWS = 2
 MEASURED = ROOT / "configs" / "measurements" / "metrics_cost.json"
@@ -25,17 +27,19 @@ MEASURED = ROOT / "configs" / "measurements" / "metrics_cost.json"
 class ZeroRunner:
     """Gives every row token 0."""
 
-    slots, kept = ROWS, 0
+    size = KVSize.of_rows(ROWS, 4096)
 
-    def execute(self, plan: Plan) -> StepLogits | None:
-        rows = len(plan.tokens) + len(plan.admit)
+    def execute(self, plan: StepPlan, chosen: torch.Tensor | None = None) -> StepLogits | None:
+        rows = len(plan.segments)
         return StepLogits(torch.zeros(rows, 4)) if rows else None
 
 
 def make_engine(metrics: Metrics) -> tuple[Engine, Switch]:
     switch = Switch(metrics)
     rank = RankInfo(0, 0, 1, 1)
-    return Engine(ZeroRunner(), rank, lambda _: NoText(None), frozenset(), None, switch), switch  # type: ignore[arg-type]
+    scheduler = make_scheduler(ZeroRunner.size)
+    engine = Engine(ZeroRunner(), rank, lambda _: NoText(None), frozenset(), scheduler, observer=switch)  # type: ignore[arg-type]
+    return engine, switch
 
 
 @pytest.mark.parametrize("cost", [0.0, 0.05])

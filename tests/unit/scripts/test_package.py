@@ -10,18 +10,16 @@ from typing import Any
 import pytest
 import yaml
 
-from dsserve.config.handler import HandlerConfig
+from dsserve.config.handler import AUTO_RUNNING
 from dsserve.config.torchserve import ENOUGH_QUEUE
 from scripts.common.machine import MachineError
 from scripts.common.paths import ROOT
 from scripts.pack import archive as packaging
 from scripts.pack.archive import (
+    BATCH_SIZE,
     CONFIGS,
-    DEFAULT_RUNNING,
-    DEFAULT_WAITING,
     JOB_QUEUE_SIZE,
     ROOM_KEYS,
-    SPARE_ROWS,
     Choice,
     PackageError,
     package,
@@ -127,10 +125,11 @@ def test_what_is_no_archive_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("handler", "rows"),
     [
-        ({}, 16 + 64 + 64),
-        ({"max_running": "auto", "max_waiting": 8}, 16 + 8 + 64),
-        ({"max_running": 512, "max_waiting": 0}, 512 + 64),
-        ({"max_running": "many"}, 64 + 64),
+        ({}, 1024),
+        ({"max_running": "auto", "max_waiting": 8}, 1024),
+        ({"max_running": 16, "max_waiting": 2000}, 16 + 2000 + 64),
+        ({"max_running": 1024, "max_waiting": 0}, 1024 + 64),
+        ({"max_running": "many"}, 1024),
     ],
 )
 def test_each_request_of_a_burst_reaches_the_handler(tmp_path: Path, handler: dict[str, Any], rows: int) -> None:
@@ -146,7 +145,7 @@ def test_a_folder_of_its_own_states_its_sizes_or_has_them_derived(tmp_path: Path
     (tmp_path / "smollm2").symlink_to(CONFIGS / "smollm2")
     (own / "ds-config.json").write_text("{}")
     (own / "model-config.yaml").write_text("template: smollm2\nhandler: {max_running: 100}\n")
-    assert render(own, "/x", Choice("1", "cpu"))[0]["batchSize"] == 100 + 64 + SPARE_ROWS
+    assert render(own, "/x", Choice("1", "cpu"))[0]["batchSize"] == BATCH_SIZE
     (own / "model-config.yaml").write_text("template: smollm2\nbatchSize: 81\njobQueueSize: 7\n")
     assert [render(own, "/x", Choice("1", "cpu"))[0][key] for key in ROOM_KEYS] == [81, 7]
 
@@ -154,8 +153,7 @@ def test_a_folder_of_its_own_states_its_sizes_or_has_them_derived(tmp_path: Path
 def test_the_scripts_and_the_handler_mean_the_same() -> None:
     """Also where TorchServe is started by hand, with the template as it is."""
     stated = yaml.safe_load((CONFIGS / "smollm2" / "model-config.yaml").read_text())
-    config = HandlerConfig(model_path="x")
-    assert (config.most_running, config.max_waiting) == (DEFAULT_RUNNING, DEFAULT_WAITING)
+    assert stated["batchSize"] == BATCH_SIZE > max(AUTO_RUNNING.values())
     assert JOB_QUEUE_SIZE == ENOUGH_QUEUE
     assert room(stated["handler"]) == {key: stated[key] for key in ROOM_KEYS}
 

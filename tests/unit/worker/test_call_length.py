@@ -6,17 +6,17 @@ import math
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from dsserve.core.request import GenerationRequest
-from dsserve.core.step_plan import Plan
+from dsserve.core.step_plan import StepPlan
 from dsserve.engine import engine as engine_module
 from dsserve.engine.engine import Engine
-from dsserve.engine.scheduler import Scheduler
-from dsserve.kv.prefix_cache import PrefixCache
 from dsserve.parallel.plan_channel import PlanChannel
 from dsserve.parallel.rank import RankInfo
 from dsserve.runner.base import StepLogits
 from dsserve.worker.call_length import CallLength
+from tests.support.paged import make_scheduler
 from tests.unit.observability.test_metrics import FakeRunner, Letters
 
 STEP_S = 0.03
@@ -55,13 +55,14 @@ class Runner(FakeRunner):
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         super().__init__()
-        self.now, self.plans = 100.0, list[Plan]()
+        self.now, self.plans = 100.0, list[StepPlan]()
         monkeypatch.setattr(engine_module, "time", SimpleNamespace(monotonic=lambda: self.now))
 
-    def execute(self, plan: Plan) -> StepLogits | None:
+    def execute(self, plan: StepPlan, chosen: torch.Tensor | None = None) -> StepLogits | None:
         self.plans.append(plan)
-        self.now += STEP_S * (1 + sum(len(admission.tokens) for admission in plan.admit) // 10)
-        return super().execute(plan)
+        read = sum(len(segment.tokens) for segment in plan.segments if segment.start == 0 or len(segment.tokens) > 1)
+        self.now += STEP_S * (1 + read // 10)
+        return super().execute(plan, chosen)
 
 
 class Wire(PlanChannel):
@@ -69,9 +70,9 @@ class Wire(PlanChannel):
 
     def __init__(self) -> None:
         super().__init__(0, 1)
-        self.sent: list[Plan] = []
+        self.sent: list[StepPlan] = []
 
-    def send(self, plan: Plan) -> None:
+    def send(self, plan: StepPlan) -> None:
         super().send(plan)
         self.sent.append(plan)
 
@@ -83,8 +84,8 @@ def runner(monkeypatch: pytest.MonkeyPatch) -> Runner:
 
 @pytest.fixture
 def engine(runner: Runner) -> Engine:
-    scheduler = Scheduler(runner.slots, PrefixCache(runner.slots, 0), 20)
-    made = Engine(runner, RankInfo(0, 0, 1, 1), lambda _: Letters(), frozenset({7}), scheduler=scheduler)  # type: ignore[arg-type, return-value]
+    scheduler = make_scheduler(runner.size, 20)
+    made = Engine(runner, RankInfo(0, 0, 1, 1), lambda _: Letters(), frozenset({7}), scheduler)  # type: ignore[arg-type, return-value]
     made._channel = Wire()
     return made
 
@@ -119,7 +120,7 @@ def test_a_text_that_ends_ends_the_call(engine: Engine, runner: Runner) -> None:
     engine.admit(GenerationRequest("waits", (5,), 3))
     steps_of(engine, runner)
     assert steps_of(engine, runner, limit_s=9.0) == 3
-    assert not runner.plans[-1].last and engine._channel.sent[-1] == Plan(last=True)  # type: ignore[attr-defined]
+    assert not runner.plans[-1].last and engine._channel.sent[-1] == StepPlan(last=True)  # type: ignore[attr-defined]
     assert steps_of(engine, runner, limit_s=9.0) == 1, "the one that waited takes the row, and its first token leaves"
 
 
@@ -128,10 +129,9 @@ def test_a_prompt_in_parts_ends_no_call_before_its_first_token(engine: Engine, r
     steps_of(engine, runner)
     engine.admit(GenerationRequest("long", (5, 6) * 25, 9))
     assert steps_of(engine, runner, limit_s=9.0) == 3
-    assert [len(plan.tokens) for plan in runner.plans] == [1, 1, 1]
-    assert [[len(admission.tokens) for admission in plan.admit] for plan in runner.plans] == [[19], [19], [12]]
+    assert [[len(segment.tokens) for segment in plan.segments] for plan in runner.plans] == [[1, 19], [1, 19], [1, 12]]
 
 
 def test_a_call_with_nothing_to_do_is_one_step(engine: Engine, runner: Runner) -> None:
     assert steps_of(engine, runner, limit_s=9.0) == 1
-    assert runner.plans == [Plan(last=True)]
+    assert runner.plans == [StepPlan(last=True)]

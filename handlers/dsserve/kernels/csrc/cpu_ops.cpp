@@ -1,16 +1,20 @@
-// What surrounds the matmuls of a decode step on a CPU: RMS norm, rotary embedding, writing into KV slots.
+// What surrounds the matmuls of a decode step on a CPU: RMS norm, rotary embedding, writing into the KV cache, and
+// attention of single tokens over its pages.
 //
 // As single torch operators these are some 30 calls a layer on a few kilobytes each; here each is one. Results are
 // rounded to the tensors' dtype wherever transformers' own code rounds, sums are taken in fp32.
-// Does not cover attention, GPUs, or a rotary embedding of a part of the head.
+// Does not cover attention of prompts, GPUs, or a rotary embedding of a part of the head.
 
 #include <ATen/ATen.h>
 #include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <tuple>
+#include <vector>
 
 namespace {
 
@@ -102,7 +106,7 @@ std::tuple<Tensor, Tensor> rotary(const Tensor& q, const Tensor& k, const Tensor
   return {rotate(q, cos, sin), rotate(k, cos, sin)};
 }
 
-// Copies the first tokens of x [B, heads, T, D] (B * T in order) to cells [n] of slots [..., heads, D].
+// Copies the first tokens of x [B, heads, T, D] (B * T in order) to cells [n] of slots [cells, heads, D].
 void store_one(const Tensor& slots, const Tensor& x, const Tensor& cells) {
   const int64_t heads = x.size(1), length = x.size(2), dim = x.size(3), count = cells.numel();
   const int64_t capacity = slots.numel() / (heads * dim);
@@ -121,6 +125,97 @@ void store_one(const Tensor& slots, const Tensor& x, const Tensor& cells) {
   }
 }
 
+// Where the tokens of one row lie, and what of them one KV head sees.
+template <class T>
+struct Pages {
+  const T* keys;    // of token 0 of cell 0, this KV head
+  const T* values;
+  const int32_t* table;
+  int64_t page_tokens, key_cell, value_cell;  // elements from one cell to the next
+
+  int64_t cell(int64_t token) const { return table[token / page_tokens] * page_tokens + token % page_tokens; }
+};
+
+// scores[g * length + t] = q[g] . k[t], scaled; then their softmax, unnormalized. Returns nothing but fills sums[g].
+template <class T>
+void weigh(float* scores, float* sums, const float* q, const Pages<T>& pages, int64_t group, int64_t length,
+           int64_t dim) {
+  for (int64_t t = 0; t < length; ++t) {
+    const T* key = pages.keys + pages.cell(t) * pages.key_cell;
+    for (int64_t g = 0; g < group; ++g) {
+      const float* own = q + g * dim;
+      float sum = 0;
+#pragma omp simd reduction(+ : sum)
+      for (int64_t i = 0; i < dim; ++i) sum += own[i] * static_cast<float>(key[i]);
+      scores[g * length + t] = sum;
+    }
+  }
+  for (int64_t g = 0; g < group; ++g) {
+    float* row = scores + g * length;
+    const float best = *std::max_element(row, row + length);
+    float sum = 0;
+    for (int64_t t = 0; t < length; ++t) sum += row[t] = std::exp(row[t] - best);
+    sums[g] = sum;
+  }
+}
+
+// One row, one KV head: the outputs of the query heads that share it.
+template <class T>
+void attend_group(T* out, const T* query, int64_t query_head, const Pages<T>& pages, int64_t group, int64_t length,
+                  int64_t dim, int64_t value_dim, float scale, std::vector<float>& memory) {
+  memory.assign(group * (dim + length + value_dim + 1), 0.0f);
+  float *q = memory.data(), *scores = q + group * dim, *sums = scores + group * length, *total = sums + group;
+  for (int64_t g = 0; g < group; ++g)
+    for (int64_t i = 0; i < dim; ++i) q[g * dim + i] = static_cast<float>(query[g * query_head + i]) * scale;
+  weigh(scores, sums, q, pages, group, length, dim);
+  for (int64_t t = 0; t < length; ++t) {
+    const T* value = pages.values + pages.cell(t) * pages.value_cell;
+    for (int64_t g = 0; g < group; ++g) {
+      const float weight = scores[g * length + t];
+      float* own = total + g * value_dim;
+#pragma omp simd
+      for (int64_t i = 0; i < value_dim; ++i) own[i] += weight * static_cast<float>(value[i]);
+    }
+  }
+  for (int64_t g = 0; g < group; ++g)
+    for (int64_t i = 0; i < value_dim; ++i) out[g * value_dim + i] = to<T>(total[g * value_dim + i] / sums[g]);
+}
+
+// query [n, H, D], keys [cells, KV, D], values [cells, KV, V], table [rows, pages] int32, rows and lengths [n] int64:
+// attention of n tokens, each over the first `length` tokens of its row -> [n, H, V].
+Tensor paged_attention(const Tensor& query, const Tensor& keys, const Tensor& values, const Tensor& table,
+                       const Tensor& rows, const Tensor& lengths, int64_t page_tokens, double scale) {
+  const int64_t count = query.size(0), heads = query.size(1), dim = query.size(2), kv_heads = keys.size(1);
+  const int64_t value_dim = values.size(2), group = kv_heads ? heads / kv_heads : 0, pages = table.size(1);
+  TORCH_CHECK(query.stride(2) == 1 && keys.is_contiguous() && values.is_contiguous() && table.is_contiguous());
+  TORCH_CHECK(keys.scalar_type() == query.scalar_type() && values.scalar_type() == query.scalar_type());
+  TORCH_CHECK(keys.size(2) == dim && values.size(1) == kv_heads && group * kv_heads == heads);
+  TORCH_CHECK(table.scalar_type() == at::kInt && rows.scalar_type() == at::kLong && lengths.scalar_type() == at::kLong);
+  TORCH_CHECK(rows.is_contiguous() && lengths.is_contiguous() && rows.numel() == count && lengths.numel() == count);
+  const int64_t *row = rows.const_data_ptr<int64_t>(), *length = lengths.const_data_ptr<int64_t>();
+  for (int64_t n = 0; n < count; ++n)
+    TORCH_CHECK(row[n] >= 0 && row[n] < table.size(0) && length[n] > 0 && length[n] <= pages * page_tokens);
+  Tensor out = at::empty({count, heads, value_dim}, query.options());
+  DISPATCH(query.scalar_type(), "paged_attention", [&] {
+    const scalar_t *q = query.const_data_ptr<scalar_t>(), *k = keys.const_data_ptr<scalar_t>();
+    const scalar_t* v = values.const_data_ptr<scalar_t>();
+    scalar_t* result = out.mutable_data_ptr<scalar_t>();
+    at::parallel_for(0, count * kv_heads, 1, [&](int64_t begin, int64_t end) {
+      std::vector<float> memory;
+      for (int64_t at = begin; at < end; ++at) {
+        const int64_t n = at / kv_heads, head = at % kv_heads;
+        const Pages<scalar_t> own{k + head * dim, v + head * value_dim,
+                                  table.const_data_ptr<int32_t>() + row[n] * pages, page_tokens, kv_heads * dim,
+                                  kv_heads * value_dim};
+        attend_group(result + (n * heads + head * group) * value_dim,
+                     q + n * query.stride(0) + head * group * query.stride(1), query.stride(1), own, group, length[n],
+                     dim, value_dim, static_cast<float>(scale), memory);
+      }
+    });
+  });
+  return out;
+}
+
 void store(const Tensor& keys, const Tensor& values, const Tensor& k, const Tensor& v, const Tensor& cells) {
   store_one(keys, k, cells);
   store_one(values, v, cells);
@@ -132,4 +227,8 @@ TORCH_LIBRARY(dsserve_cpu, m) {
   m.def("rms_norm(Tensor input, Tensor weight, float eps) -> Tensor", &rms_norm);
   m.def("rotary(Tensor q, Tensor k, Tensor cos, Tensor sin) -> (Tensor, Tensor)", &rotary);
   m.def("store(Tensor(a!) keys, Tensor(b!) values, Tensor k, Tensor v, Tensor cells) -> ()", &store);
+  m.def(
+      "paged_attention(Tensor query, Tensor keys, Tensor values, Tensor table, Tensor rows, Tensor lengths, "
+      "int page_tokens, float scale) -> Tensor",
+      &paged_attention);
 }

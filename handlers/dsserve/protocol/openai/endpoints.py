@@ -207,7 +207,17 @@ def _sequences(
     stops: StopConditions = body.stops(served.limits)
     check_least(body.min_tokens, limit)
     return [
-        GenerationRequest(request_id, tuple(ids), limit, sampling, stops, first + index, prompt_logprobs)
+        GenerationRequest(
+            request_id,
+            tuple(ids),
+            limit,
+            sampling,
+            stops,
+            first + index,
+            prompt_logprobs,
+            body.priority,
+            body.cache_salt,
+        )
         for index in range(body.n)
     ]
 

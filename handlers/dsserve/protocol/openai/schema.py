@@ -20,6 +20,7 @@ from dsserve.protocol.bounds import (
     MESSAGES,
     NAME_CHARACTERS,
     PARTS,
+    SALT_CHARACTERS,
     TOOLS,
     USER_CHARACTERS,
     N,
@@ -219,6 +220,15 @@ class V1Body(SamplingBody):
     )
     user: str | None = Field(
         None, max_length=USER_CHARACTERS.most, description="the caller's own mark; neither used nor logged"
+    )
+    cache_salt: str | None = Field(
+        None,
+        min_length=1,
+        max_length=SALT_CHARACTERS.most,
+        description="only requests with the same salt find each other's prompts in the KV cache",
+    )
+    priority: StrictInt = Field(
+        0, ge=-(2**31), le=2**31 - 1, description="of requests that wait, those with a lower number run first"
     )
 
     @model_validator(mode="after")

@@ -104,3 +104,12 @@ def test_tokenize_takes_one_source() -> None:
     assert parse(TokenizeBody, {"prompt": ""}).prompt == ""
     with pytest.raises(RequestError, match="exactly one"):
         parse(TokenizeBody, {"prompt": "a", "messages": USER})
+
+
+@pytest.mark.parametrize("member", [{"cache_salt": "tenant 7"}, {"priority": -3}])
+def test_what_orders_and_separates_requests_reaches_the_engine(member: dict[str, Any]) -> None:
+    (name, value), body = next(iter(member.items())), {"prompt": "a", **member}
+    assert getattr(parse(CompletionBody, body), name) == value
+    for wrong in ({"cache_salt": ""}, {"cache_salt": "a" * 1025}, {"priority": 2**31}, {"priority": 1.5}):
+        with pytest.raises(RequestError):
+            parse(CompletionBody, {"prompt": "a", **wrong})
