@@ -219,7 +219,7 @@ def test_a_repeated_prompt_is_not_computed_again(client: openai.OpenAI) -> None:
         ({"logit_bias": {"49152": 1}}, None, "logit_bias"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, None, "tools"),
         ({"extra_body": {"best_of": 2}}, None, "best_of"),
-        ({"n": 100}, None, "n"),
+        ({"n": 129}, None, "n"),
         ({"response_format": {"type": "json_schema", "json_schema": BAD_SCHEMA}}, None, "response_format"),
     ],
 )

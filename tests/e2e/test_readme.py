@@ -110,6 +110,7 @@ def test_the_balancers_commands(fp32: Served, tmp_path: Path) -> None:
     assert "Configuration file is valid" in replies and "Tokyo" in replies and '"object":"chat.completion"' in replies
 
 
+@pytest.mark.long
 def test_the_shards_command(smollm2: Path, tmp_path: Path) -> None:
     model = tmp_path / "large"
     model.mkdir()
@@ -122,6 +123,7 @@ def test_the_shards_command(smollm2: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in folder.iterdir()) == parts
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_by_hand(tmp_path: Path) -> None:
     """The configuration's bf16 is slow on a CPU that has no instructions for it: the load alone may take minutes."""

@@ -25,7 +25,10 @@ class FaultyHandler(deepspeed_handler.DeepSpeedHandler):
 
     def _read_fault(self) -> tuple[Path, str, str]:
         path = Path(os.environ["DSSERVE_RUN_DIR"], FAULTS, str(self.rank.rank))
-        word, _, number = path.read_text().partition(" ") if path.is_file() else ("", "", "")
+        try:
+            word, _, number = path.read_text().partition(" ")
+        except FileNotFoundError:  # also where it goes at this very moment
+            word = number = ""
         return path, word, number
 
     def _has_room(self, tokens: int) -> bool:
