@@ -44,15 +44,14 @@ class BatchScheduler(Scheduler):
         One that does not fit keeps its place, and is the first of a batch when its turn comes.
         """
         prompt = output = 0
-        for entry in list(self._waiting):
-            text = entry[-1]
+        for text in self._waiting:
             if not self._free_rows or len(self._running) == self._most:
                 break
             longer = max(prompt, len(text.request.prompt_ids)), max(output, text.request.max_new_tokens)
             if self._running and sum(longer) > self._max_tokens:
                 continue
             prompt, output = longer
-            self._waiting.remove(entry)
+            self._waiting.remove(text)
             self.kv.grow(text.pages, 1)
             text.row = self._free_rows.pop()
             self._running.append(text)

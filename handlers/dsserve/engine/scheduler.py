@@ -8,13 +8,13 @@ HTTP, so it is tested in milliseconds.
 
 from __future__ import annotations
 
-from bisect import insort
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from dsserve.core.step_plan import Segment, StepPlan, Wanted
 from dsserve.engine.sequence import Sequence
 from dsserve.engine.token_budget import TokenBudget
+from dsserve.engine.waiting_queue import WaitingQueue, place
 from dsserve.kv.manager import KVManager
 
 # Of a prompt whose every token's logits are wanted: each holds a number for every word of the vocabulary.
@@ -48,11 +48,9 @@ class Scheduler:
         self.kv = kv
         self._budget = budget
         self._free_rows = list(range(rows - 1, -1, -1))
-        self._waiting: list[tuple[int, int, Sequence]] = []  # (priority, number of arrival, text), in this order
+        self._waiting = WaitingQueue()
         self._running: list[Sequence] = []  # in the order of admission
         self._leaving: set[Sequence] = set()
-        self._arrived = 0
-        self._arrivals: dict[Sequence, int] = {}
         self._refused: tuple[Sequence, int] | None = None  # the first that waits found no pages, before this release
         self._admitted: list[Sequence] = []  # in the last plan
         self.preemptions = 0
@@ -79,9 +77,7 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Queues a sequence behind those of its priority."""
-        self._arrived += 1
-        self._arrivals[sequence] = self._arrived
-        self._queue(sequence)
+        self._waiting.add(sequence)
 
     def is_live(self, sequence: Sequence) -> bool:
         """Whether a sequence that had a row when a step began still goes on."""
@@ -90,11 +86,7 @@ class Scheduler:
     def cancel(self, request_id: str) -> list[Sequence]:
         """Forgets a request's sequences and returns those that had not ended; their rows are freed in the next step.
         Unknown ids are fine: it may have ended already."""
-        waiting = [entry[-1] for entry in self._waiting if entry[-1].request.request_id == request_id]
-        if waiting:
-            self._waiting = [entry for entry in self._waiting if entry[-1].request.request_id != request_id]
-            for sequence in waiting:
-                del self._arrivals[sequence]
+        waiting = self._waiting.take(request_id)
         running = [s for s in self._running if s.request.request_id == request_id and s not in self._leaving]
         self._leaving |= set(running)
         return running + waiting
@@ -197,7 +189,7 @@ class Scheduler:
         """The texts that begin in this step, as long as there are rows, pages and tokens for them."""
         admitted: list[tuple[Sequence, int]] = []
         while room > 0 and self._waiting and self._free_rows:
-            text = self._waiting[0][-1]
+            text = self._waiting.first
             if self._refused == (text, self.kv.releases):
                 break
             found = [] if text.wants_all else self.kv.match(text.pages, text.length)
@@ -211,7 +203,7 @@ class Scheduler:
             if not self.kv.grow(text.pages, shared + count):
                 self.kv.release(text.pages)
                 break
-            self._waiting.pop(0)
+            self._waiting.remove(text)
             text.row, text.planned = self._free_rows.pop(), shared
             text.cached_tokens = min(shared, len(text.request.prompt_ids)) if not text.generated else text.cached_tokens
             self._running.append(text)
@@ -247,16 +239,15 @@ class Scheduler:
         ]
         if not reading:
             return None
-        text = max(reading, key=self._rank)
+        text = max(reading, key=place)
         if text.row is None:
-            self._waiting = [entry for entry in self._waiting if entry[-1] is not text]
-            del self._arrivals[text]
+            self._waiting.remove(text)
         else:
             self._leaving.add(text)
         return text
 
     def _youngest(self) -> Sequence:
-        return max(self._running, key=self._rank)
+        return max(self._running, key=place)
 
     def _preempt(self) -> Sequence:
         """Puts back the text that came last, of those of the highest `priority` number; returns it."""
@@ -273,15 +264,8 @@ class Scheduler:
         text.put_back()
         if text in self._leaving:
             self._leaving.discard(text)
-            del self._arrivals[text]
         else:
-            self._queue(text)
-
-    def _queue(self, sequence: Sequence) -> None:
-        insort(self._waiting, (*self._rank(sequence), sequence), key=lambda entry: entry[:2])
-
-    def _rank(self, sequence: Sequence) -> tuple[int, int]:
-        return sequence.request.priority, self._arrivals[sequence]
+            self._waiting.put_back(text)
 
     def _leave(self) -> None:
         """Frees what those hold that have ended. A step that is in flight may still write there: it does so before any
@@ -294,7 +278,6 @@ class Scheduler:
             self._free_rows.append(text.row)
             self.kv.release(text.pages)
             text.row = None
-            del self._arrivals[text]
         self._running = [text for text in self._running if text not in self._leaving]
         self._leaving.clear()
 

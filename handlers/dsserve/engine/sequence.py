@@ -28,6 +28,7 @@ class Sequence:
         origin: of its request; default: it came just now.
 
     Attributes:
+        place: in the queue of those that wait, see `waiting_queue`.
         row: of the block tables; None while it waits.
         pages: of the KV cache.
         planned: tokens whose keys and values are in the cache after the steps that were planned. One more than are
@@ -47,6 +48,7 @@ class Sequence:
         self.state = state
         self.origin = origin or Origin()
         self.timeline = Timeline(self.origin.arrived)
+        self.place = (request.priority, 0)
         self.row: int | None = None
         self.pages = TextPages(self.ids, (request.cache_salt or "").encode())
         self.planned = 0

@@ -244,7 +244,7 @@ def break_some(engine: Engine, kind: str, every: int) -> set[str]:
 
     def admit_one(request: GenerationRequest, origin: Any = None) -> None:
         admit(request, origin)
-        number, sequence = next(seen), engine._scheduler._waiting[-1][-1]
+        number, sequence = next(seen), list(engine._scheduler._waiting)[-1]
         if number % every or request.max_new_tokens == 0:
             return
         broken.add(request.request_id)
@@ -286,7 +286,7 @@ def test_a_row_that_panics_in_a_step_launched_ahead_keeps_the_token_before(make:
     for name in "ab":
         sampling = SamplingParams(1.0, seed=3)
         engine.admit(GenerationRequest(name, (7, 8, 9), 12, sampling, StopConditions(ignore_eos=True)))
-    sequence = engine._scheduler._waiting[0][-1]
+    sequence = engine._scheduler._waiting.first
     sequence.state.uniforms = Fails(sequence.state.uniforms, 4)  # type: ignore[assignment]
     events = [event for _ in range(16) for event in engine.run(1)]
     texts = {name: "".join(event.text for event in events if event.request_id == name) for name in "ab"}

@@ -94,7 +94,7 @@ def names(texts: Iterable[Sequence]) -> list[str]:
 
 
 def waiting(book: Book) -> list[str]:
-    return names(entry[-1] for entry in book._waiting)
+    return names(book._waiting)
 
 
 # How texts end
@@ -692,8 +692,8 @@ class Game:
         assert lengths[:decoded] == [1] * decoded
         # Whoever has a token to compute gets it, unless prompts are read.
         assert all(text in step.texts for text in running if text.length - text.planned == 1 and text.generated)
-        ranks = [self.book._rank(text) for text in self.book._admitted if text.row is not None]
-        assert ranks == sorted(ranks) and all(rank < entry[:2] for rank in ranks for entry in self.book._waiting)
+        ranks = [text.place for text in self.book._admitted if text.row is not None]
+        assert ranks == sorted(ranks) and all(rank < text.place for rank in ranks for text in self.book._waiting)
 
 
 actions = st.lists(
@@ -734,5 +734,5 @@ def test_pages_hold_their_own_tokens_and_every_text_ends_once_or_was_cancelled(
         game.step()
     assert not book.has_work
     book.plan()
-    assert book.kv.usage == 0 and not book._arrivals and sorted(book._free_rows) == [0, 1, 2, 3]
+    assert book.kv.usage == 0 and sorted(book._free_rows) == [0, 1, 2, 3]
     assert len(game.ended) == len(set(game.ended)) and set(added) == set(game.ended) | cancelled
