@@ -297,9 +297,10 @@ def test_the_soak_judges_json(monkeypatch: pytest.MonkeyPatch, status: int, answ
 def test_growth_is_found() -> None:
     first = Sample({"rank 0": 500.0, "TorchServe": 300.0}, {"rank 0": 30, "TorchServe": 100}, 0, 2, 1)
     assert soak.grown(first, first) == []
-    last = Sample({"rank 0": 900.0, "TorchServe": 400.0}, {"rank 0": 31, "TorchServe": 400}, 1, 3, 1)
+    much = 501.0 + soak.GROWTH_MIB["rank 0"]
+    last = Sample({"rank 0": much, "TorchServe": 400.0}, {"rank 0": 31, "TorchServe": 400}, 1, 3, 1)
     found = " ".join(soak.grown(first, last))
-    for word in ("900", "400 open files", "/dev/shm", "sockets"):
+    for word in ("rank 0: 500", "400 open files", "/dev/shm", "sockets"):
         assert word in found
     assert "TorchServe: 300" not in found
     report = {"failed": [], "wrong": [], "growth": [], "outcomes": Counter(right=5)}
