@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import httpx
+import pytest
 
 from tests.e2e.conftest import Served, parse
 
@@ -33,6 +34,7 @@ def test_sixteen_at_once_are_each_equal_to_their_run_alone(fp32: Served) -> None
         assert list(pool.map(partial(answer, fp32), bodies)) == alone
 
 
+@pytest.mark.long
 def test_two_hundred_short_requests_at_once_are_all_answered(fp32: Served) -> None:
     """By the default settings: more than run at a time, and more than TorchServe's own queue holds by default."""
     bodies = [{"prompt": f"{WORDS[at % len(WORDS)]} {at}", "max_new_tokens": 4} for at in range(200)]
