@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 
+from dsserve.attention.backend import read_cells
 from dsserve.attention.triton_pages import LONG, TritonAttention
 from dsserve.core.step_input import StepInput, decode_length, padded_length
 from dsserve.core.step_plan import Segment, StepPlan
@@ -178,7 +179,7 @@ def test_what_a_step_describes_is_attended(count: int, longest: int, reads: bool
     total = sum(sizes)
     padded = padded_length(total) if reads else decode_length(total)
     query = draw_query(padded, 8, 2, texts.keys)
-    stored = attention.read(texts.keys), attention.read(texts.values)
+    stored = read_cells(texts.keys), read_cells(texts.values)
     found = attention.attend(nn.Identity(), query.transpose(0, 1)[None], *stored, 64**-0.5, meta)
     assert len(found) == padded and not found[total:].any()
     parts = query[:total].split(sizes)

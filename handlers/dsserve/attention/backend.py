@@ -38,6 +38,16 @@ class AttentionBackend(Protocol):
         """
 
 
+def read_cells(stored: torch.Tensor) -> torch.Tensor:
+    """`[1, KV, cells, D]`: what attention reads of a layer's stored keys or values `[cells, KV, D]`."""
+    return stored.transpose(0, 1)[None]
+
+
+def stored_cells(found: torch.Tensor) -> torch.Tensor:
+    """The layer's keys or values that `read_cells` was given."""
+    return found[0].transpose(0, 1)
+
+
 @dataclass
 class PagedStep:
     """One pass, as its attention layers see it.

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from dsserve.attention.backend import stored_cells
 from dsserve.core.step_input import StepInput
 from dsserve.kernels.ops import loaded_ops
 from dsserve.kv.block_tables import BlockTables
@@ -85,11 +86,6 @@ class GatherAttention:
             meta.cells = self._tables.cells(meta.rows[:, None], positions[None])
             meta.seen = (positions[None] < meta.lengths[:, None])[:, None, None]  # [n, 1, 1, S]
 
-    @staticmethod
-    def read(stored: torch.Tensor) -> torch.Tensor:
-        """What attention gets of the cache where it reads it: all cells, `[1, KV, cells, D]`."""
-        return stored.transpose(0, 1)[None]
-
     def attend(
         self,
         module: nn.Module,
@@ -103,7 +99,7 @@ class GatherAttention:
         if meta.runs:
             found = _attend_fresh(module, query, keys, values, scale, meta.runs)
         else:
-            stored = [tensor[0].transpose(0, 1) for tensor in (keys, values)]  # [cells, KV, D]
+            stored = [stored_cells(tensor) for tensor in (keys, values)]  # [cells, KV, D]
             pieces = [self._attend_decoded(module, query, stored, scale, meta)] if meta.decoded else []
             for part in meta.parts:
                 own = [tensor.index_select(0, part.cells).transpose(0, 1)[None] for tensor in stored]

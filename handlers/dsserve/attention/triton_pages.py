@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from dsserve.attention.backend import stored_cells
 from dsserve.core.step_input import StepInput
 from dsserve.kernels.host_copy import move
 from dsserve.kv.block_tables import BlockTables
@@ -54,11 +55,6 @@ class TritonAttention:
             return TritonMeta(rows, lengths, starts)
         return TritonMeta(rows, lengths, is_long=int(step.lengths.max()) > LONG)
 
-    @staticmethod
-    def read(stored: torch.Tensor) -> torch.Tensor:
-        """What attention gets of the cache: all cells, `[1, KV, cells, D]`."""
-        return stored.transpose(0, 1)[None]
-
     def attend(
         self,
         module: nn.Module,
@@ -69,51 +65,25 @@ class TritonAttention:
         meta: TritonMeta,
     ) -> torch.Tensor:
         """See `backend.AttentionBackend`."""
-        rows, stored = query[0].transpose(0, 1), [tensor[0].transpose(0, 1) for tensor in (keys, values)]
+        from dsserve.attention import paged_triton  # Triton is not there everywhere
+
+        rows, keys, values = query[0].transpose(0, 1), stored_cells(keys), stored_cells(values)
         if meta.starts is None:
-            parts = _parts(len(meta.rows), stored[0].shape[1], meta.is_long, self._device)
-            return torch.ops.dsserve.decode_pages(
-                rows, *stored, self._tables.table, meta.rows, meta.lengths, self._tables.page_tokens, parts, scale
+            parts = _parts(len(meta.rows), keys.shape[1], meta.is_long, self._device)
+            return paged_triton.decode(
+                rows, keys, values, self._tables.table, meta.rows, meta.lengths, self._tables.page_tokens, parts, scale
             )
-        return torch.ops.dsserve.read_pages(
-            rows, *stored, self._tables.table, meta.rows, meta.starts, meta.lengths, self._tables.page_tokens, scale
+        return paged_triton.read_segments(
+            rows,
+            keys,
+            values,
+            self._tables.table,
+            meta.rows,
+            meta.starts,
+            meta.lengths,
+            self._tables.page_tokens,
+            scale,
         )
-
-
-@torch.library.custom_op("dsserve::decode_pages", mutates_args=())
-def decode_pages(
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    table: torch.Tensor,
-    rows: torch.Tensor,
-    lengths: torch.Tensor,
-    page_tokens: int,
-    parts: int,
-    scale: float,
-) -> torch.Tensor:
-    """See `paged_triton.decode`."""
-    from dsserve.attention.paged_triton import decode
-
-    return decode(query, keys, values, table, rows, lengths, page_tokens, parts, scale)
-
-
-@torch.library.custom_op("dsserve::read_pages", mutates_args=())
-def read_pages(
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    table: torch.Tensor,
-    rows: torch.Tensor,
-    starts: torch.Tensor,
-    lengths: torch.Tensor,
-    page_tokens: int,
-    scale: float,
-) -> torch.Tensor:
-    """See `paged_triton.read_segments`."""
-    from dsserve.attention.paged_triton import read_segments
-
-    return read_segments(query, keys, values, table, rows, starts, lengths, page_tokens, scale)
 
 
 def _parts(count: int, kv_heads: int, is_long: bool, device: torch.device) -> int:

@@ -82,6 +82,13 @@ class StepInput:
         """`[T]`, the row of each token."""
         return np.repeat(self.rows, self.sizes)
 
+    def padded(self, length: int, padding: int) -> np.ndarray:
+        """Tokens, positions and rows, `[3, length]`, int64; behind the last token the row is `padding`."""
+        numbers = np.zeros((3, length), dtype=np.int64)
+        numbers[2] = padding
+        numbers[:, : self.total] = self.tokens, self.positions, self.token_rows
+        return numbers
+
 
 def _wanted(wanted: np.ndarray, starts: np.ndarray) -> np.ndarray:
     if not (wanted & Wanted.ALL).any():

@@ -169,7 +169,7 @@ class Engine:
             return []
         if not logits.fitted:
             return self._take_back(step)
-        if any(not text.generated for text in step.rows):  # a prompt's last part; the first ones are no proof
+        if step.completes:  # a prompt's last part; the first ones are no proof
             self._memory_failures = 0
             self._scheduler.found_memory()
         self._enter_flight(step, logits, started)
@@ -205,7 +205,7 @@ class Engine:
         if not self._flights:
             return [], False
         flight = self._flights.popleft()
-        completes = flight.completes
+        completes = flight.step.completes
         events = self._answers.of(flight)
         if flight.choice.revised and self._flights:
             revised = {flight.rows[place] for place in flight.choice.revised if place not in flight.void}
@@ -223,9 +223,8 @@ class Engine:
         """After a step that did not fit into memory: smaller ones are tried, and in the end one prompt fails."""
         self._scheduler.undo(step)
         logger.warning("[dsserve] no memory for a step of %d tokens: smaller ones are tried", step.plan.total)
-        pairs = zip(step.texts, step.plan.segments, strict=True)
-        read = [len(segment.tokens) for text, segment in pairs if len(segment.tokens) > 1 or not text.generated]
-        if len(read) > 1 or sum(read) > SURE_TOKENS:
+        reading = step.reading
+        if len(reading) > 1 or sum(count for _, count in reading) > SURE_TOKENS:
             self._scheduler.plan_less(step)
             return []
         sequence = self._scheduler.give_up(step)

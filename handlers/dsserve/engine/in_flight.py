@@ -33,8 +33,3 @@ class Flight:
     def sources(self) -> dict[Sequence, int]:
         """The rows that go on, and their places in the choice."""
         return {text: place for place, text in enumerate(self.rows) if place not in self.void}
-
-    @property
-    def completes(self) -> bool:
-        """Whether a prompt is read to its end, so that a first token should leave."""
-        return any(not text.generated for text in self.rows)

@@ -43,7 +43,6 @@ class Answers:
         pairs = list(zip(flight.step.texts, flight.step.plan.segments, strict=True))
         for text, _ in pairs:
             text.timeline.admitted = text.timeline.admitted or flight.started
-        decoded = sum(len(segment.tokens) == 1 and text.generated > 0 for text, segment in pairs)
         asking = [text for text, segment in pairs if segment.wanted & Wanted.ALL]
         prompts = dict(zip(asking, flight.logits.prompts, strict=True))
         going = [
@@ -51,7 +50,7 @@ class Answers:
             for place, text in enumerate(flight.rows)
             if place not in flight.void and self._scheduler.is_live(text)
         ]
-        read = flight.step.plan.total - decoded
+        read = sum(count for _, count in flight.step.reading)
         if not going and not read:
             return []
         first = [text for _, text in going if not text.generated]

@@ -34,6 +34,17 @@ class Step:
         pairs = zip(self.texts, self.plan.segments, strict=True)
         return [text for text, segment in pairs if segment.wanted & Wanted.NEXT]
 
+    @property
+    def completes(self) -> bool:
+        """Whether a prompt is read to its end, so that a first token comes."""
+        return any(not text.generated for text in self.rows)
+
+    @property
+    def reading(self) -> list[tuple[Sequence, int]]:
+        """The texts of which more is read than the newest token, and how many tokens."""
+        pairs = zip(self.texts, (len(segment.tokens) for segment in self.plan.segments), strict=True)
+        return [(text, count) for text, count in pairs if count > 1 or not text.generated]
+
 
 class Scheduler:
     """Who runs, and what is computed next.
@@ -120,30 +131,30 @@ class Scheduler:
     def _build(self, sources: Mapping[Sequence, int], may_preempt: bool, last: bool) -> Step | None:
         """None where a running text finds no page and none may be preempted."""
         self._admitted, preempted = [], self.preemptions
-        decoded: list[tuple[Sequence, int]] = []
-        parts: list[tuple[Sequence, int]] = []
+        decoded: list[Sequence] = []
+        parts: list[Sequence] = []
         for text in list(self._running):
             left = text.length - text.planned
             if text.row is None or (left == 0 and not _goes_on(text)):
                 continue  # preempted in this plan, or its last token is being chosen
             if left > 1:
-                parts.append((text, 0))
+                parts.append(text)
             elif self._find_page(text, may_preempt):
-                decoded.append((text, 1))
+                decoded.append(text)
             elif not may_preempt:
                 return None
         joining = min(len(self._waiting), len(self._free_rows)) + len(parts)
         room = self._budget.prompts(len(decoded), joining)
         read: list[tuple[Sequence, int]] = []
-        for text, _ in parts:
+        for text in parts:
             if room > 0 and text.row is not None and (count := self._next_part(text, room, may_preempt)):
                 read.append((text, count))
                 self._advance(text, count)
                 room -= count
-        decoded = [pair for pair in decoded if pair[0].row is not None]  # others were put back meanwhile
-        for text, _ in decoded:
+        chosen = [(text, 1) for text in decoded if text.row is not None]  # others were put back meanwhile
+        for text, _ in chosen:
             self._advance(text, 1)
-        chosen = [*decoded, *(pair for pair in read if pair[0].row is not None)]
+        chosen += [(text, count) for text, count in read if text.row is not None]
         if self.preemptions == preempted:  # whoever was put back should not come again at once
             chosen += self._admit(room)
         segments = tuple(self._segment(text, count, sources) for text, count in chosen)
@@ -178,7 +189,7 @@ class Scheduler:
 
     def _next_part(self, text: Sequence, room: int, may_preempt: bool) -> int:
         """How many tokens of a prompt that was read in part come next; 0 where it has to wait for pages."""
-        count = min(text.length - text.planned, room, _ALL_LOGITS_AT_ONCE if text.wants_all else room)
+        count = _part(text, text.planned, room)
         while not self.kv.grow(text.pages, text.planned + count):
             if not may_preempt or self._youngest() is text:
                 return 0
@@ -199,7 +210,7 @@ class Scheduler:
                 self._refused = (text, self.kv.releases)
                 break
             shared = self.kv.begin(text.pages, found)
-            count = min(text.length - shared, room, _ALL_LOGITS_AT_ONCE if text.wants_all else room)
+            count = _part(text, shared, room)
             if not self.kv.grow(text.pages, shared + count):
                 self.kv.release(text.pages)
                 break
@@ -217,7 +228,7 @@ class Scheduler:
         """Forgets the last plan, which did not fit into memory."""
         for text, segment in zip(step.texts, step.plan.segments, strict=True):
             text.planned = segment.start
-            self.kv.unname(text.pages, max(segment.start, 0))
+            self.kv.unname(text.pages, segment.start)
         for text in reversed(self._admitted):
             self._put_back(text)
 
@@ -232,14 +243,9 @@ class Scheduler:
     def give_up(self, step: Step) -> Sequence | None:
         """After `undo`: ends the text of the step that reads a prompt and came last, and returns it; None where all
         were decoded."""
-        reading = [
-            text
-            for text, segment in zip(step.texts, step.plan.segments, strict=True)
-            if len(segment.tokens) > 1 or not text.generated
-        ]
-        if not reading:
+        text = max((text for text, _ in step.reading), key=place, default=None)
+        if text is None:
             return None
-        text = max(reading, key=place)
         if text.row is None:
             self._waiting.remove(text)
         else:
@@ -262,10 +268,7 @@ class Scheduler:
         self._free_rows.append(text.row)
         self.kv.release(text.pages)
         text.put_back()
-        if text in self._leaving:
-            self._leaving.discard(text)
-        else:
-            self._waiting.put_back(text)
+        self._waiting.put_back(text)
 
     def _leave(self) -> None:
         """Frees what those hold that have ended. A step that is in flight may still write there: it does so before any
@@ -280,6 +283,11 @@ class Scheduler:
             text.row = None
         self._running = [text for text in self._running if text not in self._leaving]
         self._leaving.clear()
+
+
+def _part(text: Sequence, start: int, room: int) -> int:
+    """How many tokens of a text are read from `start` on, where a step has room for so many."""
+    return min(text.length - start, room, _ALL_LOGITS_AT_ONCE if text.wants_all else room)
 
 
 def _goes_on(text: Sequence) -> bool:

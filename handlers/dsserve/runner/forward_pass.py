@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dsserve.attention.backend import STEP, PagedStep, use_paged_attention, use_torch_attention
+from dsserve.attention.backend import STEP, PagedStep, read_cells, use_paged_attention, use_torch_attention
 from dsserve.attention.gather import GatherAttention
 from dsserve.attention.triton_pages import TritonAttention, has_triton
 from dsserve.core.step_input import StepInput, decode_length, padded_length
@@ -57,17 +57,14 @@ class PackedPass:
         """
         total = step.total
         length = padded_length(total) if step.decoded < len(step.rows) else decode_length(total)
-        numbers = np.zeros((3, length), dtype=np.int64)
-        numbers[2] = self.tables.padding
-        numbers[:, :total] = step.tokens, step.positions, step.token_rows
-        tokens, positions, rows = move(numbers, self._device)
+        tokens, positions, rows = move(step.padded(length, self.tables.padding), self._device)
         fill_sources(tokens, step, known)
         backend: GatherAttention | TritonAttention = self._gather if self._triton is None else self._triton
         cells = self.tables.cells(rows, positions)
         fresh = backend is self._gather and step.fresh
         return self.forward(
             tokens, positions, cells, move(step.wanted, self._device),
-            PagedStep(backend, backend.describe(step)), None if fresh else backend.read,
+            PagedStep(backend, backend.describe(step)), None if fresh else read_cells,
         )  # fmt: skip
 
     def forward(
@@ -145,7 +142,7 @@ def _try_tokens(module: Any, *sizes: int) -> torch.Tensor | None:
         taken = StepInput.of(plan)
         step = PagedStep(backend, backend.describe(taken))
         positions = torch.arange(start, start + size, device=device)
-        read = None if taken.fresh else backend.read
+        read = None if taken.fresh else read_cells
         logits = packed.forward(positions * 0, positions, positions + 16, positions[-1:] - start, step, read)
         if step.refused or step.seen != len(cache.layers):
             return None

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from dsserve.attention.backend import PagedStep
-from dsserve.attention.triton_pages import LONG, TritonAttention, TritonMeta
+from dsserve.attention.backend import PagedStep, read_cells
+from dsserve.attention.triton_pages import LONG, TritonMeta
 from dsserve.core.step_input import PREFILL_BUCKETS, StepInput
 from dsserve.kernels.cuda_graph import capture
 from dsserve.kernels.host_copy import move
@@ -125,7 +125,7 @@ class StepGraphs:
         tokens, positions, rows = inputs
         cells = self._packed.tables.cells(rows, positions)
         step = PagedStep(self._attention, meta)
-        logits = self._packed.forward(tokens, positions, cells, wanted, step, TritonAttention.read)
+        logits = self._packed.forward(tokens, positions, cells, wanted, step, read_cells)
         if self._logits is None:
             self._logits = logits.new_zeros(self._most_rows, logits.shape[-1])
         return self._logits[: len(logits)].copy_(logits)
@@ -172,10 +172,7 @@ class StepGraphs:
         return self._logits[:wanted]
 
     def _fill_inputs(self, inputs: torch.Tensor, step: StepInput, known: torch.Tensor | None) -> None:
-        numbers = np.zeros((3, inputs.shape[1]), dtype=np.int64)
-        numbers[2] = self._packed.tables.padding
-        numbers[:, : step.total] = step.tokens, step.positions, step.token_rows
-        inputs.copy_(move(numbers, self._device))
+        inputs.copy_(move(step.padded(inputs.shape[1], self._packed.tables.padding), self._device))
         fill_sources(inputs[0], step, known)
 
 

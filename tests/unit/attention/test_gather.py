@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 
 from dsserve.attention import gather
+from dsserve.attention.backend import read_cells
 from dsserve.attention.gather import GatherAttention
 from dsserve.core.step_input import StepInput
 from dsserve.core.step_plan import Segment, StepPlan
@@ -56,7 +57,7 @@ def attend(parts: list[tuple[int, int]], padding: int, paged_op: Any) -> tuple[t
         if step.fresh:
             keys, values = (torch.nn.functional.pad(tensor, (0, 0, 0, padding)) for tensor in fresh)
         else:
-            keys, values = backend.read(cells[0]), backend.read(cells[1])
+            keys, values = read_cells(cells[0]), read_cells(cells[1])
         found = backend.attend(module, query, keys, values, SCALE, meta)
     expected = torch.zeros_like(found)
     for (begin, end), text in zip(zip(step.starts, step.starts[1:], strict=False), texts, strict=True):
